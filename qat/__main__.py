@@ -1,0 +1,39 @@
+"""`qat <command>`: finds the command's module and calls it."""
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "fetch": "get a model, a checkpoint or a cache, checked",
+    "build-cache": "write the teacher's word on a data set, once",
+    "inspect-cache": "show what a cache holds",
+    "convert-cache": "write a cache of the seeds' form in ours",
+    "pack": "make one archive of a run or a cache",
+    "init-student": "quantize a full-precision model",
+    "convert-q4-to-q2": "make a 2-bit student from a 4-bit one",
+    "train": "distil the teacher into a student",
+    "evaluate": "measure a student on held-out text",
+    "generate": "answer prompts",
+    "export": "write a student in another program's format",
+    "compare": "put runs side by side",
+    "doctor": "show the device and what is installed",
+    "demo": "the whole path on SmolLM2-135M",
+}
+
+
+def main() -> int:
+    """Run `qat <command> [flags]`."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        listing = "\n".join(f"  {name:<18}{what}" for name, what in COMMANDS.items())
+        print(f"usage: qat <command> [flags]\n\n{listing}\n\nqat <command> --help tells its flags")  # noqa: T201
+        return 0
+    command = sys.argv[1]
+    if command not in COMMANDS:
+        print(f"error: command {command!r} is not one of {', '.join(COMMANDS)}", file=sys.stderr)  # noqa: T201
+        return 2
+    module = import_module(f"qat.commands.{command.replace('-', '_')}")
+    return module.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Distillation: what is known of the teacher (`teacher`), divergences (`kl`), the objective."""

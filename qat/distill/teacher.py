@@ -1,0 +1,81 @@
+"""The teacher's word on each position, in one form for every source of it.
+
+Shape legend: B batch, T positions, K tokens the teacher is known on, V vocabulary.
+Position t of a block predicts token t + 1, so a block of L tokens has T = L - 1 positions.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SignalKind = Literal["dense", "top-k", "sampled", "conditional"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherSignal:
+    """Teacher log-probabilities at temperature 1 and what they leave out."""
+
+    kind: SignalKind
+    """dense: K = V, column k is token k. top-k: the rest is `log_tail`. sampled: expectations
+    under the teacher are sums over `weights`. conditional: normalized over the K tokens, the
+    rest unknown."""
+    log_probs: Tensor
+    """(B, T, K) float32, natural log. Conditional signals sum to one over K."""
+    mask: Tensor
+    """(B, T) bool; True = the position counts."""
+    token_ids: Tensor | None = None
+    """(B, T, K) int64; None when dense."""
+    log_tail: Tensor | None = None
+    """(B, T) float32: log of the mass outside the K tokens; top-k only."""
+    weights: Tensor | None = None
+    """(B, T, K) float32, sampled only: E_p[f] is estimated by sum_k weights_k f(token_k)."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TeacherSignal":
+        """Return the same signal on another device."""
+        moved = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            if isinstance(value := getattr(self, field.name), Tensor)
+            else value
+            for field in fields(self)
+        }
+        return TeacherSignal(**moved)
+
+
+def dense_signal(teacher_logits: Tensor, mask: Tensor) -> TeacherSignal:
+    """Return the full signal of a live teacher.
+
+    Args:
+        teacher_logits: (B, T, V), any float dtype.
+        mask: (B, T) bool.
+    """
+    log_probs = torch.log_softmax(teacher_logits.float(), dim=-1)
+    return TeacherSignal(kind="dense", log_probs=log_probs, mask=mask)
+
+
+def top_k_signal(teacher_logits: Tensor, mask: Tensor, top_k: int) -> TeacherSignal:
+    """Return the `top_k` likeliest tokens with their true log-probabilities and the tail's mass.
+
+    Args:
+        teacher_logits: (B, T, V), any float dtype.
+        mask: (B, T) bool.
+        top_k: K, at most V.
+
+    Raises:
+        ValueError: If `top_k` exceeds the vocabulary.
+    """
+    vocab_size = teacher_logits.shape[-1]
+    if not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top-k {top_k} is outside 1..{vocab_size} (the vocabulary); choose less")
+    log_probs = torch.log_softmax(teacher_logits.float(), dim=-1)
+    kept, token_ids = log_probs.topk(top_k, dim=-1)  # (B, T, K)
+    return TeacherSignal(
+        kind="top-k", log_probs=kept, mask=mask, token_ids=token_ids, log_tail=log_rest(kept)
+    )
+
+
+def log_rest(log_probs: Tensor) -> Tensor:
+    """Return log(1 - sum of exp) over the last axis, finite also where the sum reaches one."""
+    rest = 1.0 - log_probs.exp().sum(dim=-1)
+    return rest.clamp_min(torch.finfo(torch.float32).tiny).log()
