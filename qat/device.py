@@ -1,0 +1,272 @@
+"""One object for cpu, cuda, mps, xla (torch_xla) and tpu (TorchTPU).
+
+The only file that names an accelerator library. Loops call `device.sync()` after each step and
+never ask which device it is; what a device cannot tell is None.
+"""
+
+import gc
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qat.packages import accelerator_mismatches, installed_version
+
+Kind = Literal["cpu", "cuda", "mps", "xla", "tpu"]
+KINDS = ("cpu", "cuda", "mps", "xla", "tpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GIB = 1024**3
+
+# XLA says it while compiling, torch while allocating, the CPU allocator in words of its own.
+OUT_OF_MEMORY = re.compile(
+    r"RESOURCE_EXHAUSTED|Ran out of memory in memory space hbm|CompileTimeHbmOom"
+    r"|out of memory|can't allocate memory|not enough memory",
+    re.IGNORECASE,
+)
+# The same words about a kernel's scratch memory: a smaller batch does not help.
+KERNEL_MEMORY = re.compile(r"\bvmem\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where tensors live, why there, and how that place counts time and memory."""
+
+    kind: Kind
+    torch_device: torch.device
+    reason: str
+    dtype: torch.dtype
+    """Default compute dtype: bf16 where the device multiplies in it, else fp32."""
+
+    @classmethod
+    def detect(cls, name: str = "auto") -> "Device":
+        """Return the named device, or the best one present.
+
+        Args:
+            name: "auto", a kind, or a kind with an index such as "cuda:1".
+
+        Raises:
+            ValueError: If the name is unknown, the device absent, or its library misfits torch.
+        """
+        if name == "auto":
+            kind, reason = best_kind()
+            return open_device(kind, kind, reason)
+        kind = name.split(":")[0]
+        if not re.fullmatch(rf"({'|'.join(KINDS)})(:\d+)?", name):
+            raise ValueError(f"--device {name} is not one of auto, {', '.join(KINDS)}")
+        missing = why_absent(kind)
+        if missing:
+            raise ValueError(f"--device {name}: {missing}; `qat doctor` shows what is there")
+        return open_device(kind, name, "asked for")
+
+    def describe(self) -> str:
+        """Return one line: device, why, dtype, memory."""
+        total = self.total_bytes()
+        memory = f", {total / GIB:.1f} GiB" if total else ""
+        word = dtype_name(self.dtype)
+        return f"device {self.torch_device} ({self.reason}), default dtype {word}{memory}"
+
+    def dtype_from_name(self, word: str) -> torch.dtype:
+        """Return the dtype for "auto", "fp32", "bf16" or "fp16".
+
+        Raises:
+            ValueError: If the word is none of these.
+        """
+        if word == "auto":
+            return self.dtype
+        if word not in DTYPES:
+            raise ValueError(f"--dtype {word} is not one of auto, {', '.join(DTYPES)}")
+        return DTYPES[word]
+
+    def autocast(self, dtype: torch.dtype) -> AbstractContextManager:
+        """Return a context in which matmuls run in `dtype`; float32 changes nothing."""
+        if dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.torch_device.type, dtype=dtype)
+
+    def sync(self, *, wait: bool = False) -> None:
+        """End a step.
+
+        On XLA this hands the step's graph over; elsewhere the work is under way already.
+
+        Args:
+            wait: Return only when all work is done, as a clock needs it.
+        """
+        if self.kind == "xla":
+            import torch_xla
+
+            torch_xla.sync(wait=wait)
+        elif wait and self.kind != "cpu":
+            torch.accelerator.synchronize(self.torch_device)
+
+    def compile(self, step: Callable) -> Callable:
+        """Return the step, on XLA as one traced graph; elsewhere the step itself."""
+        if self.kind != "xla":
+            return step
+        import torch_xla
+
+        return torch_xla.compile(step)
+
+    def peak_bytes(self) -> int | None:
+        """Return the most memory held so far; on the CPU the whole process's."""
+        if self.kind == "cpu":
+            return peak_rss_bytes()
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_allocated(self.torch_device)
+        return xla_memory(self.torch_device).get("peak_bytes_used") if self.kind == "xla" else None
+
+    def total_bytes(self) -> int | None:
+        """Return the memory that a program may use."""
+        if self.kind == "cpu":
+            return host_bytes()
+        if self.kind == "cuda":
+            return torch.cuda.get_device_properties(self.torch_device).total_memory
+        if self.kind == "mps":
+            return torch.mps.recommended_max_memory()
+        return xla_memory(self.torch_device).get("bytes_limit") if self.kind == "xla" else None
+
+    def free(self) -> None:
+        """Give unused memory back."""
+        gc.collect()
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+        elif self.kind == "mps":
+            torch.mps.empty_cache()
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether an error says that the memory is too small, so that less of it may fit."""
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        return says_out_of_memory(str(error))
+
+    def checkpoint_function(self) -> Callable[..., Any]:
+        """Return `run(function, *args)` that recomputes `function` in the backward pass.
+
+        XLA's own is reentrant and takes no keyword arguments: some input must require grad.
+        """
+        if self.kind == "xla":
+            from torch_xla.utils.checkpoint import checkpoint
+
+            return checkpoint
+        from torch.utils.checkpoint import checkpoint
+
+        return partial(checkpoint, use_reentrant=False)
+
+
+def open_device(kind: Kind, name: str, reason: str) -> Device:
+    """Return the device of a kind that is known to be present."""
+    if kind == "xla":
+        import torch_xla
+
+        index = name.partition(":")[2]
+        torch_device = torch_xla.device(int(index)) if index else torch_xla.device()
+    else:
+        torch_device = torch.device(name)
+    return Device(kind, torch_device, reason, default_dtype(kind))
+
+
+def best_kind() -> tuple[Kind, str]:
+    """Return the kind to use when none is named, and why."""
+    if not why_absent("tpu"):
+        return "tpu", "torch reports a TPU"
+    if not why_absent("xla"):
+        return "xla", "torch_xla fits torch and a TPU or PJRT_DEVICE is there"
+    if not why_absent("cuda"):
+        return "cuda", "torch sees a CUDA device"
+    if not why_absent("mps"):
+        return "mps", "torch sees a Metal device"
+    return "cpu", "no accelerator found"
+
+
+def why_absent(kind: Kind) -> str | None:
+    """Return why a kind cannot be used, or None where it can."""
+    if kind == "tpu":
+        # torch.tpu exists also where there is no TPU, so the attribute says nothing.
+        found = torch.accelerator.current_accelerator()
+        return None if found is not None and found.type == "tpu" else "torch reports no TPU"
+    if kind == "xla":
+        return why_no_xla()
+    if kind == "cuda":
+        return None if torch.cuda.is_available() else "torch sees no CUDA device"
+    if kind == "mps":
+        return None if torch.backends.mps.is_available() else "torch sees no Metal device"
+    return None
+
+
+def why_no_xla() -> str | None:
+    """Return why torch_xla cannot be used, from metadata and device files alone."""
+    if installed_version("torch_xla") is None:
+        return "torch_xla is not installed"
+    if mismatches := accelerator_mismatches():
+        return f"{mismatches[0].what}, mend it with: {mismatches[0].install}"
+    if "PJRT_DEVICE" in os.environ or has_tpu_file():
+        return None
+    return "no TPU found and PJRT_DEVICE is not set (PJRT_DEVICE=CPU runs XLA on the CPU)"
+
+
+def has_tpu_file() -> bool:
+    """Whether the machine shows a TPU chip."""
+    dev = Path("/dev")
+    return any(dev.glob("accel[0-9]*")) or any(dev.glob("vfio/[0-9]*"))
+
+
+def default_dtype(kind: Kind) -> torch.dtype:
+    """Return bf16 where a kind multiplies in it, else fp32."""
+    has_bf16 = {
+        "cpu": cpu_has_bf16,
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "mps": lambda: torch.backends.mps.is_macos_or_newer(14, 0),
+        "xla": lambda: os.environ.get("PJRT_DEVICE") != "CPU",
+        "tpu": lambda: True,
+    }
+    return torch.bfloat16 if has_bf16[kind]() else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has bf16 products; others emulate them, slower than fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the flag's word for a dtype."""
+    return {value: word for word, value in DTYPES.items()}.get(dtype, str(dtype))
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether a message, of this process or of a probe's, tells of too little memory."""
+    return bool(OUT_OF_MEMORY.search(text)) and not KERNEL_MEMORY.search(text)
+
+
+def xla_memory(device: torch.device) -> dict[str, int]:
+    """Return XLA's memory counters; empty where the back end keeps none, as on the CPU."""
+    import torch_xla.core.xla_model as xla_model
+
+    try:
+        return xla_model.get_memory_info(device)
+    except RuntimeError:
+        return {}
+
+
+def host_bytes() -> int:
+    """Return the host's memory, or the control group's share of it where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        path = Path(limit)
+        text = path.read_text().strip() if path.is_file() else ""
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory that this process has held, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
