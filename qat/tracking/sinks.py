@@ -1,0 +1,164 @@
+"""Where a run's numbers go: its folder always, Weights & Biases when asked.
+
+A loop gets one callable, `track(step, values)`. Keys are those that Hugging Face users know:
+`train/loss`, `train/learning_rate`, `train/grad_norm`, `eval/kl_nats`, ...
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from qat.files import read_json, write_json
+from qat.tracking.record import RunRecord
+
+WANDB_ID = "wandb.json"
+STEP_KEY = "train/global_step"  # the x axis of the Hugging Face trainer
+
+
+class Sink(Protocol):
+    """A place that takes numbers."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the numbers of one step."""
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Take the numbers of the whole run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tracker:
+    """Sends the same numbers to every sink; `tracker(step, values)` is the loop's `track`."""
+
+    sinks: Sequence[Sink]
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the numbers of one step."""
+        for sink in self.sinks:
+            sink.log(step, values)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Send the numbers of the whole run and close the sinks."""
+        for sink in self.sinks:
+            sink.finish(summary)
+
+
+class LocalSink:
+    """The run's own folder."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self.record = record
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append to metrics.jsonl."""
+        self.record.log(step, values)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        self.record.write_summary(summary)
+
+
+class WandbSink:
+    """A Weights & Biases run that goes on under the same id when training resumes."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        *,
+        project: str,
+        name: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+        job_type: str = "train",
+        resume: bool = False,
+    ) -> None:
+        """Start or continue the run; WANDB_MODE=offline and =disabled are heeded.
+
+        Args:
+            folder: The run's folder; the id is kept there, and the offline files.
+            config: What the run was asked for.
+            project: Project at W&B.
+            name: Run name; that of the folder when not given.
+            group: Experiment that the run belongs to.
+            tags: Sent again on resume, as the server has been seen to lose them.
+            job_type: What kind of work it is.
+            resume: Continue under the kept id; a fresh start gets an id of its own.
+
+        Raises:
+            ValueError: If wandb is absent, knows no key, or cannot reach its server.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run = start_wandb(
+            id=run_id(folder / WANDB_ID, resume=resume),
+            resume="allow",
+            dir=str(folder),
+            config=dict(config),
+            project=project,
+            name=name or folder.name,
+            group=group,
+            tags=list(tags),
+            job_type=job_type,
+        )
+        self.run.define_metric(STEP_KEY)
+        self.run.define_metric("*", step_metric=STEP_KEY, step_sync=True)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send one step; the server drops steps that it has, which a resumed run repeats."""
+        self.run.log({**values, STEP_KEY: step}, step=step)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Send the summary and wait until all is sent or stored."""
+        self.run.summary.update(dict(summary))
+        self.run.finish()
+
+
+def open_tracker(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    resume_step: int | None = None,
+    wandb: Mapping[str, Any] | None = None,
+) -> Tracker:
+    """Write config.json and return the run's `track`.
+
+    Args:
+        folder: The run's folder.
+        config: What the run was asked for, as JSON holds it.
+        resume_step: The last step that the restored state holds; None starts over.
+        wandb: Keyword arguments of `WandbSink` (project, name, group, tags); None leaves it out.
+    """
+    record = RunRecord(folder, resume_step=resume_step)
+    record.write_config(config)
+    sinks: list[Sink] = [LocalSink(record)]
+    if wandb is not None:
+        sinks.append(WandbSink(folder, config, resume=resume_step is not None, **wandb))
+    return Tracker(sinks)
+
+
+def start_wandb(**settings: Any) -> Any:
+    """Return a started W&B run, or say in one line why there is none.
+
+    Raises:
+        ValueError: If wandb is absent, knows no key, or cannot reach its server.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("--wandb needs wandb, which is absent: pip install wandb") from error
+    try:
+        return wandb.init(settings=wandb.Settings(console="off"), **settings)
+    except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+        remedy = "run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later"
+        raise ValueError(f"--wandb: {str(error).rstrip('.')}; {remedy}") from error
+
+
+def run_id(path: Path, *, resume: bool) -> str:
+    """Return the id kept in a file, or make one and keep it there."""
+    if resume and path.is_file():
+        return read_json(path)["id"]
+    made = secrets.token_hex(4)
+    write_json(path, {"id": made})
+    return made

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+import torch
+
+from qat.tracking.record import METRICS, RunRecord, read_config, read_rows, read_summary
+
+
+def test_rows_come_back_in_order(tmp_path):
+    """What is logged is read back, each row with its step."""
+    record = RunRecord(tmp_path / "run")
+    record.log(0, {"eval/kl_nats": 2.5})
+    record.log(1, {"train/loss": torch.tensor(0.5), "train/tokens_seen": 64})
+    assert read_rows(tmp_path / "run") == [
+        {"step": 0, "eval/kl_nats": 2.5},
+        {"step": 1, "train/loss": 0.5, "train/tokens_seen": 64},
+    ]
+
+
+def test_resume_drops_the_rows_that_will_be_written_again(tmp_path):
+    """Opened at step 2, a record holds steps up to 2; opened anew, none."""
+    record = RunRecord(tmp_path)
+    for step in range(5):
+        record.log(step, {"train/loss": 1.0})
+    RunRecord(tmp_path, resume_step=2)
+    assert [row["step"] for row in read_rows(tmp_path)] == [0, 1, 2]
+    RunRecord(tmp_path)
+    assert read_rows(tmp_path) == []
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    """The file stays JSON when a loss is NaN."""
+    RunRecord(tmp_path).log(3, {"train/loss": float("nan"), "train/grad_norm": float("inf")})
+    assert read_rows(tmp_path) == [{"step": 3, "train/loss": None, "train/grad_norm": None}]
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path):
+    """A killed process costs one row, and the resumed run writes on a whole line."""
+    record = RunRecord(tmp_path)
+    record.log(1, {"train/loss": 1.0})
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 2, "train/lo')
+    assert [row["step"] for row in read_rows(tmp_path)] == [1]
+    RunRecord(tmp_path, resume_step=1).log(2, {"train/loss": 0.5})
+    assert [json.loads(line)["step"] for line in (tmp_path / METRICS).open()] == [1, 2]
+
+
+def test_a_broken_line_in_the_middle_is_refused(tmp_path):
+    """A damaged file is not read as a shorter one; the message names the line."""
+    (tmp_path / METRICS).write_text('{"step": 1}\nbroken\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 "):
+        read_rows(tmp_path)
+
+
+def test_config_and_summary_come_back_and_may_be_absent(tmp_path):
+    """A run that has not ended has no summary; that is no error."""
+    record = RunRecord(tmp_path)
+    assert (read_config(tmp_path), read_summary(tmp_path)) == ({}, {})
+    record.write_config({"lr": 1e-4})
+    record.write_summary({"best_kl_nats": 0.5})
+    assert (read_config(tmp_path), read_summary(tmp_path)) == ({"lr": 1e-4}, {"best_kl_nats": 0.5})
