@@ -1,0 +1,52 @@
+# The verbs of this project. Each can be interrupted and run again.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+STAMP := $(VENV)/setup.stamp
+DEMO_FLAGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check style recipe bench clean
+
+help:  ## list the verbs
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP)  ## make .venv with the versions of constraints.txt
+
+# The stamp comes last, so what an interrupt leaves behind is completed by the next call.
+# torch goes first: it is most of the download, and a later failure does not repeat it.
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo 'error: $(PYTHON) is older than 3.11; set PYTHON=python3.11 or newer' >&2; exit 2; }
+	@echo 'setup: making $(VENV), some minutes the first time' >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN)/python -m pip install -qq -c constraints.txt torch
+	@$(RUN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup  ## the whole path on SmolLM2-135M
+	@$(RUN)/qat demo $(DEMO_FLAGS)
+
+test: setup  ## the fast tests
+	@$(RUN)/python -m pytest
+
+check: setup  ## lint, format, house rules
+	@$(RUN)/ruff check .
+	@$(RUN)/ruff format --check .
+	@$(RUN)/python -m pytest -q tests/test_house_rules.py
+
+style: setup  ## mend what lint and format can mend
+	@$(RUN)/ruff check --fix .
+	@$(RUN)/ruff format .
+
+recipe: setup  ## real commands on tiny models
+	@$(RUN)/python -m pytest -m recipe
+
+bench: setup  ## the training step against plain fine-tuning, as JSON
+	@$(RUN)/python speedrun/ratios.py
+
+clean:  ## remove what make and the tools made; models, caches and runs stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find qat tests scripts speedrun -name __pycache__ -type d -prune -exec rm -rf {} +
