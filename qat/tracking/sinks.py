@@ -138,6 +138,29 @@ def open_tracker(
     return Tracker(sinks)
 
 
+def send_comparison(
+    folder: Path, project: str, *, header: Sequence[str], rows: Sequence[Sequence[Any]], page: Path
+) -> None:
+    """Send a table of runs and its page to a W&B project, as one run.
+
+    Args:
+        folder: Where wandb keeps its files.
+        project: Project at W&B.
+        header: Names of the table's columns.
+        rows: A row a run.
+        page: The HTML page, which holds the plot.
+
+    Raises:
+        ValueError: If W&B cannot be used.
+    """
+    run = start_wandb(project=project, dir=str(folder), name="compare", job_type="compare")
+    import wandb
+
+    table = wandb.Table(columns=list(header), data=[list(row) for row in rows])
+    run.log({"compare/numbers": table, "compare/page": wandb.Html(str(page))})
+    run.finish()
+
+
 def start_wandb(**settings: Any) -> Any:
     """Return a started W&B run, or say in one line why there is none.
 
