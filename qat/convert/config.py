@@ -1,0 +1,70 @@
+"""Flags of the commands that make students."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_CALIBRATION_SEQUENCES = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitStudentConfig:
+    """Quantize a full-precision model: codebook and scales fitted to weights and activations."""
+
+    model: str
+    """Hugging Face folder or hub name of the full-precision model."""
+    output: Path
+    """Folder of the student."""
+    scheme: str = "q4a4"
+    """MLP bits and attention bits; _gN sets weights per scale, _rN low-rank scales: q2a4_g64."""
+    cache_dir: Path | None = None
+    """Teacher cache: calibrates the fit, measures the student."""
+    calibration_sequences: int = DEFAULT_CALIBRATION_SEQUENCES
+    """Training sequences of the cache that calibrate."""
+    eval: bool = True
+    """Measure the student on the cache's held-out split."""
+    dtype: str = "auto"
+    """Compute dtype: auto, fp32, bf16 or fp16."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps, xla or tpu."""
+
+    def __post_init__(self) -> None:
+        require_positive("--calibration-sequences", self.calibration_sequences)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertQ4ToQ2Config:
+    """Make a student with 2-bit MLP layers out of a 4-bit one; attention keeps its 4 bits."""
+
+    q4_checkpoint: Path
+    """The 4-bit student."""
+    output: Path
+    """Folder of the 2-bit student."""
+    model_id: str | None = None
+    """Full-precision model to fit to; the one that the 4-bit student names when not given."""
+    q2_mlp_bits: int = 2
+    """Bits of MLP weights after the conversion."""
+    q2_mlp_group_size: int = 32
+    """MLP weights of a row that share a scale."""
+    q2_mlp_rank: int = 0
+    """Rank of low-rank MLP scales; 0 = one scale per group."""
+    eval: bool = False
+    """Measure the student on the cache's held-out split."""
+    cache_dir: Path | None = None
+    """Teacher cache: calibrates the fit, measures the student."""
+    calibration_sequences: int = DEFAULT_CALIBRATION_SEQUENCES
+    """Training sequences of the cache that calibrate."""
+    dtype: str = "auto"
+    """Compute dtype: auto, fp32, bf16 or fp16."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps, xla or tpu."""
+
+    def __post_init__(self) -> None:
+        require_positive("--calibration-sequences", self.calibration_sequences)
+        if self.eval and self.cache_dir is None:
+            raise ValueError("--eval needs a cache to measure on; add --cache-dir caches/NAME")
+
+
+def require_positive(flag: str, value: int) -> None:
+    """Refuse a count below one."""
+    if value < 1:
+        raise ValueError(f"{flag} {value} must be at least 1")

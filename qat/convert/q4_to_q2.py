@@ -1,0 +1,43 @@
+"""A 4-bit student to a 2-bit one: MLP layers fitted anew, attention layers kept to the bit."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qat.model.linear import FakeQuantLinear
+from qat.model.surgery import layers_of_kind, swap
+from qat.quant.fit import fit_weight
+from qat.quant.scheme import LayerScheme
+
+
+@torch.no_grad()
+def convert_mlp_layers(
+    student: nn.Module,
+    scheme: LayerScheme,
+    *,
+    weight_of: Callable[[str, FakeQuantLinear], Tensor],
+    importance: dict[str, Tensor] | None = None,
+) -> int:
+    """Fit the MLP layers of a student to fewer bits, in place.
+
+    Args:
+        student: A student with frozen indices.
+        scheme: Of the MLP layers from now on.
+        weight_of: Returns the weight to fit, (O, I), for a layer's name and its 4-bit form.
+        importance: Second moments of each layer's inputs by name, (I,).
+
+    Returns:
+        The number of layers fitted.
+    """
+    layers = layers_of_kind(student, "mlp")
+    for name, layer in tqdm(layers.items(), desc="convert", unit="layer"):
+        try:
+            quantized = fit_weight(
+                weight_of(name, layer), scheme, importance=importance and importance.get(name)
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        swap(student, name, FakeQuantLinear.from_linear(layer, quantized, scheme))
+    return len(layers)

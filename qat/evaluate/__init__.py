@@ -1,0 +1,1 @@
+"""Held-out numbers: `kl` on a cache, `perplexity` on a text, `generate` answers."""

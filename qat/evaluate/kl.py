@@ -1,0 +1,97 @@
+"""How far a student is from its teacher, on held-out positions.
+
+Shape legend: B batch, T positions, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qat.distill.kl import forward_kl, kd_loss
+from qat.distill.teacher import TeacherSignal
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over counted positions; kept per sequence where an error bar is wanted."""
+
+    kl: float = 0.0
+    kd: float = 0.0
+    agree: float = 0.0
+    tokens: int = 0
+    nll: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def evaluate_batches(
+    model: nn.Module, batches: Iterable[tuple[Tensor, TeacherSignal]], *, description: str
+) -> dict[str, float | int | None]:
+    """Return the student's distance from the teacher over batches.
+
+    Args:
+        model: Causal LM in eval mode.
+        batches: Token ids (B, L) and the teacher's word on the first L - 1 positions, on the
+            model's device.
+        description: Of the progress bar.
+
+    Returns:
+        kl_nats, kd_loss, perplexity with its standard error, top1_agreement, tokens.
+    """
+    tally = Tally()
+    for token_ids, signal in tqdm(batches, desc=description, unit="batch", leave=False):
+        logits = model(input_ids=token_ids, use_cache=False).logits[:, :-1].float()
+        add(tally, logits, token_ids[:, 1:], signal)
+    return summary(tally)
+
+
+def add(tally: Tally, logits: Tensor, labels: Tensor, signal: TeacherSignal) -> None:
+    """Add a batch: logits (B, T, V), labels (B, T)."""
+    mask = signal.mask
+    tally.kl += float((forward_kl(logits, signal) * mask).sum())
+    tally.kd += float((kd_loss(logits, signal) * mask).sum())
+    best = signal.log_probs.argmax(-1, keepdim=True)  # (B, T, 1)
+    if signal.token_ids is not None:
+        best = signal.token_ids.gather(-1, best)
+    tally.agree += float(((logits.argmax(-1) == best.squeeze(-1)) * mask).sum())
+    nll = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    tally.nll += (nll * mask).sum(1).tolist()
+    tally.counts += mask.sum(1).tolist()
+    tally.tokens += int(mask.sum())
+
+
+def summary(tally: Tally) -> dict[str, float | int | None]:
+    """Return the means of a tally; None where nothing counted."""
+    if not tally.tokens:
+        names = ("kl_nats", "kd_loss", "perplexity", "perplexity_stderr", "top1_agreement")
+        return {**dict.fromkeys(names), "tokens": 0}
+    perplexity, stderr = perplexity_of(tally.nll, tally.counts)
+    return {
+        "kl_nats": tally.kl / tally.tokens,
+        "kd_loss": tally.kd / tally.tokens,
+        "perplexity": perplexity,
+        "perplexity_stderr": stderr,
+        "top1_agreement": tally.agree / tally.tokens,
+        "tokens": tally.tokens,
+    }
+
+
+def perplexity_of(nll: list[float], counts: list[int]) -> tuple[float, float | None]:
+    """Return perplexity and its standard error from per-sequence sums of nats and token counts.
+
+    Tokens of a sequence depend on each other, so sequences are the independent draws: the error
+    of the ratio sum nll / sum counts follows from its residuals (delta method), and perplexity's
+    from exp.
+    """
+    total = sum(counts)
+    mean = sum(nll) / total
+    perplexity = math.exp(min(mean, 700.0))
+    if len(nll) < 2:
+        return perplexity, None
+    residuals = [n - mean * c for n, c in zip(nll, counts, strict=True)]
+    variance = sum(r * r for r in residuals) * len(nll) / (len(nll) - 1)
+    return perplexity, perplexity * math.sqrt(variance) / total

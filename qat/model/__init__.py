@@ -1,0 +1,1 @@
+"""Models and their layers: `load`, `linear`, `surgery`, `checkpoint`, `packaged`."""

@@ -1,0 +1,293 @@
+"""The native checkpoint folder: packed indices, float16 scales, dense parts, a header written last.
+
+checkpoint.json       header: scheme, base model, cache fingerprint, versions, sha256
+student.safetensors   NAME.indices (bytes), NAME.scale or its factors, NAME.codebook; dense parts
+config.json, tokenizer files: the folder needs nothing else to load
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qat.files import atomic_folder, read_json, sha256_of_file, write_json
+from qat.model.linear import FakeQuantLinear
+from qat.model.surgery import (
+    check_scheme,
+    current_indices,
+    empty_layer,
+    quantized_layers,
+    replace_linears,
+)
+from qat.quant.grid import fits_float16
+from qat.quant.packing import pack, unpack
+from qat.quant.scheme import Scheme, layer_kind
+
+HEADER_NAME = "checkpoint.json"
+TENSORS_NAME = "student.safetensors"
+FORMAT = "qat-student-1"
+TEXT_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointHeader:
+    """What a checkpoint says of itself."""
+
+    scheme: dict[str, Any]
+    base_model: dict[str, str]
+    """Path as given, name and weights hash of the full-precision model."""
+    cache_fingerprint: str | None = None
+    """Cache that calibrated or trained it."""
+    made_by: dict[str, Any] = field(default_factory=dict)
+    """Command and config."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Held-out numbers where they were measured."""
+    versions: dict[str, str] = field(default_factory=dict)
+    sha256: str = ""
+    format: str = FORMAT
+
+
+def write_checkpoint(
+    model: nn.Module, header: CheckpointHeader, folder: Path, *, text_source: Path
+) -> CheckpointHeader:
+    """Write a student as a native folder, which appears only when whole.
+
+    Args:
+        model: A model with quantized layers.
+        header: Filled in but for versions and sha256.
+        folder: Replaced if it exists.
+        text_source: Folder that the tokenizer files come from.
+
+    Returns:
+        The header as written.
+    """
+    with atomic_folder(folder) as temporary:
+        save_file(student_tensors(model), temporary / TENSORS_NAME)
+        model.config.save_pretrained(temporary)
+        if Path(text_source).is_dir():
+            copy_text_files(text_source, temporary)
+        written = {
+            **asdict(header),
+            "versions": {name: version(name) for name in ("qat", "torch", "transformers")},
+            "sha256": sha256_of_file(temporary / TENSORS_NAME),
+        }
+        write_json(temporary / HEADER_NAME, written)
+    return CheckpointHeader(**written)
+
+
+def student_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint file holds, by name.
+
+    Raises:
+        ValueError: If a scale or codebook value is NaN or beyond float16; names the layer.
+    """
+    layers = quantized_layers(model)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{name}.indices"] = pack(current_indices(layer).cpu(), layer.scheme.bits)
+        for part, values in stored_parts(layer).items():
+            if not fits_float16(values):
+                raise ValueError(
+                    f"{name}.{part} holds NaN or values beyond 65504; train with a lower rate"
+                )
+            tensors[f"{name}.{part}"] = values.detach().half().cpu().contiguous()
+    tensors.update(dense_tensors(model))
+    return tensors
+
+
+def stored_parts(layer: FakeQuantLinear) -> dict[str, Tensor]:
+    """Return scales and codebook of a layer by parameter name; the codebook sorted if it moves."""
+    names = ("scale_a", "magnitude", "scale_b") if layer.scheme.rank else ("scale",)
+    parts = {name: getattr(layer, name) for name in names}
+    moves = layer.latent_weight is not None
+    parts["codebook"] = layer.codebook.sort().values if moves else layer.codebook
+    return parts
+
+
+def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parts that are not quantized, each once, in the smallest lossless dtype.
+
+    Tied heads share storage with the embedding and are left out.
+    """
+    layers = quantized_layers(model)
+    seen: set[int] = set()
+    dense: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict().items():
+        owner, _, part = key.rpartition(".")
+        if (owner in layers and part != "bias") or tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        dense[key] = smallest_lossless(tensor.detach().cpu()).contiguous()
+    return dense
+
+
+def smallest_lossless(tensor: Tensor) -> Tensor:
+    """Return a float tensor in bfloat16 or float16 if that loses nothing, else as it is."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    for dtype in (torch.bfloat16, torch.float16):
+        smaller = tensor.to(dtype)
+        if torch.equal(smaller.float(), tensor):
+            return smaller
+    return tensor
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is a native checkpoint."""
+    return (Path(folder) / HEADER_NAME).is_file()
+
+
+def read_header(folder: Path) -> CheckpointHeader:
+    """Return the header of a native folder.
+
+    Raises:
+        ValueError: If it was written by another version of the format.
+    """
+    values = read_json(Path(folder) / HEADER_NAME)
+    known = {f.name for f in fields(CheckpointHeader)}
+    if values.get("format") != FORMAT or not set(values) <= known:
+        raise ValueError(
+            f"{folder} has format {values.get('format')!r}, this version reads {FORMAT!r}; "
+            "make the checkpoint again or install the version that wrote it"
+        )
+    return CheckpointHeader(**values)
+
+
+def read_checkpoint(
+    folder: Path, *, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, CheckpointHeader]:
+    """Return the student in a native folder, on the CPU, in eval mode, frozen.
+
+    The dense weights of quantized layers are never formed: their memory is not touched.
+
+    Args:
+        folder: A native checkpoint.
+        dtype: Of the dense parts; scales and codebooks are float32.
+
+    Raises:
+        ValueError: If the file is damaged or does not fit its config.
+    """
+    folder = Path(folder)
+    header = read_header(folder)
+    if sha256_of_file(folder / TENSORS_NAME) != header.sha256:
+        raise ValueError(
+            f"{folder / TENSORS_NAME} does not match its sha256; fetch or make it again"
+        )
+    model = empty_student(folder, Scheme.from_dict(header.scheme), dtype)
+    fill(model, load_file(folder / TENSORS_NAME), dtype)
+    return model.eval().requires_grad_(False), header
+
+
+def empty_student(folder: Path, scheme: Scheme, dtype: torch.dtype) -> nn.Module:
+    """Return a student whose tensors have sizes but no values."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.from_pretrained(str(folder))
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    check_scheme(model, scheme)
+    replace_linears(model, scheme, empty_layer)
+    return model
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Put the tensors of a checkpoint file into an empty student.
+
+    Raises:
+        ValueError: If a tensor is missing, left over or of another shape; names it.
+    """
+    layers = quantized_layers(model)
+    for name, layer in layers.items():
+        shape = (layer.out_features, layer.in_features)
+        layer.indices = unpack(take(tensors, f"{name}.indices"), layer.scheme.bits, shape)
+        for part in stored_parts(layer):
+            put(getattr(layer, part), take(tensors, f"{name}.{part}").float(), f"{name}.{part}")
+    seen: set[int] = set()
+    for key, target in model.state_dict().items():
+        owner, _, part = key.rpartition(".")
+        if (owner in layers and part != "bias") or target.data_ptr() in seen:
+            continue
+        seen.add(target.data_ptr())
+        put(target, take(tensors, key).to(dtype), key)
+    if tensors:
+        raise ValueError(f"unknown tensor {min(tensors)} in {TENSORS_NAME}; it fits another model")
+
+
+def take(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """Remove and return a tensor by name."""
+    if name not in tensors:
+        raise ValueError(f"tensor {name} is missing from {TENSORS_NAME}; make the checkpoint again")
+    return tensors.pop(name)
+
+
+def put(target: Tensor, values: Tensor, name: str) -> None:
+    """Copy values into a tensor of the same shape."""
+    if target.shape != values.shape:
+        raise ValueError(
+            f"tensor {name} has shape {tuple(values.shape)}, the model wants "
+            f"{tuple(target.shape)}; the checkpoint fits another model"
+        )
+    target.copy_(values)
+
+
+def bits_per_weight(model: nn.Module) -> dict[str, float | None]:
+    """Return bits per weight of everything that ships: quantized layers, MLP layers, whole model.
+
+    The whole model counts dense parts in the dtype that the checkpoint stores them in.
+    """
+    bits = {"mlp": 0, "attention": 0}
+    weights = {"mlp": 0, "attention": 0}
+    for name, layer in quantized_layers(model).items():
+        kind = layer_kind(name)
+        bits[kind] += layer.scheme.size_bits(layer.out_features, layer.in_features)
+        weights[kind] += layer.out_features * layer.in_features
+    dense = dense_tensors(model).values()
+    dense_bits = sum(tensor.numel() * tensor.element_size() * 8 for tensor in dense)
+    dense_weights = sum(tensor.numel() for tensor in dense)
+    quantized_weights = sum(weights.values())
+    return {
+        "bits_per_weight": ratio(sum(bits.values()), quantized_weights),
+        "bits_per_weight_mlp": ratio(bits["mlp"], weights["mlp"]),
+        "bits_per_weight_model": ratio(
+            sum(bits.values()) + dense_bits, quantized_weights + dense_weights
+        ),
+    }
+
+
+def ratio(amount: float, count: int) -> float | None:
+    """Return amount / count, None where there is nothing to count."""
+    return round(amount / count, 4) if count else None
+
+
+def copy_text_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, template and generation files, which ship with every model folder."""
+    wanted = (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab*",
+        "merges.txt",
+        "chat_template*",
+        "generation_config.json",
+        "*.model",
+    )
+    for pattern in wanted:
+        for file in Path(source).glob(pattern):
+            if file.is_file():
+                (target / file.name).write_bytes(file.read_bytes())

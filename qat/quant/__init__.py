@@ -1,0 +1,1 @@
+"""Low-bit weights: `scheme`, `grid`, `codebook`, `scales`, `fit`, `ste`, `packing`."""

@@ -1,0 +1,94 @@
+"""The values a weight can take: read by the fake-quant forward and by every exporter.
+
+    W_hat[o, i] = scale[o, i] * codebook[indices[o, i]]
+
+Scale and codebook are float16 numbers held in float32, so the product of the two (22 significant
+bits) is exact in float32: what training sees is what a file holds, to the bit.
+
+Shape legend: O out, I in, G groups of a row, C = 2**bits codebook values.
+"""
+
+import torch
+from torch import Tensor
+
+FLOAT16_MAX = 65504.0
+FLOAT16_TINY = 2.0**-14  # least normal float16: below it a scale would lose bits
+
+
+def snap_float16(values: Tensor) -> Tensor:
+    """Return the nearest float16 numbers, in the dtype of the input.
+
+    Raises no error and saturates nothing: callers that store numbers check `fits_float16` first.
+    """
+    return values.to(torch.float16).to(values.dtype)
+
+
+def fits_float16(values: Tensor) -> bool:
+    """Return whether every number is finite and within float16's range."""
+    return bool((values.abs() <= FLOAT16_MAX).all())  # False for NaN as well
+
+
+def midpoints(codebook: Tensor) -> Tensor:
+    """Return the C - 1 thresholds between neighbours of a sorted codebook."""
+    return (codebook[1:] + codebook[:-1]) / 2
+
+
+def nearest_indices(values: Tensor, codebook: Tensor) -> Tensor:
+    """Return the index of the nearest codebook value, uint8; a tie goes to the lower one.
+
+    Counting thresholds needs no (values x C) table of distances.
+
+    Args:
+        values: Weights divided by their scale, any shape.
+        codebook: (C,), ascending.
+    """
+    thresholds = midpoints(codebook)
+    if len(codebook) > 4:
+        return torch.bucketize(values, thresholds, out_int32=True).to(torch.uint8)
+    count = torch.zeros_like(values, dtype=torch.uint8)
+    for threshold in thresholds:  # three compares beat a search
+        count += values > threshold
+    return count
+
+
+def expand_groups(scale: Tensor, num_inputs: int) -> Tensor:
+    """Return (O, I) scales from one scale per group, (O, G)."""
+    return scale.repeat_interleave(num_inputs // scale.shape[1], dim=1)
+
+
+def low_rank_scale(scale_a: Tensor, magnitude: Tensor, scale_b: Tensor) -> Tensor:
+    """Return (O, I) scales (scale_a * magnitude) @ scale_b from (O, R), (R,) and (R, I)."""
+    return (scale_a * magnitude) @ scale_b
+
+
+def dequantize(indices: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    """Return the weights that indices stand for, in the scale's dtype.
+
+    Args:
+        indices: (O, I), any integer dtype.
+        scale: (O, I), or (O, G) for one per group.
+        codebook: (C,).
+    """
+    values = codebook.to(scale.dtype)[indices.int()]  # (O, I)
+    num_outputs, num_inputs = indices.shape
+    grouped = values.view(num_outputs, scale.shape[1], num_inputs // scale.shape[1])
+    return (grouped * scale.unsqueeze(-1)).view(num_outputs, num_inputs)
+
+
+def fixed_codebook(kind: str, bits: int) -> Tensor:
+    """Return a codebook that is not fitted, ascending, float32.
+
+    Args:
+        kind: uniform: 2**bits values evenly on [-1, 1]. balanced: half-integers around zero
+            without a zero, such as -1.5, -0.5, 0.5, 1.5. int: -2**(bits-1) .. 2**(bits-1) - 1.
+        bits: Bits per index.
+    """
+    count = 2**bits
+    steps = torch.arange(count, dtype=torch.float32)
+    if kind == "uniform":
+        return snap_float16(torch.linspace(-1, 1, count))
+    if kind == "balanced":
+        return steps - (count - 1) / 2
+    if kind == "int":
+        return steps - count // 2
+    raise ValueError(f"codebook {kind!r} is not fixed; choose uniform, balanced or int")

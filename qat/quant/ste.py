@@ -1,0 +1,145 @@
+"""Fake quantization with straight-through gradients, saving nothing but its inputs.
+
+Forward: v = latent / S, W_hat = S * C[nearest(v)]. Backward, from dW = dL/dW_hat:
+
+    dlatent = dW                      where v lies on the codebook's range, else 0
+    dS      = dW * (C[indices] - v)   on the range (rounding is taken as identity), dW * C outside
+    dC[j]   = sum of dW * S over the weights whose index is j
+
+With frozen indices there is no latent weight and dS = dW * C[indices].
+
+Shape legend: O out, I in, G scales of a row (I where every weight has its own), C codebook values.
+
+Source: Bengio et al. 2013, arXiv:1308.3432 (straight-through); the scale's gradient is that of
+LSQ, Esser et al. 2020, arXiv:1902.08153, equation 3.
+"""
+
+import torch
+from torch import Tensor
+
+from qat.quant.grid import dequantize, nearest_indices, snap_float16
+
+ROWS_AT_ONCE = 2**17  # weights a chunk: its temporaries stay in a core's cache
+
+
+class SnapFloat16(torch.autograd.Function):
+    """Float16 rounding whose gradient is the identity."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        """Return the nearest float16 numbers in the input's dtype."""
+        return snap_float16(values)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        """Return the gradient unchanged."""
+        return gradient
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Nearest codebook value times scale, straight through to the latent weight."""
+
+    @staticmethod
+    def forward(ctx, latent: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+        """Return W_hat, (O, I), from a latent weight (O, I), scales (O, G), a codebook (C,)."""
+        ctx.save_for_backward(latent, scale, codebook)
+        quantized = torch.empty_like(latent)
+        for rows in row_chunks(latent):
+            normalized = normalize(latent[rows], scale[rows])
+            indices = nearest_indices(normalized, codebook)
+            quantized[rows] = dequantize(indices, scale[rows], codebook)
+        return quantized
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of latent weight, scale and codebook."""
+        latent, scale, codebook = ctx.saved_tensors
+        wants_latent, wants_scale, wants_codebook = ctx.needs_input_grad
+        low, high = codebook_range(codebook)
+        d_latent = torch.empty_like(latent) if wants_latent else None
+        d_scale = torch.empty_like(scale) if wants_scale else None
+        d_codebook = torch.zeros_like(codebook) if wants_codebook else None
+        for rows in row_chunks(latent):
+            normalized = normalize(latent[rows], scale[rows])
+            inside = (normalized >= low) & (normalized <= high)
+            if wants_latent:
+                torch.mul(gradient[rows], inside, out=d_latent[rows])
+            if wants_scale or wants_codebook:
+                indices = nearest_indices(normalized, codebook)
+            if wants_scale:
+                slope = codebook[indices.int()] - normalized * inside
+                d_scale[rows] = sum_groups(gradient[rows] * slope, scale.shape[1])
+            if wants_codebook:
+                d_codebook += codebook_gradient(gradient[rows], indices, scale[rows], codebook)
+        return d_latent, d_scale, d_codebook
+
+
+class Dequantize(torch.autograd.Function):
+    """Frozen indices times scale, with gradients to scale and codebook."""
+
+    @staticmethod
+    def forward(ctx, indices: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+        """Return W_hat, (O, I), from indices (O, I), scales (O, G), a codebook (C,)."""
+        ctx.save_for_backward(indices, scale, codebook)
+        return dequantize(indices, scale, codebook)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        """Return the gradients of scale and codebook."""
+        indices, scale, codebook = ctx.saved_tensors
+        d_scale = torch.empty_like(scale) if ctx.needs_input_grad[1] else None
+        d_codebook = torch.zeros_like(codebook) if ctx.needs_input_grad[2] else None
+        for rows in row_chunks(gradient):
+            if d_scale is not None:
+                values = codebook[indices[rows].int()]
+                d_scale[rows] = sum_groups(gradient[rows] * values, scale.shape[1])
+            if d_codebook is not None:
+                d_codebook += codebook_gradient(
+                    gradient[rows], indices[rows], scale[rows], codebook
+                )
+        return None, d_scale, d_codebook
+
+
+def fake_quantize(latent: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    """Return the quantized weight that a latent weight stands for, straight through.
+
+    Args:
+        latent: (O, I), float32.
+        scale: (O, G), one per group of I / G weights; G = I for one per weight.
+        codebook: (C,), any order: it is sorted here, so that training may move its values.
+    """
+    return FakeQuantize.apply(latent, scale, codebook.sort().values)
+
+
+def row_chunks(weight: Tensor) -> list[slice]:
+    """Return slices of rows that hold about `ROWS_AT_ONCE` weights each."""
+    num_rows = max(1, ROWS_AT_ONCE // weight.shape[1])
+    return [slice(start, start + num_rows) for start in range(0, weight.shape[0], num_rows)]
+
+
+def normalize(latent: Tensor, scale: Tensor) -> Tensor:
+    """Return latent / scale, (O, I)."""
+    grouped = latent.view(*scale.shape, -1)
+    return (grouped / scale.unsqueeze(-1)).view_as(latent)
+
+
+def codebook_range(codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ends of a codebook's range: half a step beyond its outer values."""
+    low = codebook[0] - (codebook[1] - codebook[0]) / 2
+    high = codebook[-1] + (codebook[-1] - codebook[-2]) / 2
+    return low, high
+
+
+def sum_groups(values: Tensor, num_groups: int) -> Tensor:
+    """Return the (O, G) sums of an (O, I) tensor over each group."""
+    if num_groups == values.shape[1]:
+        return values
+    return values.view(values.shape[0], num_groups, -1).sum(-1)
+
+
+def codebook_gradient(gradient: Tensor, indices: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    """Return, per codebook value, the sum of gradient * scale over its weights, (C,)."""
+    pulled = (gradient.view(*scale.shape, -1) * scale.unsqueeze(-1)).flatten()
+    # A sum per value instead of a scatter: scatters of floats are slow on XLA and unordered on GPU.
+    flat = indices.flatten()
+    return torch.stack([(pulled * (flat == j)).sum() for j in range(len(codebook))])
