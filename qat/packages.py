@@ -5,13 +5,14 @@ and torch with torch_tpu but without libtpu ends the whole process at `import to
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
 VersionOf = Callable[[str], str | None]
 
-XLA_INSTALL = "pip install 'torch==2.9.*' 'torch_xla[tpu]==2.9.*'"
+XLA_INSTALL = "pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'"  # the last release of torch_xla
 TPU_INSTALL = "pip install 'torch>=2.11,<2.16' 'torch_tpu>=0.2' libtpu"
 TPU_TORCH_RANGE = ((2, 11), (2, 15))  # the torch releases that torch_tpu 0.2.0 carries glue for
 MIN_TORCH = (2, 9)
@@ -60,8 +61,8 @@ def installed_version(name: str) -> str | None:
 
 
 def release(version: str) -> tuple[int, int]:
-    """Return (major, minor) of a version such as `2.9.0+cpu`."""
-    major, minor = version.split("+")[0].split(".")[:2]
+    """Return (major, minor) of a version such as `2.9.0+cpu` or `2.16rc1`."""
+    major, minor = re.findall(r"\d+", version)[:2]
     return int(major), int(minor)
 
 
