@@ -1,0 +1,106 @@
+import errno
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from qat import __main__
+from qat.commands.door import one_line, run_command
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LampConfig:
+    """Light a lamp."""
+
+    color: Literal["red", "blue"]
+    """What it looks like."""
+    watts: int = 5
+    """What it takes."""
+
+    def __post_init__(self) -> None:
+        if self.watts < 0:
+            raise ValueError(f"--watts {self.watts} is negative; give 0 or more")
+
+
+def light(arguments, act=lambda config: {"watts": config.watts}):
+    """Run the command with some flags."""
+    return run_command("qat lamp", LampConfig, act, arguments)
+
+
+def raising(error):
+    """Return an act that ends with an error."""
+
+    def act(config):
+        raise error
+
+    return act
+
+
+def test_the_closing_line_is_the_only_line_on_standard_output(capsys):
+    """One JSON line for machines; numbers stay numbers."""
+    assert light(["--color", "red", "--watts", "7"]) == 0
+    out, _ = capsys.readouterr()
+    assert out.count("\n") == 1
+    assert json.loads(out) == {"watts": 7}
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("--rank 0 is too small;\n give 1 or more"), "--rank 0 is too small; give 1"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "caches/x"), "caches/x"),
+        (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_code_2(error, expected, capsys, monkeypatch):
+    """No traceback: what, and what to do."""
+    monkeypatch.delenv("QAT_TRACEBACK", raising=False)
+    assert light(["--color", "red"], raising(error)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    """A failed assertion is no user's error; it is not hidden."""
+    with pytest.raises(AssertionError):
+        light(["--color", "red"], raising(AssertionError("a bug")))
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch):
+    """QAT_TRACEBACK=1 shows where an error came from."""
+    monkeypatch.setenv("QAT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="why"):
+        light(["--color", "red"], raising(ValueError("why")))
+
+
+def test_an_error_without_words_is_named():
+    """An empty message would leave an empty line."""
+    assert one_line(ValueError()) == "ValueError"
+
+
+def test_a_number_that_is_not_finite_is_refused_in_the_closing_line():
+    """`NaN` is no JSON; null is written by the act where a number cannot be known."""
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        light(["--color", "red"], lambda config: {"loss": float("nan")})
+
+
+def test_qat_alone_lists_its_commands(capsys, monkeypatch):
+    """The list is the help."""
+    monkeypatch.setattr("sys.argv", ["qat"])
+    assert __main__.main() == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in __main__.COMMANDS)
+
+
+def test_an_unknown_command_is_one_line_with_the_choices(capsys, monkeypatch):
+    """A typo shows what could have been meant."""
+    monkeypatch.setattr("sys.argv", ["qat", "trian"])
+    assert __main__.main() == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "'trian'" in err
+    assert "train" in err
