@@ -142,16 +142,21 @@ def tiny_cache(folder: Path, teacher=None, **changes) -> Path:
         teacher: A model; `tiny_llama()` when not given.
         changes: Fields of `BuildCacheConfig` (seq_len, top_k, content, ...).
     """
-    from qat.commands.build_cache import build_from_folder
+    from qat.cache.config import BuildCacheConfig
+    from qat.commands.build_cache import build
 
     folder = Path(folder)
     teacher_folder = save_tiny(folder / "teacher", teacher or tiny_llama())
     data = write_jsonl(folder / "records.jsonl", tiny_records())
-    settings = {"seq_len": 16, "top_k": 8, "batch_size": 4, "device": "cpu", "dtype": "fp32"}
-    closing = build_from_folder(
-        teacher=str(teacher_folder),
-        data=str(data),
-        output_dir=str(folder),
-        **{**settings, **changes},
-    )
-    return Path(closing["cache"])
+    settings = {
+        "teacher": str(teacher_folder),
+        "data": str(data),
+        "output_dir": folder,
+        "seq_len": 16,
+        "batch_size": 4,
+        "device": "cpu",
+        "dtype": "fp32",
+    }
+    if changes.get("content") != "hidden":
+        settings["top_k"] = 8
+    return Path(build(BuildCacheConfig(**{**settings, **changes}))["cache"])

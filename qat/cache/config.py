@@ -1,0 +1,78 @@
+"""Settings of `qat build-cache`; imports no torch, so that help is quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Content = Literal["top-k", "sampled", "hidden"]
+Format = Literal["auto", "alpaca", "sharegpt", "messages", "dolly", "text"]
+DEFAULT_TOP_K = {"top-k": 64, "sampled": 8, "hidden": 0}
+# With 8 exact ids this is 96 bytes a token where ids take 4 bytes: below the bar of 100.
+NUM_DRAWS = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildCacheConfig:
+    """Write the teacher's word on a data set, once, for every student to learn from."""
+
+    teacher: str
+    """Hugging Face folder or hub name of the teacher."""
+    data: str
+    """A json, jsonl, parquet or text file, a folder of them, or a hub name (name@revision)."""
+    format: Format = "auto"
+    """What the records' fields mean; auto finds out from the first record."""
+    thinking: Literal["none", "false", "true", "both", "all"] = "none"
+    """The chat template's enable_thinking; both and all render each record several times, none
+    joins the contents without a template."""
+    seq_len: int = 64
+    """Tokens a block."""
+    content: Content = "top-k"
+    """top-k: likeliest ids and tail mass. sampled: few ids and unbiased tail draws. hidden: the
+    final hidden state in int8, from which all logits follow."""
+    top_k: int | None = None
+    """Ids kept exactly at each position; 64 for top-k, 8 for sampled."""
+    num_negatives: int = 0
+    """Uniformly drawn ids at each position beside the content (the seeds' R)."""
+    loss_on: Literal["all", "assistant"] = "all"
+    """Which tokens count."""
+    num_sequences: int | None = None
+    """Blocks at most, train and held-out together; all of the data when not given."""
+    heldout_ratio: float = 0.125
+    """Share of the blocks that is held out, by document."""
+    batch_size: int | None = None
+    """Blocks a forward pass; chosen for the device when not given."""
+    seed: int = 0
+    """Decides the held-out documents and every draw."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps, xla or tpu."""
+    dtype: str = "auto"
+    """The teacher's dtype: auto, fp32, bf16 or fp16; auto is bf16 where the device has it."""
+    output_dir: Path = Path("caches")
+    """Where the cache's folder is made."""
+    name: str | None = None
+    """The folder's name; made of the settings and the fingerprint when not given."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built."""
+        if self.seq_len < 2:
+            raise ValueError(f"--seq-len {self.seq_len} predicts nothing; give 2 or more")
+        if not 0 <= self.heldout_ratio < 1:
+            raise ValueError(f"--heldout-ratio {self.heldout_ratio} is outside 0..1; try 0.125")
+        for flag in ("num_sequences", "batch_size"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise ValueError(f"--{flag.replace('_', '-')} {value} is below 1; give more")
+        if self.num_negatives < 0:
+            raise ValueError(f"--num-negatives {self.num_negatives} is below 0; give 0 for none")
+        if self.content == "hidden" and (self.top_k or self.num_negatives):
+            raise ValueError(
+                "--content hidden keeps no ids: full logits follow from it; "
+                "leave out --top-k and --num-negatives"
+            )
+        if self.content != "hidden" and self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"--top-k {self.top_k} is below 1; leave it out for a good value")
+
+    @property
+    def kept_ids(self) -> int:
+        """Ids kept exactly at each position."""
+        return DEFAULT_TOP_K[self.content] if self.top_k is None else self.top_k

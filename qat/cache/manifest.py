@@ -1,0 +1,245 @@
+"""What a cache is: its identity, its shards, and the refusal of a cache that does not fit.
+
+`manifest.json` is written last, so that its presence says that the cache is whole.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from qat.cache.config import NUM_DRAWS, BuildCacheConfig
+from qat.files import canonical_json, fingerprint, read_json, write_json
+from qat.records import source_revision
+
+CODEC_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+StoredContent = Literal["top-k", "sampled", "hidden", "conditional"]
+
+
+class CacheMismatch(ValueError):  # noqa: N818 the house names it so
+    """A cache that does not belong to what is asked of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """One file of a cache."""
+
+    file: str
+    sha256: str | None
+    """None only for files of the seeds' form, which keep no checksum."""
+    num_bytes: int
+    num_sequences: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheIdentity:
+    """All that decides a cache's bytes on one device. None = not known (the seeds' form)."""
+
+    content: StoredContent
+    """conditional: top-k without the tail's mass, as the seeds' caches are."""
+    teacher_weights: str | None
+    """Hash of the teacher's weight files."""
+    tokenizer_sha256: str | None
+    """Of the sorted vocabulary."""
+    template_sha256: str | None
+    """Of the chat template; None where none was used."""
+    data_revision: str | None
+    """Hash of the files, or the hub's revision."""
+    format: str | None
+    thinking: str | None
+    loss_on: str
+    seq_len: int
+    top_k: int
+    num_draws: int = 0
+    num_negatives: int = 0
+    max_sequences: int | None = None
+    """The limit that was asked for."""
+    heldout_ratio: float
+    seed: int | None
+    dtype: str | None
+    """The teacher's."""
+    codec_version: int = CODEC_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that name the cache."""
+        return fingerprint(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheManifest:
+    """Identity, names for people, sizes and files of a whole cache."""
+
+    identity: CacheIdentity
+    teacher_name: str | None
+    data_name: str | None
+    vocab_size: int
+    """Width of the teacher's logits, padding included."""
+    num_sequences: int
+    num_heldout: int
+    """The last sequences are the held-out ones."""
+    shards: tuple[FileEntry, ...]
+    head: FileEntry | None = None
+    """The teacher's output matrix, for hidden content."""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that name the cache."""
+        return self.identity.fingerprint
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all blocks."""
+        return self.num_sequences * self.identity.seq_len
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        head_bytes = self.head.num_bytes if self.head else 0
+        return head_bytes + sum(shard.num_bytes for shard in self.shards)
+
+
+def write_manifest(folder: Path, manifest: CacheManifest) -> None:
+    """Declare a cache whole."""
+    write_json(folder / MANIFEST_FILE, {"fingerprint": manifest.fingerprint, **asdict(manifest)})
+
+
+def read_manifest(folder: Path) -> CacheManifest:
+    """Return a cache's manifest, checked against its own fingerprint.
+
+    Raises:
+        CacheMismatch: If the manifest was altered or is of another version.
+        FileNotFoundError: If the cache is not whole.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {MANIFEST_FILE}: no cache, or one whose build was cut short; "
+            "run its `qat build-cache` again"
+        )
+    values = read_json(path)
+    recorded = values.pop("fingerprint", None)
+    version = values.get("identity", {}).get("codec_version")
+    if version != CODEC_VERSION:
+        raise CacheMismatch(
+            f"{path}: codec_version {version} is not {CODEC_VERSION}; build the cache again"
+        )
+    manifest = manifest_of(values, path)
+    if recorded != manifest.fingerprint:
+        raise CacheMismatch(
+            f"{path}: fingerprint {recorded} is recorded but its fields give "
+            f"{manifest.fingerprint}; the manifest was altered, so build the cache again"
+        )
+    return manifest
+
+
+def manifest_of(values: Mapping[str, Any], path: Path) -> CacheManifest:
+    """Return the manifest that JSON values describe, or raise CacheMismatch."""
+    try:
+        return CacheManifest(
+            **{
+                **values,
+                "identity": CacheIdentity(**values["identity"]),
+                "shards": tuple(FileEntry(**entry) for entry in values["shards"]),
+                "head": FileEntry(**values["head"]) if values["head"] else None,
+            }
+        )
+    except (KeyError, TypeError) as error:
+        raise CacheMismatch(f"{path} is no manifest of this version ({error})") from error
+
+
+def require_equal(recorded: Any, given: Any, field: str, remedy: str) -> None:
+    """Refuse two values of a field that differ; an unknown one (None) passes.
+
+    Raises:
+        CacheMismatch: With the field and both values.
+    """
+    if recorded is not None and given is not None and recorded != given:
+        raise CacheMismatch(f"the cache has {field} {recorded}, here it is {given}; {remedy}")
+
+
+def require_identity(recorded: CacheIdentity, wanted: CacheIdentity, folder: Path) -> None:
+    """Refuse a folder that holds another cache than the one to be built.
+
+    Raises:
+        CacheMismatch: With the first field that differs and both values.
+    """
+    for field in fields(CacheIdentity):
+        before, now = getattr(recorded, field.name), getattr(wanted, field.name)
+        if before != now:
+            raise CacheMismatch(
+                f"{folder} holds a cache with {field.name} {before}, asked for is {now}; "
+                "choose another --name or remove the folder"
+            )
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Return a hash of the sorted vocabulary: it survives saving and loading."""
+    return hashlib.sha256(canonical_json(tokenizer.get_vocab()).encode()).hexdigest()
+
+
+def template_sha256(tokenizer: Any) -> str | None:
+    """Return a hash of the chat template, or None where there is none."""
+    template = tokenizer.chat_template
+    return hashlib.sha256(canonical_json(template).encode()).hexdigest() if template else None
+
+
+def wanted_identity(
+    config: BuildCacheConfig, *, tokenizer: Any, teacher_weights: str, dtype: str
+) -> CacheIdentity:
+    """Return the identity of the cache that a config asks for.
+
+    Args:
+        config: What is asked for.
+        tokenizer: The teacher's.
+        teacher_weights: Hash of the teacher's weights.
+        dtype: The teacher's, as the flag's word.
+
+    Raises:
+        ValueError: If the data source cannot be read.
+    """
+    return CacheIdentity(
+        content=config.content,
+        teacher_weights=teacher_weights,
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        template_sha256=None if config.thinking == "none" else template_sha256(tokenizer),
+        data_revision=source_revision(config.data),
+        format=config.format,
+        thinking=config.thinking,
+        loss_on=config.loss_on,
+        seq_len=config.seq_len,
+        top_k=config.kept_ids,
+        num_draws=NUM_DRAWS if config.content == "sampled" else 0,
+        num_negatives=config.num_negatives,
+        max_sequences=config.num_sequences,
+        heldout_ratio=config.heldout_ratio,
+        seed=config.seed,
+        dtype=dtype,
+    )
+
+
+def draft_manifest(
+    identity: CacheIdentity, *, teacher_name: str, data_name: str, vocab_size: int
+) -> CacheManifest:
+    """Return the manifest of a cache that has no sequences yet."""
+    return CacheManifest(
+        identity=identity,
+        teacher_name=teacher_name,
+        data_name=data_name,
+        vocab_size=vocab_size,
+        num_sequences=0,
+        num_heldout=0,
+        shards=(),
+    )
+
+
+def default_name(identity: CacheIdentity, data_name: str) -> str:
+    """Return `{dataset}_{template}_think_{mode}_L.._K.._R..-{fingerprint}`."""
+    dataset = Path(data_name.partition("@")[0].rstrip("/")).stem.replace(" ", "-")
+    template = "text" if identity.thinking == "none" else "chat"
+    return (
+        f"{dataset}_{template}_think_{identity.thinking}_L{identity.seq_len}"
+        f"_K{identity.top_k}_R{identity.num_negatives}-{identity.fingerprint}"
+    )

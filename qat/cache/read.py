@@ -1,0 +1,340 @@
+"""Reading a cache: memory-mapped, any sequence at once, checked shard by shard.
+
+Shape legend: N sequences of a cache, B of a batch, L tokens of a block, T = L - 1 positions.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from qat.cache.codec import Fields, unpack
+from qat.cache.manifest import (
+    MANIFEST_FILE,
+    CacheManifest,
+    CacheMismatch,
+    FileEntry,
+    read_manifest,
+    require_equal,
+    template_sha256,
+    tokenizer_sha256,
+)
+from qat.distill.teacher import TeacherSignal
+from qat.files import sha256_of_file
+
+Split = Literal["train", "heldout", "all"]
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheBatch:
+    """Blocks and the teacher's word on them."""
+
+    input_ids: Tensor
+    """(B, L) int64."""
+    signal: TeacherSignal
+    """Of the L - 1 positions that predict a token."""
+    document_ids: Tensor | None
+    """(B, L) int64; None where the cache keeps none."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "CacheBatch":
+        """Return the same batch on another device."""
+        documents = self.document_ids
+        return CacheBatch(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.signal.to(device, non_blocking=non_blocking),
+            None if documents is None else documents.to(device, non_blocking=non_blocking),
+        )
+
+
+class TeacherCache:
+    """A whole cache: what it is, and batches of any of its sequences."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: CacheManifest,
+        load_shard: Callable[[Path], Fields],
+        head: Head | None = None,
+    ) -> None:
+        """Join a manifest and the function that maps one of its shards."""
+        self.folder = folder
+        self.manifest = manifest
+        self._load_shard = load_shard
+        self._head = head
+        self._shards: dict[int, dict[str, np.ndarray]] = {}
+        counts = [shard.num_sequences for shard in manifest.shards]
+        self._ends = np.cumsum(counts)
+
+    @classmethod
+    def open(cls, path: str | Path, *, head: Head | None = None) -> "TeacherCache":
+        """Open a cache of our form or of the seeds', also where it is nested in a folder.
+
+        Args:
+            path: The cache's folder.
+            head: From hidden states (B, T, H) to logits (B, T, V), in place of the cache's own
+                copy of the teacher's; `hidden` content only.
+
+        Raises:
+            FileNotFoundError: If there is no whole cache.
+            CacheMismatch: If its manifest was altered or a shard has another size.
+        """
+        folder = find_cache_folder(Path(path))
+        manifest = read_manifest(folder)
+        for entry in manifest.shards:
+            check_size(folder, entry)
+        if manifest.head and head is None:
+            head = stored_head(folder, manifest.head)
+        return cls(folder, manifest, load_file, head)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that name the cache."""
+        return self.manifest.fingerprint
+
+    @property
+    def num_sequences(self) -> int:
+        """N, train and held-out."""
+        return self.manifest.num_sequences
+
+    @property
+    def seq_len(self) -> int:
+        """L."""
+        return self.manifest.identity.seq_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the teacher's logits."""
+        return self.manifest.vocab_size
+
+    def sequence_ids(self, split: Split = "all") -> np.ndarray:
+        """Return the ids of a split's sequences, int64, in order.
+
+        Raises:
+            ValueError: If the split is empty or unknown.
+        """
+        num_train = self.num_sequences - self.manifest.num_heldout
+        bounds = {
+            "train": (0, num_train),
+            "heldout": (num_train, self.num_sequences),
+            "all": (0, self.num_sequences),
+        }
+        if split not in bounds:
+            raise ValueError(f"split {split!r} is not one of {', '.join(bounds)}")
+        sequence_ids = np.arange(*bounds[split], dtype=np.int64)
+        if not len(sequence_ids):
+            raise ValueError(f"{self.folder} has no {split} sequences; build it with more text")
+        return sequence_ids
+
+    def batch(self, sequence_ids: np.ndarray | list[int]) -> CacheBatch:
+        """Return the given sequences, in the given order.
+
+        Raises:
+            CacheMismatch: If a shard is not the one that was written; its file is named.
+            IndexError: If an id is outside the cache.
+        """
+        fields = self.fields(sequence_ids)
+        mask = fields.pop("loss_mask")[:, 1:].bool()
+        input_ids = fields.pop("input_ids").long()
+        documents = fields.pop("document_ids", None)
+        signal = unpack(fields, mask, self._head)
+        return CacheBatch(input_ids, signal, None if documents is None else documents.long())
+
+    def fields(self, sequence_ids: np.ndarray | list[int]) -> Fields:
+        """Return the stored fields of sequences, (B, ...); ids as int32."""
+        rows = np.asarray(sequence_ids, dtype=np.int64)
+        if rows.size and not (rows.min() >= 0 and rows.max() < self.num_sequences):
+            raise IndexError(f"sequence ids {rows} reach outside 0..{self.num_sequences - 1}")
+        owners = np.searchsorted(self._ends, rows, side="right")
+        gathered: dict[str, np.ndarray] = {}
+        for owner in np.unique(owners):
+            places = np.flatnonzero(owners == owner)
+            start = self._ends[owner] - self.manifest.shards[owner].num_sequences
+            for name, column in self._shard(int(owner)).items():
+                part = column[rows[places] - start]
+                if name not in gathered:
+                    gathered[name] = np.empty((len(rows), *part.shape[1:]), part.dtype)
+                gathered[name][places] = part
+        return {
+            name: torch.from_numpy(column.astype(np.int32) if column.dtype == np.uint16 else column)
+            for name, column in gathered.items()
+        }
+
+    def _shard(self, index: int) -> dict[str, np.ndarray]:
+        """Map a shard, once, after checking its bytes."""
+        if index not in self._shards:
+            entry = self.manifest.shards[index]
+            check_sha256(self.folder, entry)
+            fields = self._load_shard(self.folder / entry.file)
+            self._shards[index] = {name: field.numpy() for name, field in fields.items()}
+        return self._shards[index]
+
+    def require_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer, or a chat template, other than the teacher's.
+
+        Raises:
+            CacheMismatch: With the field and both values.
+        """
+        identity = self.manifest.identity
+        remedy = "use the teacher's tokenizer, or build a cache with this one"
+        require_equal(
+            identity.tokenizer_sha256, tokenizer_sha256(tokenizer), "tokenizer_sha256", remedy
+        )
+        require_equal(
+            identity.template_sha256, template_sha256(tokenizer), "template_sha256", remedy
+        )
+
+    def require_vocabulary(self, vocab_size: int) -> None:
+        """Refuse a model whose logits are narrower or wider than the teacher's.
+
+        Raises:
+            CacheMismatch: With both widths.
+        """
+        require_equal(
+            self.vocab_size, vocab_size, "vocab_size", "use a student of the same vocabulary"
+        )
+
+    def require_teacher(self, weights: str) -> None:
+        """Refuse a cache of another teacher.
+
+        Args:
+            weights: Hash of the weight files, as `model_identity` gives it.
+
+        Raises:
+            CacheMismatch: With both hashes.
+        """
+        require_equal(
+            self.manifest.identity.teacher_weights,
+            weights,
+            "teacher_weights",
+            "build a cache with this teacher",
+        )
+
+    def require_fingerprint(self, fingerprint: str | None) -> None:
+        """Refuse to go on with another cache than the one a run or checkpoint names.
+
+        Raises:
+            CacheMismatch: With both fingerprints.
+        """
+        require_equal(
+            self.fingerprint, fingerprint, "fingerprint", "give the cache that it was trained on"
+        )
+
+
+def find_cache_folder(path: Path) -> Path:
+    """Return the folder that holds a cache's files: `path`, or one nested in it.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    folder = path
+    while folder.is_dir():
+        if (folder / MANIFEST_FILE).is_file() or is_seed_cache(folder):
+            return folder
+        inner = [item for item in folder.iterdir() if item.is_dir()]
+        if len(inner) != 1:
+            break
+        folder = inner[0]
+    if not path.is_dir():
+        raise FileNotFoundError(f"cache {path} does not exist; `qat build-cache` makes one")
+    raise FileNotFoundError(
+        f"{path} holds neither {MANIFEST_FILE} nor meta.json and shards: no cache, or one whose "
+        "build was cut short; run its `qat build-cache` again"
+    )
+
+
+def is_seed_cache(folder: Path) -> bool:
+    """Whether a folder has shards of the seeds' form."""
+    return any(folder.glob("shard_*.pt"))
+
+
+def check_size(folder: Path, entry: FileEntry) -> None:
+    """Refuse a file that is missing, cut or longer than written.
+
+    Raises:
+        CacheMismatch: With its name and both sizes.
+    """
+    path = folder / entry.file
+    found = path.stat().st_size if path.is_file() else 0
+    if found != entry.num_bytes:
+        raise CacheMismatch(
+            f"{path} has {found} bytes, the manifest says {entry.num_bytes}; "
+            "remove the manifest and run `qat build-cache` again, or fetch the cache again"
+        )
+
+
+def check_sha256(folder: Path, entry: FileEntry) -> None:
+    """Refuse a file whose bytes are not those that were written.
+
+    Raises:
+        CacheMismatch: With its name and both checksums.
+    """
+    if entry.sha256 is None:
+        return
+    path = folder / entry.file
+    found = sha256_of_file(path)
+    if found != entry.sha256:
+        raise CacheMismatch(
+            f"{path} has sha256 {found}, the manifest says {entry.sha256}; "
+            "remove the shard and the manifest and run `qat build-cache` again"
+        )
+
+
+def stored_head(folder: Path, entry: FileEntry) -> Head:
+    """Return the teacher's head as the cache keeps it, checked at first use."""
+    loaded: Fields = {}
+
+    def head(hidden: Tensor) -> Tensor:
+        if not loaded:
+            check_sha256(folder, entry)
+            loaded.update(load_file(folder / entry.file))
+            loaded["weight"] = loaded["weight"].float()
+        logits = functional.linear(hidden, loaded["weight"])
+        if "softcap" in loaded:
+            logits = torch.tanh(logits / loaded["softcap"]) * loaded["softcap"]
+        return logits
+
+    return head
+
+
+def shuffled_batches(
+    cache: TeacherCache,
+    *,
+    split: Split = "train",
+    batch_size: int,
+    seed: int,
+    start_batch: int = 0,
+) -> Iterator[CacheBatch]:
+    """Yield batches without end: epochs in an order of their own, one after the other.
+
+    Batch b holds the places b * B to (b + 1) * B of the endless row of shuffled epochs, so any
+    batch follows from its number and every sequence is seen equally often.
+
+    Args:
+        cache: Where the sequences are.
+        split: Which of them.
+        batch_size: B.
+        seed: Decides every epoch's order.
+        start_batch: The first batch to give, as if those before had been given.
+    """
+    sequence_ids = cache.sequence_ids(split)
+    order: dict[int, np.ndarray] = {}
+    batch = start_batch
+    while True:
+        places = np.arange(batch * batch_size, (batch + 1) * batch_size)
+        epochs, inside = np.divmod(places, len(sequence_ids))
+        order = {
+            epoch: order[epoch]
+            if epoch in order
+            else np.random.default_rng([seed, epoch]).permutation(sequence_ids)
+            for epoch in np.unique(epochs).tolist()
+        }
+        rows = [order[epoch][place] for epoch, place in zip(epochs.tolist(), inside, strict=True)]
+        yield cache.batch(np.array(rows))
+        batch += 1
