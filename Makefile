@@ -14,6 +14,7 @@ help:  ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: $(STAMP)  ## make .venv with the versions of constraints.txt
+	@:
 
 # The stamp comes last, so what an interrupt leaves behind is completed by the next call.
 # torch goes first: it is most of the download, and a later failure does not repeat it.

@@ -239,6 +239,13 @@ def test_every_command_and_script_answers_help_and_loads_nothing_heavy(answers):
         assert not loaded, f"{name} --help loads {loaded}; import inside the function"
 
 
+def test_the_makefile_runs_what_exists():
+    """A verb whose script is absent is a promise that is not kept."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    absent = [name for name in re.findall(r"[\w/]+\.py\b", text) if not (ROOT / name).is_file()]
+    assert not absent, f"write it, or remove the verb from the Makefile: {absent}"
+
+
 def quoted_lines(path: Path) -> list[str]:
     """Return the command lines in a document: its code blocks and inline code, or a script."""
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
