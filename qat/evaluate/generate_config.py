@@ -1,0 +1,51 @@
+"""What `qat generate` can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Template = Literal["chat", "none"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """Answer prompts, or fill in the answers of an instruction file."""
+
+    checkpoint: str
+    """Native folder, run folder (its best), Hugging Face folder or hub name."""
+    prompt: tuple[str, ...] = ()
+    """One or more prompts, each in quotes."""
+    data: Path | None = None
+    """JSON lines with instruction, input, output; answers what has no output yet."""
+    output: Path | None = None
+    """Where the answered rows go, with --data; the data file itself is allowed."""
+    overwrite_outputs: bool = False
+    """With --data: answer every row, also those that have an output."""
+    max_new_tokens: int = 128
+    """An answer ends here at the latest."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; above 0 samples."""
+    batch_size: int = 16
+    """Prompts answered at once; those of similar length go together."""
+    template: Template = "chat"
+    """chat: the tokenizer's chat template, where it has one. none: continues the bare prompt."""
+    seed: int = 0
+    """For sampling."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps, xla or tpu."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Compute dtype; auto takes what the device is good at."""
+
+    def __post_init__(self):
+        if bool(self.prompt) == bool(self.data):
+            raise ValueError("give either --prompt TEXT... or --data FILE.jsonl with --output")
+        if (self.data is None) != (self.output is None):
+            raise ValueError("--data and --output go together; give both")
+        if any(not text.strip() for text in self.prompt):
+            raise ValueError("--prompt has an empty text; remove it")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} {getattr(self, name)} is below 1; give 1 or more")
+        if self.temperature < 0:
+            raise ValueError(f"--temperature {self.temperature} is below 0; give 0 or more")
