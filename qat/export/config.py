@@ -1,0 +1,22 @@
+"""What `qat export` can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Target = Literal["hf"]
+ExportDtype = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """Write a student in another program's format, and check what was written."""
+
+    checkpoint: str
+    """The student: native folder or run folder (its best)."""
+    to: Target
+    """hf: dense safetensors that plain transformers loads."""
+    output: Path
+    """Where it goes; must not exist."""
+    dtype: ExportDtype = "fp32"
+    """Of the tensors written; fp32 holds every weight as it was trained, the others round."""
