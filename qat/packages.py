@@ -20,6 +20,7 @@ MIN_TORCH = (2, 9)
 BASE = (
     "torch",
     "transformers",
+    "accelerate",
     "numpy",
     "scikit-learn",
     "safetensors",

@@ -1,12 +1,16 @@
 """What every command shares: flags from one dataclass, one line of JSON, one line for an error."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 USER_ERRORS = (ValueError, OSError)
+BOX_LINES = re.compile(r"[\u2500-\u257f]|^[+|]|[+|]$|-{3,}")  # tyro draws in either alphabet
 
 
 def run_command(
@@ -26,11 +30,8 @@ def run_command(
     Returns:
         Exit code: 0, or 2 where the user can fix what is wrong.
     """
-    import tyro
-
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = tyro.cli(config_type, args=arguments, prog=name)
+        config = parse_flags(name, config_type, sys.argv[1:] if argv is None else argv)
         closing = act(config)
     except USER_ERRORS as error:
         if os.environ.get("QAT_TRACEBACK"):
@@ -39,6 +40,32 @@ def run_command(
         return 2
     print(json.dumps(closing, allow_nan=False), flush=True)  # noqa: T201 the closing line
     return 0
+
+
+def parse_flags(name: str, config_type: type, argv: Sequence[str]) -> Any:
+    """Return the config that the flags ask for.
+
+    Raises:
+        ValueError: If a flag or its value is wrong, on one line.
+    """
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config_type, args=list(argv), prog=name)
+    except SystemExit as stop:
+        if not stop.code:  # --help has been printed
+            raise
+        raise ValueError(flag_error(said.getvalue(), name)) from None
+
+
+def flag_error(box: str, name: str) -> str:
+    """Return on one line what tyro draws as a box: what is wrong, what may have been meant."""
+    lines = [BOX_LINES.sub("", line).strip() for line in box.splitlines()[1:]]
+    what = re.split(r"For full helptext|Argument helptext", " ".join(lines))[0]
+    what = re.sub(r"^Error parsing \w+Config: ", "", " ".join(what.split()))
+    return f"{what.rstrip('.')}; `{name} --help` lists the flags"
 
 
 def one_line(error: BaseException) -> str:

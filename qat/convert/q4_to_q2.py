@@ -6,10 +6,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qat.convert.config import ConvertQ4ToQ2Config
 from qat.model.linear import FakeQuantLinear
 from qat.model.surgery import layers_of_kind, swap
 from qat.quant.fit import fit_weight
-from qat.quant.scheme import LayerScheme
+from qat.quant.scheme import LayerScheme, Scheme, with_mlp
+
+
+def q2_scheme(scheme: Scheme, config: ConvertQ4ToQ2Config) -> Scheme:
+    """Return the scheme after the conversion: the MLP's new one, attention as it was."""
+    rank = config.q2_mlp_rank
+    size = f"r{rank}" if rank else f"g{config.q2_mlp_group_size}"
+    return with_mlp(
+        scheme,
+        f"q{config.q2_mlp_bits}a{scheme.attention.bits}_{size}",
+        bits=config.q2_mlp_bits,
+        group_size=config.q2_mlp_group_size,
+        rank=rank,
+    )
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ Shape legend: B batch, T positions, K tokens the teacher is known on, V vocabula
 Position t of a block predicts token t + 1, so a block of L tokens has T = L - 1 positions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -32,15 +33,23 @@ class TeacherSignal:
     weights: Tensor | None = None
     """(B, T, K) float32, sampled only: E_p[f] is estimated by sum_k weights_k f(token_k)."""
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TeacherSignal":
-        """Return the same signal on another device."""
-        moved = {
-            field.name: value.to(device, non_blocking=non_blocking)
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TeacherSignal":
+        """Return the signal with every tensor changed alike."""
+        changed = {
+            field.name: change(value)
             if isinstance(value := getattr(self, field.name), Tensor)
             else value
             for field in fields(self)
         }
-        return TeacherSignal(**moved)
+        return TeacherSignal(**changed)
+
+    def flatten(self) -> "TeacherSignal":
+        """Return the signal with B and T as one axis of B * T positions."""
+        return self.map(lambda tensor: tensor.flatten(0, 1))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TeacherSignal":
+        """Return the same signal on another device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 def dense_signal(teacher_logits: Tensor, mask: Tensor) -> TeacherSignal:

@@ -1,10 +1,12 @@
 """Models from folders and hub names: tokenizer, dense model, student, and who they are."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from qat.files import fingerprint, sha256_of_file
@@ -104,3 +106,33 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
         if is_checkpoint(folder / name):
             return folder / name
     return folder
+
+
+def base_weights(
+    name: str | Path, identity: dict[str, str]
+) -> Callable[[str], torch.Tensor | None]:
+    """Return a function from a layer's name to its full-precision weight, None where unknown.
+
+    Weights are read one at a time from the folder's memory-mapped files, and only if they are
+    those that the student was made from.
+
+    Args:
+        name: Folder of the base model; anything else gives no weights.
+        identity: As in a checkpoint header.
+    """
+    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    if not files or model_identity(name, nn.Module())["weights"] != identity.get("weights"):
+        return lambda _layer: None
+    where = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            where.update(dict.fromkeys(handle.keys(), file))
+
+    def weight_of(layer: str) -> torch.Tensor | None:
+        key = f"{layer}.weight"
+        if key not in where:
+            return None
+        with safe_open(where[key], framework="pt") as handle:
+            return handle.get_tensor(key)
+
+    return weight_of

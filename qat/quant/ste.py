@@ -51,27 +51,9 @@ class FakeQuantize(torch.autograd.Function):
         return quantized
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of latent weight, scale and codebook."""
-        latent, scale, codebook = ctx.saved_tensors
-        wants_latent, wants_scale, wants_codebook = ctx.needs_input_grad
-        low, high = codebook_range(codebook)
-        d_latent = torch.empty_like(latent) if wants_latent else None
-        d_scale = torch.empty_like(scale) if wants_scale else None
-        d_codebook = torch.zeros_like(codebook) if wants_codebook else None
-        for rows in row_chunks(latent):
-            normalized = normalize(latent[rows], scale[rows])
-            inside = (normalized >= low) & (normalized <= high)
-            if wants_latent:
-                torch.mul(gradient[rows], inside, out=d_latent[rows])
-            if wants_scale or wants_codebook:
-                indices = nearest_indices(normalized, codebook)
-            if wants_scale:
-                slope = codebook[indices.int()] - normalized * inside
-                d_scale[rows] = sum_groups(gradient[rows] * slope, scale.shape[1])
-            if wants_codebook:
-                d_codebook += codebook_gradient(gradient[rows], indices, scale[rows], codebook)
-        return d_latent, d_scale, d_codebook
+        return fake_quantize_gradients(*ctx.saved_tensors, gradient, *ctx.needs_input_grad)
 
 
 class Dequantize(torch.autograd.Function):
@@ -84,20 +66,11 @@ class Dequantize(torch.autograd.Function):
         return dequantize(indices, scale, codebook)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of scale and codebook."""
-        indices, scale, codebook = ctx.saved_tensors
-        d_scale = torch.empty_like(scale) if ctx.needs_input_grad[1] else None
-        d_codebook = torch.zeros_like(codebook) if ctx.needs_input_grad[2] else None
-        for rows in row_chunks(gradient):
-            if d_scale is not None:
-                values = codebook[indices[rows].int()]
-                d_scale[rows] = sum_groups(gradient[rows] * values, scale.shape[1])
-            if d_codebook is not None:
-                d_codebook += codebook_gradient(
-                    gradient[rows], indices[rows], scale[rows], codebook
-                )
-        return None, d_scale, d_codebook
+        _, wants_scale, wants_codebook = ctx.needs_input_grad
+        saved = ctx.saved_tensors
+        return None, *dequantize_gradients(*saved, gradient, wants_scale, wants_codebook)
 
 
 def fake_quantize(latent: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
@@ -109,6 +82,76 @@ def fake_quantize(latent: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
         codebook: (C,), any order: it is sorted here, so that training may move its values.
     """
     return FakeQuantize.apply(latent, scale, codebook.sort().values)
+
+
+def fake_quantize_gradients(
+    latent: Tensor,
+    scale: Tensor,
+    codebook: Tensor,
+    gradient: Tensor,
+    wants_latent: bool,
+    wants_scale: bool,
+    wants_codebook: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of latent weight, scale and codebook; None where not wanted.
+
+    Args:
+        latent: (O, I), float32.
+        scale: (O, G).
+        codebook: (C,), ascending.
+        gradient: dL/dW_hat, (O, I), any float dtype.
+        wants_latent: Whether the first gradient is asked for.
+        wants_scale: Whether the second is.
+        wants_codebook: Whether the third is.
+    """
+    low, high = codebook_range(codebook)
+    d_latent = torch.empty_like(latent) if wants_latent else None
+    d_scale = torch.empty_like(scale) if wants_scale else None
+    d_codebook = torch.zeros_like(codebook) if wants_codebook else None
+    for rows in row_chunks(latent):
+        arriving = gradient[rows].float()
+        normalized = normalize(latent[rows], scale[rows])
+        inside = (normalized >= low) & (normalized <= high)
+        if wants_latent:
+            torch.mul(arriving, inside, out=d_latent[rows])
+        if wants_scale or wants_codebook:
+            indices = nearest_indices(normalized, codebook)
+        if wants_scale:
+            slope = codebook[indices.int()] - normalized * inside
+            d_scale[rows] = sum_groups(arriving * slope, scale.shape[1])
+        if wants_codebook:
+            d_codebook += codebook_gradient(arriving, indices, scale[rows], codebook)
+    return d_latent, d_scale, d_codebook
+
+
+def dequantize_gradients(
+    indices: Tensor,
+    scale: Tensor,
+    codebook: Tensor,
+    gradient: Tensor,
+    wants_scale: bool,
+    wants_codebook: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of scale and codebook for frozen indices; None where not wanted.
+
+    Args:
+        indices: (O, I), integers.
+        scale: (O, G).
+        codebook: (C,).
+        gradient: dL/dW_hat, (O, I), any float dtype.
+        wants_scale: Whether the first gradient is asked for.
+        wants_codebook: Whether the second is.
+    """
+    d_scale = torch.empty_like(scale) if wants_scale else None
+    d_codebook = torch.zeros_like(codebook) if wants_codebook else None
+    for rows in row_chunks(gradient):
+        arriving = gradient[rows].float()
+        if wants_scale:
+            values = codebook[indices[rows].int()]
+            d_scale[rows] = sum_groups(arriving * values, scale.shape[1])
+        if wants_codebook:
+            d_codebook += codebook_gradient(arriving, indices[rows], scale[rows], codebook)
+    return d_scale, d_codebook
 
 
 def row_chunks(weight: Tensor) -> list[slice]:

@@ -64,6 +64,35 @@ def test_what_a_user_can_mend_is_one_line_and_code_2(error, expected, capsys, mo
     assert expected in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--color", "green"], "invalid choice 'green' for argument '--color'"),
+        (["--color", "red", "--watts", "x"], "Error parsing --watts: invalid literal"),
+        (["--color", "red", "--wats", "3"], "Unrecognized options: --wats, 3 Perhaps you meant"),
+        (["--color", "red", "--watts", "-3"], "error: --watts -3 is negative; give 0 or more"),
+        (["--watts", "3"], "Missing from qat lamp: --color {red,blue}"),
+        (["--color", "red", "--watts"], "Missing value for argument '--watts'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_with_key_value_and_remedy(flags, expected, capsys):
+    """No box and no traceback: the flag, what is wrong with it, where the flags are listed."""
+    assert light(flags) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert expected in err
+    assert "`qat lamp --help` lists the flags" in err
+
+
+def test_help_is_no_error(capsys):
+    """It goes to standard output and ends well."""
+    with pytest.raises(SystemExit) as stop:
+        light(["--help"])
+    assert stop.value.code == 0
+    assert "What it takes." in capsys.readouterr().out
+
+
 def test_our_own_mistakes_keep_their_traceback():
     """A failed assertion is no user's error; it is not hidden."""
     with pytest.raises(AssertionError):

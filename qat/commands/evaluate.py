@@ -1,0 +1,64 @@
+"""`qat evaluate`: measure a student."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from qat.commands.door import run_command, say
+from qat.evaluate.config import EvaluateConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    return run_command("qat evaluate", EvaluateConfig, act, argv)
+
+
+def act(config: EvaluateConfig) -> dict[str, Any]:
+    """Load, measure, report."""
+    from qat.device import Device
+    from qat.model.checkpoint import bits_per_weight
+    from qat.model.load import load_model
+
+    device = Device.detect(config.device)
+    dtype = device.dtype_from_name(config.dtype)
+    say(device.describe())
+    model, _header = load_model(config.checkpoint, dtype=dtype)
+    sizes = bits_per_weight(model)
+    model.to(device.torch_device)
+    measure = on_cache if config.cache_dir else on_text
+    return measure(model, config, device.torch_device, dtype) | sizes
+
+
+def on_cache(model: Any, config: EvaluateConfig, device: Any, dtype: Any) -> dict[str, Any]:
+    """Measure on a cache that is of the same tokenizer and vocabulary."""
+    from qat.cache.read import TeacherCache
+    from qat.evaluate.on_cache import evaluate_on_cache
+    from qat.model.load import checkpoint_folder, load_tokenizer
+
+    cache = TeacherCache.open(config.cache_dir)
+    cache.require_tokenizer(load_tokenizer(checkpoint_folder(config.checkpoint)))
+    cache.require_vocabulary(model.config.vocab_size)
+    return evaluate_on_cache(
+        model,
+        cache,
+        device=device,
+        dtype=dtype,
+        num_sequences=config.num_sequences,
+        batch_size=config.batch_size,
+    )
+
+
+def on_text(model: Any, config: EvaluateConfig, device: Any, dtype: Any) -> dict[str, Any]:
+    """Measure on a text file, against a teacher where one is given."""
+    from qat.evaluate.on_text import evaluate_on_text
+    from qat.model.load import checkpoint_folder, load_model, load_tokenizer
+    from qat.text import text_blocks
+
+    tokenizer = load_tokenizer(checkpoint_folder(config.checkpoint))
+    blocks = text_blocks(config.text, tokenizer, config.seq_len, config.num_sequences)
+    teacher = None
+    if config.teacher:
+        teacher, _header = load_model(config.teacher, dtype=dtype)
+        teacher.to(device)
+    return evaluate_on_text(
+        model, teacher, blocks, device=device, dtype=dtype, batch_size=config.batch_size
+    )

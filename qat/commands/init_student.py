@@ -1,0 +1,64 @@
+"""`qat init-student`: a full-precision model to a student."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qat.commands.door import run_command, say
+from qat.convert.config import InitStudentConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    return run_command("qat init-student", InitStudentConfig, act, argv)
+
+
+def act(config: InitStudentConfig) -> dict[str, Any]:
+    """Load, calibrate, fit, measure, write."""
+    from qat.commands.students import already_made, calibrate, measure_and_write, open_cache
+    from qat.convert.init_student import init_student
+    from qat.convert.recipe import finished, recipe
+    from qat.device import Device
+    from qat.model.checkpoint import CheckpointHeader
+    from qat.model.load import load_dense, load_tokenizer, model_identity
+    from qat.model.surgery import check_scheme, quantizable_linears
+    from qat.quant.scheme import scheme_from_name
+
+    started = time.perf_counter()
+    scheme = scheme_from_name(config.scheme)
+    device = Device.detect(config.device)
+    dtype = device.dtype_from_name(config.dtype)
+    say(device.describe())
+    model = load_dense(config.model, dtype=dtype)
+    check_scheme(model, scheme)
+    base = model_identity(config.model, model)
+    cache = open_cache(
+        config.cache_dir, load_tokenizer(config.model), model.config.vocab_size, base["weights"]
+    )
+    made_by = recipe(
+        "init-student", config, base=base["weights"], cache=cache and cache.fingerprint
+    )
+    header = finished(config.output, made_by)
+    if header is not None:
+        return already_made(config.output, header)
+    linears = quantizable_linears(model, scheme)
+    say(f"scheme {scheme.name}: {len(linears)} layers of {base['name']}")
+    importance = calibrate(model, linears, cache, config.calibration_sequences, device)
+    init_student(model, scheme, importance=importance)
+    header = CheckpointHeader(
+        scheme=scheme.to_dict(),
+        base_model={"path": config.model, **base},
+        cache_fingerprint=cache and cache.fingerprint,
+        made_by=made_by,
+    )
+    return measure_and_write(
+        model,
+        header,
+        config.output,
+        cache=cache if config.eval else None,
+        text_source=Path(config.model),
+        started=started,
+        device=device,
+        dtype=dtype,
+    )

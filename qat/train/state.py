@@ -1,0 +1,83 @@
+"""All that a killed run needs to go on as if it had not been killed.
+
+state/state.pt holds trained parameters, optimizer and generator; state/state.json the position and
+the sha256 of the other. Both live in one folder that is swapped in one rename.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.files import atomic_folder, read_json, sha256_of_file, write_json
+
+STATE = "state"
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    tokens_seen: int = 0
+    seconds: float = 0.0
+    """Time spent in training, earlier processes included."""
+    best_kl_nats: float | None = None
+    best_step: int | None = None
+    last_loss: float | None = None
+    last_eval: dict[str, Any] = field(default_factory=dict)
+
+
+def write_state(
+    folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Write the state of a run; the former one stays until this one is whole."""
+    trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    indices = {  # thawing may have renumbered them
+        name: tensor.cpu()
+        for name, tensor in model.state_dict().items()
+        if name.endswith("indices")
+    }
+    with atomic_folder(Path(folder) / STATE) as temporary:
+        path = temporary / "state.pt"
+        torch.save(
+            {
+                "trained": trained,
+                "indices": indices,
+                "optimizer": optimizer.state_dict(),
+                "generator": torch.get_rng_state(),
+            },
+            path,
+        )
+        write_json(temporary / "state.json", asdict(progress) | {"sha256": sha256_of_file(path)})
+
+
+def has_state(folder: Path) -> bool:
+    """Return whether a run left a state to go on from."""
+    return (Path(folder) / STATE / "state.json").is_file()
+
+
+@torch.no_grad()
+def read_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a run's state back into its model and optimizer.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = Path(folder) / STATE / "state.pt"
+    values: dict[str, Any] = read_json(Path(folder) / STATE / "state.json")
+    if sha256_of_file(path) != values.pop("sha256"):
+        raise ValueError(f"{path} does not match its sha256; remove {path.parent} to start over")
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    parameters = dict(model.named_parameters())
+    for name, tensor in state["trained"].items():
+        parameters[name].copy_(tensor)
+    buffers = dict(model.named_buffers())
+    for name, tensor in state["indices"].items():
+        buffers[name].copy_(tensor)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["generator"])
+    return Progress(**values)

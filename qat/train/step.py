@@ -1,0 +1,113 @@
+"""One optimizer step: weights formed once, micro-batches through them, one pass of gradients back.
+
+    form_weights      W_hat of every trained layer, in the compute dtype, as a leaf
+    micro-batches     run on it as on a plain linear; its gradient adds up
+    pull_gradients    d_latent, d_scale, d_codebook from that one gradient
+
+so fake quantization costs two passes over the weights a step, however many tokens it has.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qat.distill.objective import Divergence, chunked_loss
+from qat.distill.teacher import TeacherSignal
+from qat.model.head import hidden_states, logits_of
+from qat.model.linear import FakeQuantLinear
+from qat.quant.grid import snap_float16
+from qat.quant.ste import dequantize_gradients, fake_quantize_gradients
+
+Batch = tuple[Tensor, TeacherSignal]
+
+
+@torch.no_grad()
+def form_weights(layers: Iterable[FakeQuantLinear], dtype: torch.dtype) -> None:
+    """Hold each layer's fake-quantized weight as a leaf that collects a gradient."""
+    for layer in layers:
+        layer.held_weight = layer.fake_quantized_weight().to(dtype).requires_grad_()
+
+
+def pull_gradients(layers: Iterable[FakeQuantLinear]) -> None:
+    """Turn each held weight's gradient into those of the layer's parameters, and drop it."""
+    for layer in layers:
+        gradient, layer.held_weight.grad = layer.held_weight.grad, None
+        scale = layer.full_scale()
+        codebook = snap_float16(layer.codebook.detach())
+        wanted = (scale.requires_grad, layer.codebook.requires_grad)
+        if layer.latent_weight is None:
+            d_scale, d_codebook = dequantize_gradients(
+                layer.indices, scale.detach(), codebook, gradient, *wanted
+            )
+        else:
+            codebook, order = codebook.sort()
+            layer.latent_weight.grad, d_scale, d_codebook = fake_quantize_gradients(
+                layer.latent_weight.detach(),
+                scale.detach(),
+                codebook,
+                gradient,
+                layer.latent_weight.requires_grad,
+                *wanted,
+            )
+            if d_codebook is not None:
+                d_codebook = d_codebook[order.argsort()]
+        if d_codebook is not None:
+            layer.codebook.grad = d_codebook
+        if d_scale is not None:
+            scale.backward(d_scale)
+
+
+@dataclass(slots=True)
+class Trainer:
+    """What a step works with."""
+
+    model: nn.Module
+    layers: list[FakeQuantLinear]
+    optimizer: torch.optim.Optimizer
+    divergence: Divergence
+    dtype: torch.dtype
+    clip_grad_norm: float
+    sync: Callable[[], None]
+
+    def step(self, batches: list[Batch], rate: float) -> tuple[Tensor, Tensor]:
+        """Take one optimizer step over micro-batches.
+
+        Every counted position weighs the same, whichever micro-batch it is in.
+
+        Args:
+            batches: Token ids (B, L) and signals on the device.
+            rate: Share of the peak learning rates.
+
+        Returns:
+            Loss and gradient norm, scalars on the device.
+        """
+        form_weights(self.layers, self.dtype)
+        loss = self.accumulate(batches)
+        pull_gradients(self.layers)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        limit = self.clip_grad_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.sync()
+        return loss, norm
+
+    def accumulate(self, batches: list[Batch]) -> Tensor:
+        """Add up the gradients of micro-batches; return the mean loss."""
+        counts = torch.stack([signal.mask.sum() for _, signal in batches])
+        shares = counts / counts.sum().clamp_min(1)
+        total = torch.zeros((), device=counts.device)
+        for share, (token_ids, signal) in zip(shares, batches, strict=True):
+            hidden = hidden_states(self.model, token_ids)[:, :-1]
+            loss = share * chunked_loss(hidden, self.head, signal, self.divergence)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return logits of hidden states."""
+        return logits_of(self.model, hidden)
