@@ -7,7 +7,6 @@ in the same bytes as an uninterrupted one.
 Shape legend: n sequences of a shard, B batch, L tokens of a block, T = L - 1, V vocabulary.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,33 +16,44 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qat.cache.codec import Fields, pack_hidden, pack_negatives, pack_sampled, pack_top_k
+from qat.cache.codec import (
+    Fields,
+    pack_hidden,
+    pack_negatives,
+    pack_sampled,
+    pack_top_k,
+    usual_size,
+)
 from qat.cache.manifest import (
     MANIFEST_FILE,
     CacheIdentity,
     CacheManifest,
+    CacheMismatch,
     FileEntry,
     read_manifest,
     require_identity,
     write_manifest,
 )
+from qat.cache.shard import (
+    entry_of_file,
+    id_dtype,
+    read_fields,
+    sequences_a_shard,
+    shard_name,
+    shard_ranges,
+    write_fields,
+)
 from qat.device import Device
-from qat.files import atomic_file, read_json, sha256_of_file, write_json
+from qat.files import read_json, write_json
 from qat.text import Blocks
 
 BUILDING_FILE = "building.json"
 HEAD_FILE = "head.safetensors"
-# A kill loses at most one shard: 20 s of work at 800 tokens/s; 6 MB with 64 ids a position.
-TOKENS_A_SHARD = 16_384
 SHARDS_IN_FLIGHT = 2  # being copied and written while the next one is computed
 BARE_BATCHES = 3  # timed before and after the build
-UINT16_IDS = 2**16
-ID_FIELDS = ("input_ids", "token_ids", "draw_ids", "negative_ids")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,8 @@ class Job:
     folder: Path
     batch_size: int
     device: Device
+    channel_scale: Tensor | None = None
+    """(H,), for hidden content."""
 
 
 def find_built(folder: Path, identity: CacheIdentity) -> CacheManifest | None:
@@ -122,20 +134,21 @@ def build_cache(
             say_word=teacher_word(teacher, draft.identity.content),
             blocks=blocks,
             identity=draft.identity,
-            id_dtype=torch.uint16 if draft.vocab_size <= UINT16_IDS else torch.int32,
+            id_dtype=id_dtype(draft.vocab_size),
             folder=folder,
-            batch_size=min(
-                batch_size, len(blocks), max(1, TOKENS_A_SHARD // draft.identity.seq_len)
-            ),
+            batch_size=min(batch_size, len(blocks), sequences_a_shard(draft.identity.seq_len)),
             device=device,
         )
+        if job.identity.content == "hidden":
+            sample = blocks.token_ids[: job.batch_size]
+            job = replace(job, channel_scale=usual_size(run_word(job, sample)))
         shards, rates = write_shards(job)
         manifest = replace(
             draft,
             num_sequences=len(blocks),
             num_heldout=blocks.num_heldout,
             shards=shards,
-            head=write_head(teacher, folder) if draft.identity.content == "hidden" else None,
+            head=write_head(teacher, job) if job.channel_scale is not None else None,
         )
         write_manifest(folder, manifest)
         (folder / BUILDING_FILE).unlink()
@@ -202,17 +215,6 @@ def default_batch_size(device: Device, seq_len: int) -> int:
     return max(1, num_tokens // seq_len)
 
 
-def shard_ranges(num_sequences: int, seq_len: int) -> dict[int, Tensor]:
-    """Return each shard's sequence ids."""
-    size = max(1, TOKENS_A_SHARD // seq_len)
-    return dict(enumerate(torch.arange(num_sequences).split(size)))
-
-
-def shard_name(index: int) -> str:
-    """Return a shard's file name."""
-    return f"shard_{index:05d}.safetensors"
-
-
 def teacher_word(teacher: nn.Module, content: str) -> Callable[[Tensor], Tensor]:
     """Return the forward: ids (B, T) to logits (B, T, V), or to hidden states (B, T, H)."""
     if content == "hidden":
@@ -246,7 +248,7 @@ def pack_batch(job: Job, rows: Tensor) -> Fields:
     word = run_word(job, job.blocks.token_ids[padded])
     with torch.inference_mode():
         if job.identity.content == "hidden":
-            fields = pack_hidden(word)
+            fields = pack_hidden(word, job.channel_scale)
         else:
             fields = pack_logits(word, padded, job.identity)
     job.device.sync()
@@ -280,27 +282,8 @@ def write_shard(job: Job, index: int, rows: Tensor, parts: list[Fields]) -> File
         "loss_mask": job.blocks.loss_mask[rows],
         "document_ids": job.blocks.document_ids[rows],
     }
-    return write_tensors(job.folder / shard_name(index), fields, job.id_dtype, len(rows))
-
-
-def write_tensors(
-    path: Path, fields: Fields, id_dtype: torch.dtype, num_sequences: int = 0
-) -> FileEntry:
-    """Write fields under the final name when whole; return the entry."""
-    data = save(
-        {
-            name: field.to(id_dtype if name in ID_FIELDS else field.dtype).contiguous()
-            for name, field in fields.items()
-        }
-    )
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data)
-    return FileEntry(
-        file=path.name,
-        sha256=hashlib.sha256(data).hexdigest(),
-        num_bytes=len(data),
-        num_sequences=num_sequences,
-    )
+    path = job.folder / shard_name(index)
+    return write_fields(path, fields, ids=job.id_dtype, num_sequences=len(rows))
 
 
 def kept_shard(job: Job, index: int, rows: Tensor) -> FileEntry | None:
@@ -309,24 +292,22 @@ def kept_shard(job: Job, index: int, rows: Tensor) -> FileEntry | None:
     if not path.is_file():
         return None
     try:
-        token_ids = load_file(path)["input_ids"].to(torch.int32)
-    except (SafetensorError, KeyError):
-        return None
+        token_ids = read_fields(path)["input_ids"].to(torch.int32)
+    except (CacheMismatch, KeyError):
+        return None  # written over below
     if not torch.equal(token_ids, job.blocks.token_ids[rows]):
         return None
-    return FileEntry(
-        file=path.name,
-        sha256=sha256_of_file(path),
-        num_bytes=path.stat().st_size,
-        num_sequences=len(rows),
-    )
+    return entry_of_file(path, len(rows))
 
 
-def write_head(teacher: nn.Module, folder: Path) -> FileEntry:
-    """Write the matrix that turns hidden states into logits; return the entry."""
-    weight = teacher.get_output_embeddings().weight.detach().cpu()
-    fields = {"weight": weight}
+def write_head(teacher: nn.Module, job: Job) -> FileEntry:
+    """Write what turns stored hidden states into logits; return the entry."""
+    fields = {
+        "weight": teacher.get_output_embeddings().weight.detach().cpu(),
+        "channel_scale": job.channel_scale.cpu(),
+    }
     softcap = getattr(teacher.config, "final_logit_softcapping", None)
     if softcap:
         fields["softcap"] = torch.tensor(float(softcap))
-    return write_tensors(folder / HEAD_FILE, fields, torch.int32)
+    path = job.folder / HEAD_FILE
+    return write_fields(path, fields, ids=job.id_dtype, num_sequences=0)

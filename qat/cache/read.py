@@ -10,23 +10,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from qat.cache.codec import Fields, unpack
+from qat.cache.codec import Fields, unpack, unpack_hidden
 from qat.cache.manifest import (
     MANIFEST_FILE,
     CacheManifest,
-    CacheMismatch,
-    FileEntry,
     read_manifest,
     require_equal,
     template_sha256,
     tokenizer_sha256,
 )
-from qat.distill.teacher import TeacherSignal
-from qat.files import sha256_of_file
+from qat.cache.shard import check_sha256, check_size, read_fields
+from qat.distill.teacher import TeacherSignal, dense_signal
 
 Split = Literal["train", "heldout", "all"]
 Head = Callable[[Tensor], Tensor]
@@ -68,6 +65,7 @@ class TeacherCache:
         self.manifest = manifest
         self._load_shard = load_shard
         self._head = head
+        self._head_fields: Fields = {}
         self._shards: dict[int, dict[str, np.ndarray]] = {}
         counts = [shard.num_sequences for shard in manifest.shards]
         self._ends = np.cumsum(counts)
@@ -89,9 +87,9 @@ class TeacherCache:
         manifest = read_manifest(folder)
         for entry in manifest.shards:
             check_size(folder, entry)
-        if manifest.head and head is None:
-            head = stored_head(folder, manifest.head)
-        return cls(folder, manifest, load_file, head)
+        if manifest.head:
+            check_size(folder, manifest.head)
+        return cls(folder, manifest, read_fields, head)
 
     @property
     def fingerprint(self) -> str:
@@ -143,7 +141,10 @@ class TeacherCache:
         mask = fields.pop("loss_mask")[:, 1:].bool()
         input_ids = fields.pop("input_ids").long()
         documents = fields.pop("document_ids", None)
-        signal = unpack(fields, mask, self._head)
+        if "hidden" in fields:
+            signal = dense_signal(self._logits(fields), mask)
+        else:
+            signal = unpack(fields, mask)
         return CacheBatch(input_ids, signal, None if documents is None else documents.long())
 
     def fields(self, sequence_ids: np.ndarray | list[int]) -> Fields:
@@ -174,6 +175,23 @@ class TeacherCache:
             fields = self._load_shard(self.folder / entry.file)
             self._shards[index] = {name: field.numpy() for name, field in fields.items()}
         return self._shards[index]
+
+    def _logits(self, fields: Fields) -> Tensor:
+        """Return the logits, (B, T, V), that stored hidden states lead to."""
+        if not self._head_fields:
+            check_sha256(self.folder, self.manifest.head)
+            self._head_fields = {
+                name: field.float()
+                for name, field in read_fields(self.folder / self.manifest.head.file).items()
+            }
+        stored = self._head_fields
+        hidden = unpack_hidden(fields, stored["channel_scale"])
+        if self._head is not None:
+            return self._head(hidden)
+        logits = functional.linear(hidden, stored["weight"])
+        if "softcap" in stored:
+            logits = torch.tanh(logits / stored["softcap"]) * stored["softcap"]
+        return logits
 
     def require_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer, or a chat template, other than the teacher's.
@@ -252,55 +270,6 @@ def find_cache_folder(path: Path) -> Path:
 def is_seed_cache(folder: Path) -> bool:
     """Whether a folder has shards of the seeds' form."""
     return any(folder.glob("shard_*.pt"))
-
-
-def check_size(folder: Path, entry: FileEntry) -> None:
-    """Refuse a file that is missing, cut or longer than written.
-
-    Raises:
-        CacheMismatch: With its name and both sizes.
-    """
-    path = folder / entry.file
-    found = path.stat().st_size if path.is_file() else 0
-    if found != entry.num_bytes:
-        raise CacheMismatch(
-            f"{path} has {found} bytes, the manifest says {entry.num_bytes}; "
-            "remove the manifest and run `qat build-cache` again, or fetch the cache again"
-        )
-
-
-def check_sha256(folder: Path, entry: FileEntry) -> None:
-    """Refuse a file whose bytes are not those that were written.
-
-    Raises:
-        CacheMismatch: With its name and both checksums.
-    """
-    if entry.sha256 is None:
-        return
-    path = folder / entry.file
-    found = sha256_of_file(path)
-    if found != entry.sha256:
-        raise CacheMismatch(
-            f"{path} has sha256 {found}, the manifest says {entry.sha256}; "
-            "remove the shard and the manifest and run `qat build-cache` again"
-        )
-
-
-def stored_head(folder: Path, entry: FileEntry) -> Head:
-    """Return the teacher's head as the cache keeps it, checked at first use."""
-    loaded: Fields = {}
-
-    def head(hidden: Tensor) -> Tensor:
-        if not loaded:
-            check_sha256(folder, entry)
-            loaded.update(load_file(folder / entry.file))
-            loaded["weight"] = loaded["weight"].float()
-        logits = functional.linear(hidden, loaded["weight"])
-        if "softcap" in loaded:
-            logits = torch.tanh(logits / loaded["softcap"]) * loaded["softcap"]
-        return logits
-
-    return head
 
 
 def shuffled_batches(
