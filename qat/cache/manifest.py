@@ -75,8 +75,8 @@ class CacheManifest:
     identity: CacheIdentity
     teacher_name: str | None
     data_name: str | None
-    vocab_size: int
-    """Width of the teacher's logits, padding included."""
+    vocab_size: int | None
+    """Width of the teacher's logits, padding included; None where an old cache does not tell."""
     num_sequences: int
     num_heldout: int
     """The last sequences are the held-out ones."""

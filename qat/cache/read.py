@@ -22,6 +22,7 @@ from qat.cache.manifest import (
     template_sha256,
     tokenizer_sha256,
 )
+from qat.cache.seed_format import is_seed_cache, read_seed_manifest, read_seed_shard
 from qat.cache.shard import check_sha256, check_size, read_fields
 from qat.distill.teacher import TeacherSignal, dense_signal
 
@@ -84,6 +85,8 @@ class TeacherCache:
             CacheMismatch: If its manifest was altered or a shard has another size.
         """
         folder = find_cache_folder(Path(path))
+        if not (folder / MANIFEST_FILE).is_file():
+            return cls(folder, read_seed_manifest(folder), read_seed_shard)
         manifest = read_manifest(folder)
         for entry in manifest.shards:
             check_size(folder, entry)
@@ -107,8 +110,8 @@ class TeacherCache:
         return self.manifest.identity.seq_len
 
     @property
-    def vocab_size(self) -> int:
-        """Width of the teacher's logits."""
+    def vocab_size(self) -> int | None:
+        """Width of the teacher's logits; None where an old cache does not tell."""
         return self.manifest.vocab_size
 
     def sequence_ids(self, split: Split = "all") -> np.ndarray:
@@ -265,11 +268,6 @@ def find_cache_folder(path: Path) -> Path:
         f"{path} holds neither {MANIFEST_FILE} nor meta.json and shards: no cache, or one whose "
         "build was cut short; run its `qat build-cache` again"
     )
-
-
-def is_seed_cache(folder: Path) -> bool:
-    """Whether a folder has shards of the seeds' form."""
-    return any(folder.glob("shard_*.pt"))
 
 
 def shuffled_batches(

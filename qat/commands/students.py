@@ -51,7 +51,9 @@ def measure_and_write(
     """Measure a student on a cache if there is one, write it, return the closing values."""
     from qat.device import peak_rss_bytes
     from qat.evaluate.on_cache import evaluate_on_cache
+    from qat.files import write_json
     from qat.model.checkpoint import bits_per_weight, write_checkpoint
+    from qat.tracking.record import SUMMARY
 
     seconds = time.perf_counter() - started
     values = bits_per_weight(model)
@@ -61,6 +63,7 @@ def measure_and_write(
         model.to("cpu")
     values |= {"seconds": round(seconds, 2), "peak_rss_bytes": peak_rss_bytes()}
     write_checkpoint(model, replace(header, metrics=values), output, text_source=text_source)
+    write_json(output / SUMMARY, values)  # so that `qat compare` shows it among the runs
     return {"checkpoint": str(output), **values}
 
 

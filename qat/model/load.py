@@ -59,12 +59,12 @@ def what_to_give(name: str | Path) -> str:
     return "give a Hugging Face folder or hub name (`qat fetch smollm2` makes one)"
 
 
-def model_identity(name: str | Path, model: nn.Module) -> dict[str, str]:
+def model_identity(name: str | Path, model: nn.Module | None = None) -> dict[str, str]:
     """Return what names a model's weights for good: its name and a hash of its weights.
 
     Args:
         name: Folder or hub name; a folder's weight files are hashed, for a hub name the tensors.
-        model: The model loaded from it.
+        model: The model loaded from it; not needed for a folder.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -121,7 +121,7 @@ def base_weights(
         identity: As in a checkpoint header.
     """
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    if not files or model_identity(name, nn.Module())["weights"] != identity.get("weights"):
+    if not files or model_identity(name)["weights"] != identity.get("weights"):
         return lambda _layer: None
     where = {}
     for file in files:
