@@ -170,6 +170,10 @@ class TeacherCache:
             for name, column in gathered.items()
         }
 
+    def stored_bytes(self) -> dict[str, int]:
+        """Return the bytes that each field takes in the first shard."""
+        return {name: column.nbytes for name, column in self._shard(0).items()}
+
     def _shard(self, index: int) -> dict[str, np.ndarray]:
         """Map a shard, once, after checking its bytes."""
         if index not in self._shards:
