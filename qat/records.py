@@ -32,7 +32,7 @@ def source_files(source: str) -> list[Path]:
 
     Raises:
         FileNotFoundError: If the source looks like a path and nothing is there.
-        ValueError: If a folder has no file of a known kind.
+        ValueError: If a file or all files of a folder are of an unknown kind.
     """
     path = Path(source)
     if path.is_dir():
@@ -41,10 +41,22 @@ def source_files(source: str) -> list[Path]:
             raise ValueError(f"--data {source} has no file ending in {', '.join(SUFFIXES)}")
         return files
     if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"--data {path} does not end in {', '.join(SUFFIXES)}; convert it")
         return [path]
     if path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"--data {source} does not exist; give a file, folder or hub name")
     return []
+
+
+def source_name(source: str) -> str:
+    """Return what people call a source: a path's last part, or the hub name as given.
+
+    Raises:
+        FileNotFoundError: If the source looks like a path and nothing is there.
+        ValueError: If a file or all files of a folder are of an unknown kind.
+    """
+    return Path(source).resolve().name if source_files(source) else source
 
 
 def source_revision(source: str) -> str:
@@ -70,21 +82,15 @@ def no_hub(name: str) -> str:
 
 
 def read_file(path: Path) -> Iterator[Record]:
-    """Yield the records of one file by its suffix; a text file is one record.
-
-    Raises:
-        ValueError: If the suffix is unknown.
-    """
+    """Yield the records of one file by its suffix; a text file is one record."""
     if path.suffix in TEXT_SUFFIXES:
         yield {"text": read_text(path)}
     elif path.suffix == ".parquet":
         yield from read_parquet(path)
     elif path.suffix == ".jsonl":
         yield from read_lines(path)
-    elif path.suffix == ".json":
-        yield from read_json_records(path)
     else:
-        raise ValueError(f"--data {path} does not end in {', '.join(SUFFIXES)}; convert it")
+        yield from read_json_records(path)
 
 
 def read_text(path: Path) -> str:
@@ -105,7 +111,7 @@ def read_lines(path: Path) -> Iterator[Record]:
     Raises:
         ValueError: If a line is no JSON object; the message numbers it.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield parse_record(line, f"{path} line {number}")
@@ -127,10 +133,12 @@ def read_json_records(path: Path) -> Iterator[Record]:
         yield record
 
 
-def parse_record(line: str, where: str) -> Record:
+def parse_record(line: bytes, where: str) -> Record:
     """Return a line's JSON object, or raise ValueError with its place."""
     try:
         record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text ({error.reason}); convert it") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error}); mend or remove it") from error
     if not isinstance(record, dict):

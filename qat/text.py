@@ -254,12 +254,26 @@ def assistant_spans(
         if item["role"] != "assistant" or not item["content"].strip():
             continue
         before, after = turn_ends(turns, index, tokenizer, thinking)
-        if not text.startswith(after) or not after.startswith(before):
-            start = text.index(item["content"].strip(), cursor)
-            before, after = text[:start], text[: start + len(item["content"].strip())]
-        spans.append((len(before), len(after)))
+        start = len(before) if text.startswith(before) else cursor
+        if not text.startswith(after):
+            said = spoken_part(item["content"], text[start:], after)
+            if not said:
+                continue
+            start = text.index(said, start)
+            ending = after[after.rindex(said) + len(said) :]
+            said += ending if text.startswith(ending, start + len(said)) else ""
+            after = text[:start] + said
+        spans.append((start, len(after)))
         cursor = len(after)
     return spans
+
+
+def spoken_part(content: str, *texts: str) -> str:
+    """Return a turn's content as all texts hold it: whole, or without its thoughts; or nothing."""
+    for said in (content.strip(), THINK_SPAN.sub("", content).strip()):
+        if all(said in text for text in texts):
+            return said
+    return ""
 
 
 def turn_ends(turns: list[Turn], index: int, tokenizer: Any, thinking: Thinking) -> tuple[str, str]:

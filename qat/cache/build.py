@@ -28,6 +28,7 @@ from qat.cache.codec import (
     usual_size,
 )
 from qat.cache.manifest import (
+    BUILDING_FILE,
     MANIFEST_FILE,
     CacheIdentity,
     CacheManifest,
@@ -50,7 +51,6 @@ from qat.device import Device
 from qat.files import read_json, write_json
 from qat.text import Blocks
 
-BUILDING_FILE = "building.json"
 HEAD_FILE = "head.safetensors"
 SHARDS_IN_FLIGHT = 2  # being copied and written while the next one is computed
 BARE_BATCHES = 3  # timed before and after the build

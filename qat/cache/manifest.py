@@ -15,6 +15,7 @@ from qat.records import source_revision
 
 CODEC_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+BUILDING_FILE = "building.json"  # the identity of a cache whose shards are being written
 StoredContent = Literal["top-k", "sampled", "hidden", "conditional"]
 
 

@@ -20,8 +20,10 @@ def build(config: BuildCacheConfig) -> dict[str, Any]:
     from qat.cache.manifest import default_name, draft_manifest, wanted_identity
     from qat.device import Device, dtype_name
     from qat.model.load import load_dense, load_tokenizer, model_identity
+    from qat.records import source_name
     from qat.text import read_blocks
 
+    data_name = source_name(config.data)  # first, so that a wrong path is told at once
     device = Device.detect(config.device)
     dtype = device.dtype_from_name(config.dtype)
     say(device.describe())
@@ -32,7 +34,7 @@ def build(config: BuildCacheConfig) -> dict[str, Any]:
     identity = wanted_identity(
         config, tokenizer=tokenizer, teacher_weights=named["weights"], dtype=dtype_name(dtype)
     )
-    folder = config.output_dir / (config.name or default_name(identity, config.data))
+    folder = config.output_dir / (config.name or default_name(identity, data_name))
     manifest, rates = find_built(folder, identity), BuildRates(None, None)
     if manifest:
         say(f"{folder} is whole: nothing to do")
@@ -46,7 +48,7 @@ def build(config: BuildCacheConfig) -> dict[str, Any]:
             draft_manifest(
                 identity,
                 teacher_name=named["name"],
-                data_name=config.data,
+                data_name=data_name,
                 vocab_size=teacher.get_output_embeddings().weight.shape[0],
             ),
             folder,
