@@ -68,31 +68,65 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)  # mkstemp makes it private
         flush_to_disk(temporary)
         temporary.replace(path)
+        flush_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; swap it into place if the block succeeds."""
+    """Give a temporary folder beside `path`; swap it into place if the block succeeds.
+
+    The former folder is whole at every moment: under its name, or for the instant between two
+    renames under a hidden one, from which `settle_folder` brings it back.
+
+    Raises:
+        FileExistsError: If a file has that name.
+    """
     path = Path(path)
+    if path.is_file():
+        raise FileExistsError(f"{path} is a file where a folder goes; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
+    settle_folder(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
+        for file in temporary.rglob("*"):
+            flush_to_disk(file)
         if path.exists():
-            former = temporary.with_suffix(".old")
-            path.rename(former)
-            temporary.rename(path)
-            shutil.rmtree(former)
-        else:
-            temporary.rename(path)
+            path.rename(former_folder(path))
+        temporary.rename(path)
+        flush_to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        settle_folder(path)
+
+
+def settle_folder(path: Path) -> None:
+    """Finish what a process killed while replacing a folder left: put it back or clear it away."""
+    former = former_folder(path)
+    if not former.is_dir():
+        return
+    if path.exists():
+        shutil.rmtree(former, ignore_errors=True)
+    else:
+        former.rename(path)
+
+
+def former_folder(path: Path) -> Path:
+    """Return where a folder stays while another takes its place."""
+    path = Path(path).absolute()
+    return path.with_name(f".{path.name}.old")
 
 
 def flush_to_disk(path: Path) -> None:
-    """Make a written file survive a power cut."""
-    with Path(path).open("rb") as file:
-        os.fsync(file.fileno())
+    """Make a written file, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if path.is_file():  # mounted drives refuse to flush folders; that costs no content
+            raise
+    finally:
+        os.close(handle)

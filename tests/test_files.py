@@ -1,6 +1,8 @@
 import errno
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from qat.files import (
     canonical_json,
     fingerprint,
     read_json,
+    settle_folder,
     sha256_of_file,
     write_json,
     write_text,
@@ -110,3 +113,86 @@ def test_a_folder_is_replaced_as_one(tmp_path):
     assert [entry.name for entry in path.iterdir()] == ["b"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
     assert path.stat().st_mode & 0o777 == 0o755
+
+
+def write_folder(path, text):
+    with atomic_folder(path) as temporary:
+        (temporary / "a").write_text(text)
+
+
+@pytest.fixture
+def killed_swap(tmp_path):
+    """A folder whose replacement died between its two renames; nothing was cleaned up."""
+    path = tmp_path / "folder"
+    write_folder(path, "former")
+    path.rename(tmp_path / ".folder.old")
+    (tmp_path / ".folder.x.part").mkdir()
+    (tmp_path / ".folder.x.part" / "a").write_text("unnamed")
+    return path
+
+
+def test_a_folder_hidden_by_a_kill_comes_back_to_a_reader(killed_swap):
+    """A process killed between the two renames left no folder under the final name."""
+    settle_folder(killed_swap)
+    assert (killed_swap / "a").read_text() == "former"
+    assert not (killed_swap.parent / ".folder.old").exists()
+
+
+def test_the_next_write_clears_what_a_kill_left(killed_swap):
+    """The former folder comes back before it is replaced, so that a failed write still keeps it."""
+    with pytest.raises(OSError, match="No space"), atomic_folder(killed_swap):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (killed_swap / "a").read_text() == "former"
+    write_folder(killed_swap, "new")
+    assert (killed_swap / "a").read_text() == "new"
+    assert not (killed_swap.parent / ".folder.old").exists()
+
+
+def test_a_kill_after_both_renames_costs_nothing(killed_swap):
+    """The new folder has its name already: the hidden one is what goes."""
+    write_folder(killed_swap, "new")
+    write_folder(killed_swap.parent / ".folder.old", "former")
+    settle_folder(killed_swap)
+    assert (killed_swap / "a").read_text() == "new"
+    assert not (killed_swap.parent / ".folder.old").exists()
+
+
+def test_a_rename_that_fails_puts_the_former_folder_back(tmp_path, monkeypatch):
+    """Also without a kill, the name is never left empty."""
+    path = tmp_path / "folder"
+    write_folder(path, "former")
+    rename = Path.rename
+
+    def fail_second(self, target):
+        if self.suffix == ".part":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_second)
+    with pytest.raises(OSError, match="Input/output"):
+        write_folder(path, "new")
+    assert (path / "a").read_text() == "former"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_files_reach_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    """A power cut after the rename must not leave names of empty files."""
+    flushed = []
+
+    def fsync(handle):
+        name = Path(f"/proc/self/fd/{handle}").readlink().name
+        flushed.append(((tmp_path / "folder").exists(), name))
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc to name a handle")
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_folder(tmp_path / "folder", "new")
+    assert flushed == [(False, "a"), (True, tmp_path.name)]
+
+
+def test_a_file_is_never_replaced_by_a_folder(tmp_path):
+    """A mistyped output costs no file."""
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="notes is a file"):
+        write_folder(tmp_path / "notes", "new")
+    assert (tmp_path / "notes").read_text() == "mine"

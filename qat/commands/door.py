@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-USER_ERRORS = (ValueError, OSError)
+from safetensors import SafetensorError  # loads no torch
+
+USER_ERRORS = (ValueError, OSError, FloatingPointError, SafetensorError)
 BOX_LINES = re.compile(r"[\u2500-\u257f]|^[+|]|[+|]$|-{3,}")  # tyro draws in either alphabet
 
 
@@ -73,6 +75,8 @@ def one_line(error: BaseException) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename is None:
         message = f"{error.strerror}; free some space or choose another --output"
+    if isinstance(error, SafetensorError):  # damaged, or the disk is full: its words tell which
+        message = f"{message}; free some space, or make or fetch the damaged file again"
     return message or type(error).__name__
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+from safetensors import SafetensorError
 
 from qat import __main__
 from qat.commands.door import one_line, run_command
@@ -51,6 +52,9 @@ def test_the_closing_line_is_the_only_line_on_standard_output(capsys):
         (ValueError("--rank 0 is too small;\n give 1 or more"), "--rank 0 is too small; give 1"),
         (FileNotFoundError(errno.ENOENT, "No such file", "caches/x"), "caches/x"),
         (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "free some space"),
+        (SafetensorError("header too small"), "header too small; free some space, or make or"),
+        (FloatingPointError("loss is nan at step 3; lower --lr"), "loss is nan at step 3"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_code_2(error, expected, capsys, monkeypatch):
