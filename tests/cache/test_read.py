@@ -1,0 +1,175 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from qat.cache import shard
+from qat.cache.manifest import CacheMismatch
+from qat.cache.read import TeacherCache, shuffled_batches
+from tests.tiny import VOCAB_SIZE, tiny_cache, tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard, "TOKENS_A_SHARD", 16 * 16)
+        return tiny_cache(tmp_path_factory.mktemp("cache"), thinking="both")
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """The cache, to be damaged."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_any_order_gives_the_same_sequences(folder):
+    """Random access across shards equals the cache read in order."""
+    cache = TeacherCache.open(folder)
+    assert len(cache.manifest.shards) > 2
+    order = np.random.default_rng(0).permutation(cache.num_sequences)
+    whole, mixed = cache.batch(cache.sequence_ids()), cache.batch(order)
+    assert torch.equal(whole.input_ids[order], mixed.input_ids)
+    assert torch.equal(whole.signal.log_probs[order], mixed.signal.log_probs)
+    assert torch.equal(whole.signal.token_ids[order], mixed.signal.token_ids)
+
+
+def test_splits_part_the_cache(folder):
+    """Train and held-out together are all, and share no sequence and no document."""
+    cache = TeacherCache.open(folder)
+    train, heldout = cache.sequence_ids("train"), cache.sequence_ids("heldout")
+    assert np.array_equal(np.concatenate([train, heldout]), cache.sequence_ids())
+    assert len(heldout) == round(cache.num_sequences / 8)
+    documents = [set(cache.batch(ids).document_ids.flatten().tolist()) for ids in (train, heldout)]
+    assert not documents[0] & documents[1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 500])
+def test_batches_resume_anywhere(folder, batch_size):
+    """Batch b is the same whether reached from the start or asked for."""
+    cache = TeacherCache.open(folder)
+    options = {"batch_size": batch_size, "seed": 3}
+    straight = list(itertools.islice(shuffled_batches(cache, **options), 12))
+    for start in (0, 1, 5, 11):
+        resumed = next(shuffled_batches(cache, **options, start_batch=start))
+        assert torch.equal(resumed.input_ids, straight[start].input_ids)
+
+
+def test_an_epoch_sees_every_training_sequence_once(folder):
+    """Each epoch in an order of its own, and nothing that is held out."""
+    cache = TeacherCache.open(folder)
+    wanted = cache.batch(cache.sequence_ids("train")).input_ids
+    count = len(wanted)
+    rows = [
+        batch.input_ids
+        for batch in itertools.islice(shuffled_batches(cache, batch_size=1, seed=0), 2 * count)
+    ]
+    epochs = [torch.cat(rows[:count]), torch.cat(rows[count:])]
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == sorted(wanted.tolist())
+    assert not torch.equal(*epochs)
+
+
+def test_a_seed_names_an_order(folder):
+    """Two seeds, two orders."""
+    cache = TeacherCache.open(folder)
+    first, second = (
+        next(shuffled_batches(cache, batch_size=16, seed=seed)).input_ids for seed in (0, 1)
+    )
+    assert not torch.equal(first, second)
+
+
+def test_a_nested_folder_is_found(folder, tmp_path):
+    """Archives are sometimes unpacked into a folder of the same name."""
+    inner = tmp_path / "name" / "name"
+    inner.mkdir(parents=True)
+    for path in folder.iterdir():
+        (inner / path.name).write_bytes(path.read_bytes())
+    assert TeacherCache.open(tmp_path).fingerprint == TeacherCache.open(folder).fingerprint
+
+
+def test_a_truncated_shard_is_named(copy):
+    """It is known by its size before anything is read."""
+    path = copy / "shard_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CacheMismatch, match="shard_00001"):
+        TeacherCache.open(copy)
+    path.unlink()
+    with pytest.raises(CacheMismatch, match="shard_00001"):
+        TeacherCache.open(copy)
+
+
+def test_an_altered_shard_is_named_and_not_read(copy):
+    """One bit is enough; the other shards can be read."""
+    path = copy / "shard_00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    cache = TeacherCache.open(copy)
+    cache.batch([0])
+    with pytest.raises(CacheMismatch, match="shard_00001"):
+        cache.batch([0, 16])
+
+
+def test_an_altered_manifest_is_refused(copy):
+    """Its fields must give its fingerprint, and none may be strange."""
+    path = copy / "manifest.json"
+    values = json.loads(path.read_text())
+    values["identity"]["seed"] = 5
+    path.write_text(json.dumps(values))
+    with pytest.raises(CacheMismatch, match="fingerprint"):
+        TeacherCache.open(copy)
+    values["strange"] = 1
+    path.write_text(json.dumps(values))
+    with pytest.raises(CacheMismatch, match="strange"):
+        TeacherCache.open(copy)
+    values["identity"]["codec_version"] = 99
+    path.write_text(json.dumps(values))
+    with pytest.raises(CacheMismatch, match="codec_version 99"):
+        TeacherCache.open(copy)
+
+
+def test_what_does_not_belong_is_refused_with_both_values(folder):
+    """Tokenizer, template, vocabulary, teacher and fingerprint."""
+    cache = TeacherCache.open(folder)
+    cache.require_tokenizer(tiny_tokenizer())
+    cache.require_vocabulary(VOCAB_SIZE)
+    cache.require_teacher(cache.manifest.identity.teacher_weights)
+    cache.require_fingerprint(cache.fingerprint)
+    other = tiny_tokenizer()
+    other.add_tokens(["cat"])
+    with pytest.raises(CacheMismatch, match="tokenizer_sha256"):
+        cache.require_tokenizer(other)
+    with pytest.raises(CacheMismatch, match="template_sha256"):
+        cache.require_tokenizer(tiny_tokenizer("{{ messages }}"))
+    with pytest.raises(CacheMismatch, match=f"vocab_size {VOCAB_SIZE}, here it is 300"):
+        cache.require_vocabulary(300)
+    with pytest.raises(CacheMismatch, match="teacher_weights"):
+        cache.require_teacher("0" * 16)
+    with pytest.raises(CacheMismatch, match="fingerprint"):
+        cache.require_fingerprint("0" * 16)
+
+
+def test_the_head_may_be_given(tmp_path):
+    """A reader with the teacher at hand needs no copy of its head."""
+    teacher = tiny_llama()
+    folder = tiny_cache(tmp_path, teacher, content="hidden")
+    own = TeacherCache.open(folder).batch([0, 5]).signal
+    given = TeacherCache.open(folder, head=teacher.lm_head).batch([0, 5]).signal
+    torch.testing.assert_close(own.log_probs, given.log_probs)
+
+
+def test_wrong_places_are_told(folder, tmp_path):
+    """No folder, an empty one, a sequence and a split that are not there."""
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        TeacherCache.open(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
+        TeacherCache.open(tmp_path)
+    cache = TeacherCache.open(folder)
+    with pytest.raises(IndexError, match="outside"):
+        cache.batch([cache.num_sequences])
+    with pytest.raises(ValueError, match="'test' is not one of"):
+        cache.sequence_ids("test")
