@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qat.files import atomic_folder, read_json, sha256_of_file, write_json
@@ -77,8 +78,7 @@ def write_checkpoint(
     with atomic_folder(folder) as temporary:
         save_file(student_tensors(model), temporary / TENSORS_NAME)
         model.config.save_pretrained(temporary)
-        if Path(text_source).is_dir():
-            copy_text_files(text_source, temporary)
+        copy_text_files(text_source, temporary)
         written = {
             **asdict(header),
             "versions": {name: version(name) for name in ("qat", "torch", "transformers")},
@@ -92,20 +92,30 @@ def student_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what a checkpoint file holds, by name.
 
     Raises:
-        ValueError: If a scale or codebook value is NaN or beyond float16; names the layer.
+        ValueError: If a scale or codebook value is NaN or beyond its dtype; names the layer.
     """
     layers = quantized_layers(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{name}.indices"] = pack(current_indices(layer).cpu(), layer.scheme.bits)
         for part, values in stored_parts(layer).items():
-            if not fits_float16(values):
-                raise ValueError(
-                    f"{name}.{part} holds NaN or values beyond 65504; train with a lower rate"
-                )
-            tensors[f"{name}.{part}"] = values.detach().half().cpu().contiguous()
+            tensors[f"{name}.{part}"] = as_stored(values, layer.scheme.stored_dtype, name, part)
     tensors.update(dense_tensors(model))
     return tensors
+
+
+def as_stored(values: Tensor, dtype: str, name: str, part: str) -> Tensor:
+    """Return scales or a codebook in the dtype that a file holds them in.
+
+    Raises:
+        ValueError: If a value is NaN or beyond the dtype; names the layer.
+    """
+    fits = fits_float16(values) if dtype == "float16" else bool(torch.isfinite(values).all())
+    if not fits:
+        raise ValueError(
+            f"{name}.{part} holds NaN or values beyond {dtype}; train with a lower rate"
+        )
+    return values.detach().to(getattr(torch, dtype)).cpu().contiguous()
 
 
 def stored_parts(layer: FakeQuantLinear) -> dict[str, Tensor]:
@@ -120,18 +130,12 @@ def stored_parts(layer: FakeQuantLinear) -> dict[str, Tensor]:
 def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parts that are not quantized, each once, in the smallest lossless dtype.
 
-    Tied heads share storage with the embedding and are left out.
+    Tied heads are the embedding itself and are left out.
     """
-    layers = quantized_layers(model)
-    seen: set[int] = set()
-    dense: dict[str, Tensor] = {}
-    for key, tensor in model.state_dict().items():
-        owner, _, part = key.rpartition(".")
-        if (owner in layers and part != "bias") or tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        dense[key] = smallest_lossless(tensor.detach().cpu()).contiguous()
-    return dense
+    return {
+        key: smallest_lossless(tensor.detach().cpu()).contiguous()
+        for key, tensor in dense_targets(model).items()
+    }
 
 
 def smallest_lossless(tensor: Tensor) -> Tensor:
@@ -154,13 +158,20 @@ def read_header(folder: Path) -> CheckpointHeader:
     """Return the header of a native folder.
 
     Raises:
+        FileNotFoundError: If the folder is no student.
         ValueError: If it was written by another version of the format.
     """
-    values = read_json(Path(folder) / HEADER_NAME)
+    path = Path(folder) / HEADER_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no student, it holds no {HEADER_NAME}; `qat init-student` makes one"
+        )
+    values = read_json(path)
+    found = values.get("format") if isinstance(values, dict) else None
     known = {f.name for f in fields(CheckpointHeader)}
-    if values.get("format") != FORMAT or not set(values) <= known:
+    if found != FORMAT or not {"scheme", "base_model"} <= set(values) <= known:
         raise ValueError(
-            f"{folder} has format {values.get('format')!r}, this version reads {FORMAT!r}; "
+            f"{path} has format {found!r} or other fields than this version reads ({FORMAT!r}); "
             "make the checkpoint again or install the version that wrote it"
         )
     return CheckpointHeader(**values)
@@ -182,21 +193,30 @@ def read_checkpoint(
     """
     folder = Path(folder)
     header = read_header(folder)
+    if not (folder / TENSORS_NAME).is_file():
+        raise FileNotFoundError(f"{folder / TENSORS_NAME} is missing; make the checkpoint again")
     if sha256_of_file(folder / TENSORS_NAME) != header.sha256:
         raise ValueError(
             f"{folder / TENSORS_NAME} does not match its sha256; fetch or make it again"
         )
     model = empty_student(folder, Scheme.from_dict(header.scheme), dtype)
-    fill(model, load_file(folder / TENSORS_NAME), dtype)
+    with safe_open(folder / TENSORS_NAME, framework="pt") as file:
+        fill(model, file, dtype)
     return model.eval().requires_grad_(False), header
 
 
 def empty_student(folder: Path, scheme: Scheme, dtype: torch.dtype) -> nn.Module:
-    """Return a student whose tensors have sizes but no values."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Return a student whose tensors have sizes but no values.
+
+    Args:
+        folder: Where the model's config is.
+        scheme: How each kind of layer is quantized.
+        dtype: Of the dense parts.
+    """
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(str(folder))
+    config = read_model_config(folder)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
@@ -205,45 +225,78 @@ def empty_student(folder: Path, scheme: Scheme, dtype: torch.dtype) -> nn.Module
     return model
 
 
+def read_model_config(folder: Path) -> Any:
+    """Return the model config in a folder.
+
+    Raises:
+        ValueError: If it is missing, damaged or of an unknown kind of model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        raise ValueError(
+            f"{folder}/config.json cannot be read ({why}); fetch or make that folder again"
+        ) from error
+
+
 @torch.no_grad()
-def fill(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Put the tensors of a checkpoint file into an empty student.
+def fill(model: nn.Module, file: Any, dtype: torch.dtype) -> None:
+    """Put the tensors of an open safetensors file into an empty student.
+
+    One tensor is read at a time, and takes the place of the empty one: no second copy is held.
 
     Raises:
         ValueError: If a tensor is missing, left over or of another shape; names it.
     """
     layers = quantized_layers(model)
+    left = set(file.keys())
+
+    def take(name: str) -> Tensor:
+        if name not in left:
+            raise ValueError(f"tensor {name} is missing from {TENSORS_NAME}; make it again")
+        left.remove(name)
+        return file.get_tensor(name)
+
     for name, layer in layers.items():
         shape = (layer.out_features, layer.in_features)
-        layer.indices = unpack(take(tensors, f"{name}.indices"), layer.scheme.bits, shape)
+        layer.indices = unpack(take(f"{name}.indices"), layer.scheme.bits, shape)
         for part in stored_parts(layer):
-            put(getattr(layer, part), take(tensors, f"{name}.{part}").float(), f"{name}.{part}")
+            put(getattr(layer, part), take(f"{name}.{part}").float(), f"{name}.{part}")
+    for key, target in dense_targets(model).items():
+        put(target, take(key).to(dtype), key)
+    if left:
+        raise ValueError(f"unknown tensor {min(left)} in {TENSORS_NAME}; it fits another model")
+
+
+def dense_targets(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and stored buffers outside the quantized layers, tied ones once.
+
+    Biases of quantized layers are among them.
+    """
+    layers = quantized_layers(model)
+    stored = model.state_dict(keep_vars=True)  # the parameters themselves, not views of them
+    targets: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for key, target in model.state_dict().items():
+    for key, tensor in stored.items():
         owner, _, part = key.rpartition(".")
-        if (owner in layers and part != "bias") or target.data_ptr() in seen:
+        if (owner in layers and part != "bias") or id(tensor) in seen:
             continue
-        seen.add(target.data_ptr())
-        put(target, take(tensors, key).to(dtype), key)
-    if tensors:
-        raise ValueError(f"unknown tensor {min(tensors)} in {TENSORS_NAME}; it fits another model")
-
-
-def take(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """Remove and return a tensor by name."""
-    if name not in tensors:
-        raise ValueError(f"tensor {name} is missing from {TENSORS_NAME}; make the checkpoint again")
-    return tensors.pop(name)
+        seen.add(id(tensor))
+        targets[key] = tensor
+    return targets
 
 
 def put(target: Tensor, values: Tensor, name: str) -> None:
-    """Copy values into a tensor of the same shape."""
+    """Make a parameter or buffer hold values of the same shape."""
     if target.shape != values.shape:
         raise ValueError(
             f"tensor {name} has shape {tuple(values.shape)}, the model wants "
             f"{tuple(target.shape)}; the checkpoint fits another model"
         )
-    target.copy_(values)
+    target.data = values.contiguous()
 
 
 def bits_per_weight(model: nn.Module) -> dict[str, float | None]:
@@ -277,17 +330,7 @@ def ratio(amount: float, count: int) -> float | None:
 
 def copy_text_files(source: Path, target: Path) -> None:
     """Copy tokenizer, template and generation files, which ship with every model folder."""
-    wanted = (
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab*",
-        "merges.txt",
-        "chat_template*",
-        "generation_config.json",
-        "*.model",
-    )
-    for pattern in wanted:
+    for pattern in TEXT_FILES:
         for file in Path(source).glob(pattern):
             if file.is_file():
                 (target / file.name).write_bytes(file.read_bytes())

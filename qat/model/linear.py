@@ -56,16 +56,23 @@ class FakeQuantLinear(nn.Module):
             layer.scale.data = quantized.scale
         return layer
 
+    def stored(self, values: Tensor) -> Tensor:
+        """Return scales or a codebook as a file holds them, straight through."""
+        return SnapFloat16.apply(values) if self.scheme.stored_dtype == "float16" else values
+
     def full_scale(self) -> Tensor:
-        """Return the scales on the float16 grid: (O, G), or (O, I) when low rank."""
-        if not self.scheme.rank:
-            return SnapFloat16.apply(self.scale)
-        factors = (self.scale_a, self.magnitude, self.scale_b)
-        return low_rank_scale(*(SnapFloat16.apply(factor) for factor in factors))
+        """Return the scales as stored: (O, G), or (O, I) when low rank."""
+        if self.scheme.rank:
+            factors = (self.scale_a, self.magnitude, self.scale_b)
+            scale = low_rank_scale(*(self.stored(factor) for factor in factors))
+        else:
+            scale = self.stored(self.scale)
+        floor = self.scheme.scale_floor
+        return scale if floor is None else scale.clamp_min(floor)
 
     def fake_quantized_weight(self) -> Tensor:
         """Return W_hat, (O, I), float32, with gradients to whatever trains."""
-        scale, codebook = self.full_scale(), SnapFloat16.apply(self.codebook)
+        scale, codebook = self.full_scale(), self.stored(self.codebook)
         if self.latent_weight is None:
             return Dequantize.apply(self.indices, scale, codebook)
         return fake_quantize(self.latent_weight, scale, codebook)

@@ -120,7 +120,7 @@ def thaw_indices(layer: FakeQuantLinear, weight: torch.Tensor | None = None) -> 
         weight: Full-precision weight, (O, I); the cell's own value where not given.
     """
     scale = layer.full_scale()
-    codebook = layer.codebook.half().float()
+    codebook = layer.stored(layer.codebook)
     order = codebook.argsort()
     layer.codebook.data = layer.codebook.data[order]
     layer.indices = order.argsort().to(torch.uint8)[layer.indices.int()]
@@ -169,7 +169,7 @@ def current_indices(layer: FakeQuantLinear) -> torch.Tensor:
     """Return the indices that the next forward uses, (O, I) uint8, into the sorted codebook."""
     if layer.latent_weight is None:
         return layer.indices
-    codebook = layer.codebook.half().float().sort().values
+    codebook = layer.stored(layer.codebook).sort().values
     return nearest_indices(normalize(layer.latent_weight, layer.full_scale()), codebook)
 
 

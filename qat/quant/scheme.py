@@ -3,22 +3,29 @@
 A name reads MLP bits, then attention bits: `q2a4` keeps MLP weights at 2 bits and attention weights
 at 4 (A never means activations). `_gN` sets weights per scale, `_rN` takes low-rank scales of
 rank N instead: `q2a4_g64`, `q4a4_r32`. `q4_r32` is short for `q4a4_r32`.
+
+`_int` takes the integer grids that runtimes hold instead of learned codebooks, with scales of
+either sign: 2 bits are {-2, -1, 0, 1} per 64 weights (GGUF Q2_0), 4 bits -8 .. 7 per 32 (Q4_0).
 """
 
 import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-SCALE_BITS = 16  # scales and codebooks ship as float16
+STORED_BITS = {"float16": 16, "float32": 32}
 DEFAULT_GROUP_SIZE = 32
+INT_GROUP_SIZES = {2: 64}  # blocks of GGUF Q2_0; others as Q4_0
 
 LayerKind = Literal["mlp", "attention"]
 CodebookKind = Literal["learned", "uniform", "balanced", "int"]
+StoredDtype = Literal["float16", "float32"]
 
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-_NAME = re.compile(r"q(?P<mlp>[2-8])(?:a(?P<attention>[2-8]))?(?:_(?P<kind>[gr])(?P<size>\d+))?")
+_NAME = re.compile(
+    r"q(?P<mlp>[2-8])(?:a(?P<attention>[2-8]))?(?P<int>_int)?(?:_(?P<kind>[gr])(?P<size>\d+))?"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,12 +40,22 @@ class LayerScheme:
     """Rank of the scale matrix (scale_a * magnitude) @ scale_b; 0 = one scale per group."""
     codebook: CodebookKind = "learned"
     """learned: fitted per tensor. uniform, balanced, int: fixed."""
+    stored_dtype: StoredDtype = "float16"
+    """Of scales and codebook, in files and so in the forward. Checkpoints of other programs may
+    need float32 to stay what they are; `qat snap-fp16` moves them to float16."""
+    scale_floor: float | None = None
+    """A scale below it counts as it, as in checkpoints of the seeds' first form; None = as is."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits {self.bits} is outside 2..8; choose 2 or 4")
         if self.group_size < 0 or self.rank < 0:
             raise ValueError(f"group size {self.group_size} and rank {self.rank} must be 0 or more")
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether a group's scale may be negative: integer grids reach further on one side."""
+        return self.codebook == "int" and not self.rank
 
     def groups_of(self, num_inputs: int) -> int:
         """Return the number of scales in a row.
@@ -61,7 +78,8 @@ class LayerScheme:
         else:
             num_scales = num_outputs * self.groups_of(num_inputs)
         num_values = 2**self.bits if self.codebook == "learned" else 0
-        return num_outputs * num_inputs * self.bits + SCALE_BITS * (num_scales + num_values)
+        stored_bits = STORED_BITS[self.stored_dtype]
+        return num_outputs * num_inputs * self.bits + stored_bits * (num_scales + num_values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,20 +127,28 @@ def scheme_from_name(name: str) -> Scheme:
     if match is None:
         raise ValueError(
             f"scheme {name!r} is unknown; write q{{MLP bits}}a{{attention bits}}, with _gN for the "
-            "group size or _rN for the rank of the scales: q2a4, q4a4, q2a4_g64, q4a4_r32"
+            "group size or _rN for the rank of the scales and _int before it for the integer grids "
+            "of runtimes: q2a4, q4a4, q2a4_g64, q4a4_r32, q2a4_int"
         )
-    common: dict[str, int] = {}
+    common: dict[str, Any] = {}
     if match["kind"] == "g":
         common["group_size"] = int(match["size"])
     elif match["kind"] == "r":
         common["rank"] = int(match["size"])
     mlp_bits = int(match["mlp"])
     attention_bits = int(match["attention"] or mlp_bits)
+    layer = int_layer if match["int"] else LayerScheme
     return Scheme(
         name=name,
-        mlp=LayerScheme(bits=mlp_bits, **common),
-        attention=LayerScheme(bits=attention_bits, **common),
+        mlp=layer(bits=mlp_bits, **common),
+        attention=layer(bits=attention_bits, **common),
     )
+
+
+def int_layer(bits: int, **changes: Any) -> LayerScheme:
+    """Return the scheme of an integer grid in the group size of its runtime format."""
+    group_size = INT_GROUP_SIZES.get(bits, DEFAULT_GROUP_SIZE)
+    return LayerScheme(**{"bits": bits, "group_size": group_size, "codebook": "int", **changes})
 
 
 def with_mlp(scheme: Scheme, name: str, **changes: Any) -> Scheme:
