@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from qat.cache.config import BuildCacheConfig
@@ -28,9 +27,7 @@ def build(config: BuildCacheConfig) -> dict[str, Any]:
     dtype = device.dtype_from_name(config.dtype)
     say(device.describe())
     tokenizer = load_tokenizer(config.teacher)
-    # A folder's weights are hashed as files, so a finished cache is found without loading them.
-    teacher = None if Path(config.teacher).is_dir() else load_dense(config.teacher, dtype=dtype)
-    named = model_identity(config.teacher, teacher)
+    named = model_identity(config.teacher)  # of files, so a finished cache is found without loading
     identity = wanted_identity(
         config, tokenizer=tokenizer, teacher_weights=named["weights"], dtype=dtype_name(dtype)
     )
@@ -41,7 +38,7 @@ def build(config: BuildCacheConfig) -> dict[str, Any]:
     else:
         blocks = read_blocks(config.data, tokenizer, text_plan(config, tokenizer))
         say(f"{len(blocks)} blocks of {config.seq_len} tokens, {blocks.num_heldout} held out")
-        teacher = (teacher or load_dense(config.teacher, dtype=dtype)).to(device.torch_device)
+        teacher = load_dense(config.teacher, dtype=dtype).to(device.torch_device)
         manifest, rates = build_cache(
             teacher,
             blocks,

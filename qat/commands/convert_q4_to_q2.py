@@ -18,7 +18,7 @@ def act(config: ConvertQ4ToQ2Config) -> dict[str, Any]:
     from dataclasses import replace
 
     from qat.commands.students import already_made, calibrate, measure_and_write, open_cache
-    from qat.convert.q4_to_q2 import convert_mlp_layers, q2_scheme
+    from qat.convert.q4_to_q2 import convert_mlp_layers, mlp_linears, q2_scheme
     from qat.convert.recipe import finished, recipe
     from qat.device import Device
     from qat.model.checkpoint import read_header
@@ -27,9 +27,9 @@ def act(config: ConvertQ4ToQ2Config) -> dict[str, Any]:
         load_dense,
         load_model,
         load_tokenizer,
-        model_identity,
+        vocabulary_size,
     )
-    from qat.model.surgery import layers_of_kind
+    from qat.model.surgery import check_scheme
     from qat.quant.scheme import Scheme
 
     started = time.perf_counter()
@@ -38,11 +38,9 @@ def act(config: ConvertQ4ToQ2Config) -> dict[str, Any]:
     say(device.describe())
     source = checkpoint_folder(config.q4_checkpoint)
     header = read_header(source)
-    base_path = config.model_id or header.base_model["path"]
-    base = load_dense(base_path, dtype=dtype)
-    identity = model_identity(base_path, base)
+    base_path, identity = base_of(config, header)
     cache = open_cache(
-        config.cache_dir, load_tokenizer(source), base.config.vocab_size, identity["weights"]
+        config.cache_dir, load_tokenizer(source), vocabulary_size(source), identity["weights"]
     )
     made_by = recipe(
         "convert-q4-to-q2",
@@ -54,14 +52,16 @@ def act(config: ConvertQ4ToQ2Config) -> dict[str, Any]:
     done = finished(config.output, made_by)
     if done is not None:
         return already_made(config.output, done)
-    student, _header = load_model(source, dtype=dtype)
-    linears = {name: base.get_submodule(name) for name in layers_of_kind(student, "mlp")}
-    importance = calibrate(base, linears, cache, config.calibration_sequences, device)
+    base = load_dense(base_path, dtype=dtype)
     scheme = q2_scheme(Scheme.from_dict(header.scheme), config)
+    check_scheme(base, scheme)
+    student, _header = load_model(source, dtype=dtype)
+    linears = mlp_linears(base, student)
+    importance = calibrate(base, linears, cache, config.calibration_sequences, device)
     convert_mlp_layers(
         student,
         scheme.mlp,
-        weight_of=lambda name, _layer: base.get_submodule(name).weight,
+        weight_of=lambda name, _layer: linears[name].weight,
         importance=importance,
     )
     header = replace(
@@ -81,3 +81,22 @@ def act(config: ConvertQ4ToQ2Config) -> dict[str, Any]:
         device=device,
         dtype=dtype,
     )
+
+
+def base_of(config: ConvertQ4ToQ2Config, header: Any) -> tuple[str, dict[str, str]]:
+    """Return the path and identity of the full-precision model to fit to.
+
+    Raises:
+        ValueError: If the path that the 4-bit student names holds other weights by now.
+    """
+    from qat.model.load import model_identity
+
+    path = config.model_id or header.base_model["path"]
+    identity = model_identity(path)
+    made_from = header.base_model.get("weights", identity["weights"])
+    if config.model_id is None and identity["weights"] != made_from:
+        raise ValueError(
+            f"{path} holds other weights than {config.q4_checkpoint} was made from; "
+            "give its full-precision model with --model-id"
+        )
+    return path, identity

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from qat.commands.door import run_command, say
@@ -21,7 +20,13 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
     from qat.convert.recipe import finished, recipe
     from qat.device import Device
     from qat.model.checkpoint import CheckpointHeader
-    from qat.model.load import load_dense, load_tokenizer, model_identity
+    from qat.model.load import (
+        load_dense,
+        load_tokenizer,
+        model_folder,
+        model_identity,
+        vocabulary_size,
+    )
     from qat.model.surgery import check_scheme, quantizable_linears
     from qat.quant.scheme import scheme_from_name
 
@@ -30,11 +35,12 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
     device = Device.detect(config.device)
     dtype = device.dtype_from_name(config.dtype)
     say(device.describe())
-    model = load_dense(config.model, dtype=dtype)
-    check_scheme(model, scheme)
-    base = model_identity(config.model, model)
+    base = model_identity(config.model)
     cache = open_cache(
-        config.cache_dir, load_tokenizer(config.model), model.config.vocab_size, base["weights"]
+        config.cache_dir,
+        load_tokenizer(config.model),
+        vocabulary_size(config.model),
+        base["weights"],
     )
     made_by = recipe(
         "init-student", config, base=base["weights"], cache=cache and cache.fingerprint
@@ -42,6 +48,8 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
     header = finished(config.output, made_by)
     if header is not None:
         return already_made(config.output, header)
+    model = load_dense(config.model, dtype=dtype)
+    check_scheme(model, scheme)
     linears = quantizable_linears(model, scheme)
     say(f"scheme {scheme.name}: {len(linears)} layers of {base['name']}")
     importance = calibrate(model, linears, cache, config.calibration_sequences, device)
@@ -57,7 +65,7 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
         header,
         config.output,
         cache=cache if config.eval else None,
-        text_source=Path(config.model),
+        text_source=model_folder(config.model),
         started=started,
         device=device,
         dtype=dtype,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat.quant.scheme import LayerScheme
+
 DEFAULT_CALIBRATION_SEQUENCES = 64
 
 
@@ -62,6 +64,9 @@ class ConvertQ4ToQ2Config:
         require_positive("--calibration-sequences", self.calibration_sequences)
         if self.eval and self.cache_dir is None:
             raise ValueError("--eval needs a cache to measure on; add --cache-dir caches/NAME")
+        if self.output.resolve() == self.q4_checkpoint.resolve():
+            raise ValueError(f"--output {self.output} is the 4-bit student; name another folder")
+        LayerScheme(bits=self.q2_mlp_bits, group_size=self.q2_mlp_group_size, rank=self.q2_mlp_rank)
 
 
 def require_positive(flag: str, value: int) -> None:

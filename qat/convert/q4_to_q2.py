@@ -26,6 +26,24 @@ def q2_scheme(scheme: Scheme, config: ConvertQ4ToQ2Config) -> Scheme:
     )
 
 
+def mlp_linears(base: nn.Module, student: nn.Module) -> dict[str, nn.Linear]:
+    """Return the base model's linear for each MLP layer of a student, by name.
+
+    Raises:
+        ValueError: If the base model has no such layer or one of another shape; names it.
+    """
+    linears = dict(base.named_modules())
+    for name, layer in layers_of_kind(student, "mlp").items():
+        wanted = (layer.out_features, layer.in_features)
+        found = tuple(linears[name].weight.shape) if name in linears else None
+        if found != wanted:
+            raise ValueError(
+                f"{name} has shape {wanted} in the student and {found or 'no match'} in the "
+                "full-precision model; give the model it was made from with --model-id"
+            )
+    return {name: linears[name] for name in layers_of_kind(student, "mlp")}
+
+
 @torch.no_grad()
 def convert_mlp_layers(
     student: nn.Module,

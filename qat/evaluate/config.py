@@ -32,6 +32,10 @@ class EvaluateConfig:
             raise ValueError("give one of --cache-dir and --text to measure on")
         if self.teacher and self.text is None:
             raise ValueError("--teacher goes with --text; a cache holds its teacher's word already")
+        if self.num_sequences is not None and self.num_sequences < 1:
+            raise ValueError(
+                f"--num-sequences {self.num_sequences} must be 1 or more; leave it out for all"
+            )
         if self.seq_len < 2 or self.batch_size < 1:
             raise ValueError(
                 f"--seq-len {self.seq_len} must be 2 or more, --batch-size {self.batch_size} 1"
