@@ -17,8 +17,19 @@ def act(config: ConvertQ4ToQ2Config) -> dict[str, Any]:
     """Load both models, calibrate, fit the MLP layers, measure, write."""
     from dataclasses import replace
 
-    from qat.commands.students import already_made, calibrate, measure_and_write, open_cache
-    from qat.convert.q4_to_q2 import convert_mlp_layers, mlp_linears, q2_scheme
+    from qat.commands.students import (
+        already_made,
+        calibrate,
+        calibration_tokens,
+        measure_and_write,
+        open_cache,
+    )
+    from qat.convert.q4_to_q2 import (
+        convert_mlp_layers,
+        convert_mlp_layers_by_blocks,
+        mlp_linears,
+        q2_scheme,
+    )
     from qat.convert.recipe import finished, recipe
     from qat.device import Device
     from qat.model.checkpoint import read_header
@@ -57,13 +68,20 @@ def act(config: ConvertQ4ToQ2Config) -> dict[str, Any]:
     check_scheme(base, scheme)
     student, _header = load_model(source, dtype=dtype)
     linears = mlp_linears(base, student)
-    importance = calibrate(base, linears, cache, config.calibration_sequences, device)
-    convert_mlp_layers(
-        student,
-        scheme.mlp,
-        weight_of=lambda name, _layer: linears[name].weight,
-        importance=importance,
-    )
+    count = config.num_calibration_sequences
+    if config.fit == "hessian" and cache is not None:
+        batches = calibration_tokens(cache, count, device)
+        base.to(device.torch_device)
+        student.to(device.torch_device)
+        convert_mlp_layers_by_blocks(student, base, linears, scheme.mlp, batches, dtype=dtype)
+        student.to("cpu")
+    else:
+        convert_mlp_layers(
+            student,
+            scheme.mlp,
+            weight_of=lambda name, _layer: linears[name].weight,
+            importance=calibrate(base, linears, cache, count, device),
+        )
     header = replace(
         header,
         scheme=scheme.to_dict(),

@@ -15,8 +15,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def act(config: InitStudentConfig) -> dict[str, Any]:
     """Load, calibrate, fit, measure, write."""
-    from qat.commands.students import already_made, calibrate, measure_and_write, open_cache
-    from qat.convert.init_student import init_student
+    from qat.commands.students import (
+        already_made,
+        calibrate,
+        calibration_tokens,
+        measure_and_write,
+        open_cache,
+    )
+    from qat.convert.init_student import init_student, init_student_by_blocks
     from qat.convert.recipe import finished, recipe
     from qat.device import Device
     from qat.model.checkpoint import CheckpointHeader
@@ -52,8 +58,14 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
     check_scheme(model, scheme)
     linears = quantizable_linears(model, scheme)
     say(f"scheme {scheme.name}: {len(linears)} layers of {base['name']}")
-    importance = calibrate(model, linears, cache, config.calibration_sequences, device)
-    init_student(model, scheme, importance=importance)
+    count = config.num_calibration_sequences
+    if config.fit == "hessian" and cache is not None:
+        batches = calibration_tokens(cache, count, device)
+        model.to(device.torch_device)
+        init_student_by_blocks(model, scheme, batches, dtype=dtype)
+        model.to("cpu")
+    else:
+        init_student(model, scheme, importance=calibrate(model, linears, cache, count, device))
     header = CheckpointHeader(
         scheme=scheme.to_dict(),
         base_model={"path": config.model, **base},

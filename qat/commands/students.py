@@ -37,6 +37,13 @@ def calibrate(model: Any, linears: Any, cache: Any, count: int, device: Any) -> 
     return {name: moment.cpu() for name, moment in moments.items()}
 
 
+def calibration_tokens(cache: Any, count: int, device: Any) -> list[Any]:
+    """Return the token ids that calibrate, in batches on the device."""
+    from qat.convert.recipe import calibration_batches
+
+    return [batch.to(device.torch_device) for batch in calibration_batches(cache, count)]
+
+
 def measure_and_write(
     model: Any,
     header: Any,

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from qat.quant.scheme import LayerScheme
+from qat.quant.scheme import CodebookKind, LayerScheme
 
-DEFAULT_CALIBRATION_SEQUENCES = 64
+Fit = Literal["hessian", "moments"]
+# Where more no longer pays: a second moment is known from few tokens, a Hessian from many.
+CALIBRATION_SEQUENCES = {"hessian": 512, "moments": 64}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,11 +20,15 @@ class InitStudentConfig:
     output: Path
     """Folder of the student."""
     scheme: str = "q4a4"
-    """MLP bits and attention bits; _gN sets weights per scale, _rN low-rank scales: q2a4_g64."""
+    """MLP bits and attention bits; _gN sets weights per scale, _rN low-rank scales, _int takes
+    the integer grids of runtimes: q2a4_g64, q2a4_int."""
     cache_dir: Path | None = None
     """Teacher cache: calibrates the fit, measures the student."""
-    calibration_sequences: int = DEFAULT_CALIBRATION_SEQUENCES
-    """Training sequences of the cache that calibrate."""
+    fit: Fit = "hessian"
+    """hessian: codes with error feedback against all inputs, block by block, each block fed by the
+    quantized ones before it. moments: each input's mean square, one pass; several times quicker."""
+    calibration_sequences: int | None = None
+    """Training sequences of the cache that calibrate; 512 for hessian, 64 for moments."""
     eval: bool = True
     """Measure the student on the cache's held-out split."""
     dtype: str = "auto"
@@ -30,7 +37,13 @@ class InitStudentConfig:
     """auto, cpu, cuda, mps, xla or tpu."""
 
     def __post_init__(self) -> None:
-        require_positive("--calibration-sequences", self.calibration_sequences)
+        require_positive("--calibration-sequences", self.num_calibration_sequences)
+
+    @property
+    def num_calibration_sequences(self) -> int:
+        """Training sequences that calibrate."""
+        given = self.calibration_sequences
+        return CALIBRATION_SEQUENCES[self.fit] if given is None else given
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,28 +58,44 @@ class ConvertQ4ToQ2Config:
     """Full-precision model to fit to; the one that the 4-bit student names when not given."""
     q2_mlp_bits: int = 2
     """Bits of MLP weights after the conversion."""
-    q2_mlp_group_size: int = 32
-    """MLP weights of a row that share a scale."""
+    q2_mlp_group_size: int | None = None
+    """MLP weights of a row that share a scale; 32, with an int codebook of 2 bits 64."""
+    q2_mlp_codebook: CodebookKind = "learned"
+    """learned, or a fixed one: int is the grid of runtimes (GGUF Q2_0), with scales of either
+    sign."""
     q2_mlp_rank: int = 0
     """Rank of low-rank MLP scales; 0 = one scale per group."""
     eval: bool = False
     """Measure the student on the cache's held-out split."""
     cache_dir: Path | None = None
     """Teacher cache: calibrates the fit, measures the student."""
-    calibration_sequences: int = DEFAULT_CALIBRATION_SEQUENCES
-    """Training sequences of the cache that calibrate."""
+    fit: Fit = "hessian"
+    """hessian: codes with error feedback against all inputs, block by block, each block fed by the
+    quantized ones before it. moments: each input's mean square, one pass; several times quicker."""
+    calibration_sequences: int | None = None
+    """Training sequences of the cache that calibrate; 512 for hessian, 64 for moments."""
     dtype: str = "auto"
     """Compute dtype: auto, fp32, bf16 or fp16."""
     device: str = "auto"
     """auto, cpu, cuda, mps, xla or tpu."""
 
     def __post_init__(self) -> None:
-        require_positive("--calibration-sequences", self.calibration_sequences)
+        require_positive("--calibration-sequences", self.num_calibration_sequences)
         if self.eval and self.cache_dir is None:
             raise ValueError("--eval needs a cache to measure on; add --cache-dir caches/NAME")
         if self.output.resolve() == self.q4_checkpoint.resolve():
             raise ValueError(f"--output {self.output} is the 4-bit student; name another folder")
-        LayerScheme(bits=self.q2_mlp_bits, group_size=self.q2_mlp_group_size, rank=self.q2_mlp_rank)
+        LayerScheme(
+            bits=self.q2_mlp_bits,
+            group_size=self.q2_mlp_group_size or 0,
+            rank=self.q2_mlp_rank,
+        )
+
+    @property
+    def num_calibration_sequences(self) -> int:
+        """Training sequences that calibrate."""
+        given = self.calibration_sequences
+        return CALIBRATION_SEQUENCES[self.fit] if given is None else given
 
 
 def require_positive(flag: str, value: int) -> None:

@@ -1,9 +1,12 @@
 """A full-precision model to a student: every layer fitted to its weight and its inputs."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qat.convert.by_blocks import fit_by_blocks
 from qat.model.linear import FakeQuantLinear
 from qat.model.surgery import check_scheme, quantizable_linears, replace_linears
 from qat.quant.fit import fit_weight
@@ -35,6 +38,31 @@ def init_student(
     replace_linears(model, scheme, make)
     progress.close()
     model.requires_grad_(False)
+
+
+def init_student_by_blocks(
+    model: nn.Module, scheme: Scheme, batches: Sequence[Tensor], *, dtype: torch.dtype
+) -> None:
+    """Turn a full-precision model into a student in place, each layer fed by quantized ones.
+
+    Args:
+        model: Causal LM; its linears are replaced.
+        scheme: How each kind of layer is quantized.
+        batches: Token ids, (B, T) each, on the model's device.
+        dtype: Compute dtype.
+
+    Raises:
+        ValueError: If the scheme does not fit a layer or a weight cannot be held; names the layer.
+    """
+    check_scheme(model, scheme)
+    linears = quantizable_linears(model, scheme)
+    fit_by_blocks(
+        model,
+        {name: scheme.layer(name) for name in linears},
+        batches,
+        weight_of=lambda name: linears[name].weight,
+        dtype=dtype,
+    )
 
 
 @torch.no_grad()

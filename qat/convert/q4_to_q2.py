@@ -1,28 +1,33 @@
 """A 4-bit student to a 2-bit one: MLP layers fitted anew, attention layers kept to the bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qat.convert.by_blocks import fit_by_blocks
 from qat.convert.config import ConvertQ4ToQ2Config
 from qat.model.linear import FakeQuantLinear
-from qat.model.surgery import layers_of_kind, swap
+from qat.model.surgery import hold_weights, layers_of_kind, swap
 from qat.quant.fit import fit_weight
-from qat.quant.scheme import LayerScheme, Scheme, with_mlp
+from qat.quant.scheme import LayerScheme, Scheme, int_layer, with_mlp
 
 
 def q2_scheme(scheme: Scheme, config: ConvertQ4ToQ2Config) -> Scheme:
     """Return the scheme after the conversion: the MLP's new one, attention as it was."""
-    rank = config.q2_mlp_rank
-    size = f"r{rank}" if rank else f"g{config.q2_mlp_group_size}"
+    bits, rank, codebook = config.q2_mlp_bits, config.q2_mlp_rank, config.q2_mlp_codebook
+    layer = int_layer(bits) if codebook == "int" else LayerScheme(bits=bits)
+    group_size = config.q2_mlp_group_size or layer.group_size
+    size = f"r{rank}" if rank else f"g{group_size}"
+    kind = "" if codebook == "learned" else f"_{codebook}"
     return with_mlp(
         scheme,
-        f"q{config.q2_mlp_bits}a{scheme.attention.bits}_{size}",
-        bits=config.q2_mlp_bits,
-        group_size=config.q2_mlp_group_size,
+        f"q{bits}a{scheme.attention.bits}{kind}_{size}",
+        bits=bits,
+        group_size=group_size,
         rank=rank,
+        codebook=codebook,
     )
 
 
@@ -73,3 +78,38 @@ def convert_mlp_layers(
             raise ValueError(f"{name}: {error}") from error
         swap(student, name, FakeQuantLinear.from_linear(layer, quantized, scheme))
     return len(layers)
+
+
+@torch.no_grad()
+def convert_mlp_layers_by_blocks(
+    student: nn.Module,
+    base: nn.Module,
+    linears: dict[str, nn.Linear],
+    scheme: LayerScheme,
+    batches: Sequence[Tensor],
+    *,
+    dtype: torch.dtype,
+) -> int:
+    """Fit the MLP layers of a student to fewer bits, in place, each fed by those before it.
+
+    Args:
+        student: A student with frozen indices.
+        base: The full-precision model, whose outputs are wanted.
+        linears: Its MLP layers by name.
+        scheme: Of the MLP layers from now on.
+        batches: Token ids, (B, T) each, on the device of both models.
+        dtype: Compute dtype.
+
+    Returns:
+        The number of layers fitted.
+    """
+    hold_weights(student, dtype)
+    fit_by_blocks(
+        student,
+        dict.fromkeys(linears, scheme),
+        batches,
+        weight_of=lambda name: linears[name].weight,
+        reference=base,
+        dtype=dtype,
+    )
+    return len(linears)

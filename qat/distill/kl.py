@@ -5,8 +5,13 @@
 with p the teacher and q the student at temperature 1. For a dense teacher there is no tail; for a
 sampled one the sum runs over its draws with their weights.
 
-Shape legend: N positions, V vocabulary, K tokens the teacher is known on.
+The other divergences compare the same cells: the K tokens and, for a top-k teacher, the rest as one
+more. Every one of them is zero for a perfect student.
+
+Shape legend: N positions, V vocabulary, K tokens the teacher is known on, C cells.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -81,6 +86,129 @@ def kd_loss(student_logits: Tensor, signal: TeacherSignal, *, temperature: float
     """
     divergence = conditional_kl(student_logits.float(), signal, temperature)
     return divergence * temperature**2
+
+
+def cells(student_logits: Tensor, signal: TeacherSignal) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of teacher and student on the same cells, (..., C) each.
+
+    Args:
+        student_logits: (..., V), any float dtype.
+        signal: Dense (C = V), top-k (C = K + 1) or conditional (C = K, both normalized over it).
+
+    Raises:
+        ValueError: If the signal is sampled: draws give expectations under the teacher only.
+    """
+    logits = student_logits.float()
+    if signal.kind == "sampled":
+        raise ValueError(
+            "a sampled cache gives expectations under the teacher only, which forward-kl needs; "
+            "use --loss forward-kl, or a top-k or hidden cache"
+        )
+    if signal.kind == "conditional":
+        chosen = logits.gather(-1, signal.token_ids)
+        return torch.log_softmax(signal.log_probs, -1), torch.log_softmax(chosen, -1)
+    if signal.token_ids is None:
+        return signal.log_probs, torch.log_softmax(logits, -1)
+    student = logits.gather(-1, signal.token_ids) - torch.logsumexp(logits, -1, keepdim=True)
+    teacher = torch.cat([signal.log_probs, signal.log_tail.unsqueeze(-1)], -1)
+    return teacher, torch.cat([student, log_outside(student).unsqueeze(-1)], -1)
+
+
+def kl_of_cells(left: Tensor, right: Tensor) -> Tensor:
+    """Return KL(left || right) of log-probabilities (..., C), (...)."""
+    return (left.exp() * (left - right)).sum(-1)
+
+
+def log_mix(left: Tensor, right: Tensor, share: float) -> Tensor:
+    """Return the log of share * exp(left) + (1 - share) * exp(right)."""
+    return torch.logaddexp(left + math.log(share), right + math.log1p(-share))
+
+
+def reverse_kl(student_logits: Tensor, signal: TeacherSignal) -> Tensor:
+    """Return KL(student || teacher) of each position in nats: it seeks the teacher's modes.
+
+    Args:
+        student_logits: (..., V), any float dtype.
+        signal: Dense, top-k or conditional.
+
+    Returns:
+        (...), float32.
+
+    Source:
+        Gu et al. 2023 (MiniLLM), arXiv:2306.08543, equation 1.
+    """
+    teacher, student = cells(student_logits, signal)
+    return kl_of_cells(student, teacher)
+
+
+def jensen_shannon(student_logits: Tensor, signal: TeacherSignal, share: float = 0.5) -> Tensor:
+    """Return the generalized Jensen-Shannon divergence of each position in nats.
+
+    Args:
+        student_logits: (..., V), any float dtype.
+        signal: Dense, top-k or conditional.
+        share: Weight of the teacher in the mixture, between 0 and 1.
+
+    Returns:
+        (...), float32: share KL(p || m) + (1 - share) KL(q || m), m = share p + (1 - share) q.
+
+    Source:
+        Agarwal et al. 2023 (GKD), arXiv:2306.13649, section 2.
+    """
+    teacher, student = cells(student_logits, signal)
+    mixture = log_mix(teacher, student, share)
+    forward, reverse = kl_of_cells(teacher, mixture), kl_of_cells(student, mixture)
+    return share * forward + (1 - share) * reverse
+
+
+def skewed_kl(student_logits: Tensor, signal: TeacherSignal, share: float = 0.1) -> Tensor:
+    """Return KL(teacher || share teacher + (1 - share) student): its gradient is bounded.
+
+    Args:
+        student_logits: (..., V), any float dtype.
+        signal: Dense, top-k or conditional.
+        share: Weight of the teacher in the mixture, between 0 and 1.
+
+    Returns:
+        (...), float32, in nats.
+
+    Source:
+        Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
+    """
+    teacher, student = cells(student_logits, signal)
+    return kl_of_cells(teacher, log_mix(teacher, student, share))
+
+
+def confidence_kl(student_logits: Tensor, signal: TeacherSignal) -> Tensor:
+    """Return a mixture of reverse and forward KL by the teacher's confidence at each position.
+
+    Where the teacher is sure the student seeks its mode, elsewhere it covers the spread. The
+    confidence is the teacher's expected probability of its own next token, sum p^2.
+
+    Args:
+        student_logits: (..., V), any float dtype.
+        signal: Dense, top-k or conditional.
+
+    Returns:
+        (...), float32, in nats.
+
+    Source:
+        Du et al. 2024 (BitDistiller), arXiv:2402.10631, section 3.3; there one confidence is taken
+        over the data set, here one a position.
+    """
+    teacher, student = cells(student_logits, signal)
+    confidence = (2 * signal.log_probs).exp().sum(-1).clamp_max(1.0)
+    forward, reverse = kl_of_cells(teacher, student), kl_of_cells(student, teacher)
+    return confidence * reverse + (1 - confidence) * forward
+
+
+def hard_top1(student_logits: Tensor, signal: TeacherSignal) -> Tensor:
+    """Return the cross-entropy of the student on the teacher's likeliest token, (...)."""
+    best = signal.log_probs.argmax(-1, keepdim=True)
+    if signal.token_ids is not None:
+        best = signal.token_ids.gather(-1, best)
+    logits = student_logits.float()
+    return torch.logsumexp(logits, -1) - logits.gather(-1, best).squeeze(-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training loss through a chunked head: memory is flat in tokens x vocabulary.
+"""The training loss: a divergence by name, and the chunked head that keeps its memory flat.
 
 Logits of a chunk of positions are formed, their loss and its gradient taken at once, and dropped:
 the backward pass only scales what the forward pass has found.
@@ -7,16 +7,74 @@ Shape legend: B batch, T positions, H hidden, V vocabulary, N = B * T.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from qat.distill.kl import (
+    confidence_kl,
+    forward_kl,
+    jensen_shannon,
+    kd_loss,
+    reverse_kl,
+    skewed_kl,
+)
 from qat.distill.teacher import TeacherSignal
 
 CHUNK_TOKENS = 512  # of 49k logits in float32: 100 MB at a time; faster than 2048 on a CPU's cache
 
 Head = Callable[[Tensor], Tensor]
 Divergence = Callable[[Tensor, TeacherSignal], Tensor]
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward-kl": forward_kl,
+    "reverse-kl": reverse_kl,
+    "jensen-shannon": jensen_shannon,
+    "skewed-kl": skewed_kl,
+    "confidence-kl": confidence_kl,
+    "kd": kd_loss,
+}
+
+
+def make_divergence(name: str, *, temperature: float = 1.0) -> Divergence:
+    """Return the loss of a position, by name.
+
+    Args:
+        name: One of `DIVERGENCES`.
+        temperature: Divides both sides' logits; its square multiplies the loss, so that gradients
+            keep their size (Hinton et al. 2015, section 2).
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name not in DIVERGENCES:
+        raise ValueError(f"loss {name!r} is not one of {', '.join(DIVERGENCES)}")
+    if name == "kd":
+        return partial(kd_loss, temperature=temperature)
+    if temperature != 1.0:
+        return partial(tempered, DIVERGENCES[name], temperature)
+    return DIVERGENCES[name]
+
+
+def tempered(
+    divergence: Divergence, temperature: float, student_logits: Tensor, signal: TeacherSignal
+) -> Tensor:
+    """Return a divergence at a temperature, times its square.
+
+    Raises:
+        ValueError: If the teacher is not known on the whole vocabulary: the tail's mass at another
+            temperature cannot be told from its mass at one.
+    """
+    if signal.kind != "dense":
+        raise ValueError(
+            f"--temperature {temperature} needs every teacher logit, this cache is {signal.kind}; "
+            "use --loss kd, or build the cache with --content hidden"
+        )
+    teacher = torch.log_softmax(signal.log_probs / temperature, -1)
+    softened = replace(signal, log_probs=teacher)
+    return divergence(student_logits.float() / temperature, softened) * temperature**2
 
 
 class ChunkedLoss(torch.autograd.Function):

@@ -26,6 +26,7 @@ from qat.quant.scales import (
     LowRank,
     fit_group_scale,
     fit_low_rank,
+    search_signed_scale,
     start_low_rank,
     start_scale,
     unit_factors,
@@ -116,12 +117,17 @@ def fit_groups(
     """Return the joint fit with one scale per group."""
     num_inputs = weight.shape[1]
     group_size = largest_group(scheme, num_inputs)
-    scale = start_scale(weight, importance, num_inputs // group_size)
-    codebook = start_codebook(weight, scale, importance, scheme)
+    num_groups = num_inputs // group_size
+    if scheme.is_signed:
+        codebook = fixed_codebook(scheme.codebook, scheme.bits).to(weight.device)
+        scale = search_signed_scale(weight, importance, num_groups, codebook)
+    else:
+        scale = start_scale(weight, importance, num_groups)
+        codebook = start_codebook(weight, scale, importance, scheme)
     for _ in range(num_rounds):
         indices = nearest_indices(weight / expand_groups(scale, num_inputs), codebook)
         values = codebook[indices.int()]
-        scale = fit_group_scale(weight, values, importance, scale)
+        scale = fit_group_scale(weight, values, importance, scale, is_signed=scheme.is_signed)
         if scheme.codebook == "learned":
             codebook = update_codebook(
                 weight, indices, expand_groups(scale, num_inputs), importance, codebook

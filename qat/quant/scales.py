@@ -17,9 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.quant.grid import FLOAT16_MAX, FLOAT16_TINY, snap_float16
+from qat.quant.grid import (
+    FLOAT16_MAX,
+    FLOAT16_TINY,
+    expand_groups,
+    nearest_indices,
+    snap_float16,
+)
 
 RIDGE = 1e-6  # of the mean diagonal: keeps nearly collinear factors solvable in float32
+# Step of the best even grid of 2**bits values for a Gaussian of deviation one (Max 1960, table II).
+GAUSSIAN_STEPS = {2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 7: 0.0569, 8: 0.0308}
+SEARCH_FACTORS = (0.75, 1.0, 1.3)
 
 
 class LowRank(NamedTuple):
@@ -38,17 +47,75 @@ def start_scale(weight: Tensor, importance: Tensor, num_groups: int) -> Tensor:
     return stored_scale(mean_square.sqrt())
 
 
-def fit_group_scale(weight: Tensor, values: Tensor, importance: Tensor, former: Tensor) -> Tensor:
+def search_signed_scale(
+    weight: Tensor, importance: Tensor, num_groups: int, codebook: Tensor
+) -> Tensor:
+    """Return the best of several scales of both signs for each group, (O, G), for a fixed grid.
+
+    A grid such as -2 .. 1 reaches further on one side, so the sign decides which side of a group
+    gets the longer arm. Each candidate is refitted before the comparison; the first puts the
+    group's largest weight on the end of the longer arm, which finds weights that lie on the grid.
+
+    Args:
+        weight: (O, I).
+        importance: (I,).
+        num_groups: G.
+        codebook: (C,), ascending, in steps of one.
+    """
+    bits = (len(codebook) - 1).bit_length()
+    middle = start_scale(weight, importance, num_groups) * GAUSSIAN_STEPS[bits]
+    candidates = [largest_weight(weight, num_groups) / codebook[0]]
+    candidates += [middle * factor for factor in SEARCH_FACTORS]
+    candidates += [middle * -factor for factor in SEARCH_FACTORS]
+    best, least = middle, torch.full_like(middle, torch.inf)
+    for candidate in candidates:
+        scale = stored_scale(candidate)
+        for _ in range(2):
+            values = nearest_values(weight, scale, codebook)
+            scale = fit_group_scale(weight, values, importance, scale, is_signed=True)
+        error = group_error(weight, nearest_values(weight, scale, codebook), scale, importance)
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def largest_weight(weight: Tensor, num_groups: int) -> Tensor:
+    """Return the weight of largest size of each group, with its sign, (O, G)."""
+    grouped = weight.view(weight.shape[0], num_groups, -1)
+    return grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def nearest_values(weight: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    """Return the codebook value nearest to each weight over its group's scale, (O, I)."""
+    normalized = weight / expand_groups(scale, weight.shape[1])
+    return codebook[nearest_indices(normalized, codebook).int()]
+
+
+def group_error(weight: Tensor, values: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
+    """Return the importance-weighted squared error of each group, (O, G)."""
+    error = weight - values * expand_groups(scale, weight.shape[1])
+    return (error.square() * importance).view(*scale.shape, -1).sum(-1)
+
+
+def fit_group_scale(
+    weight: Tensor,
+    values: Tensor,
+    importance: Tensor,
+    former: Tensor,
+    *,
+    is_signed: bool = False,
+) -> Tensor:
     """Return the least-squares scale of each group, on the float16 grid.
 
-    A group whose best scale is not positive keeps its former one: that never raises the error
-    above what it was, and no sign flips unnoticed.
+    A group whose best scale is not of the sign allowed keeps its former one: that never raises the
+    error above what it was, and no sign flips unnoticed.
 
     Args:
         weight: (O, I).
         values: Codebook value of each weight, (O, I).
         importance: (I,).
         former: Scale that the values were chosen with, (O, G).
+        is_signed: Whether a scale may be negative.
     """
     num_groups = former.shape[1]
     weighted = (values * importance).view(weight.shape[0], num_groups, -1)
@@ -56,13 +123,24 @@ def fit_group_scale(weight: Tensor, values: Tensor, importance: Tensor, former: 
     grouped_values = values.view(weight.shape[0], num_groups, -1)
     along = (weighted * grouped_weight).sum(-1)
     square = (weighted * grouped_values).sum(-1)
-    fitted = torch.where(along > 0, along / square.clamp_min(1e-30), former)
-    return stored_scale(fitted)
+    return nearest_stored_scale(along / square.clamp_min(1e-30), former, is_signed=is_signed)
+
+
+def nearest_stored_scale(fitted: Tensor, former: Tensor, *, is_signed: bool) -> Tensor:
+    """Return fitted scales as they are stored; the former one where no such scale is near.
+
+    Args:
+        fitted: (O, G), any numbers.
+        former: (O, G), as stored.
+        is_signed: Whether a scale may be negative.
+    """
+    allowed = (fitted != 0) if is_signed else (fitted > 0)
+    return stored_scale(torch.where(allowed & torch.isfinite(fitted), fitted, former))
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """Return positive scales on the float16 grid, inside its normal range."""
-    return snap_float16(scale.clamp(FLOAT16_TINY, FLOAT16_MAX))
+    """Return scales on the float16 grid, inside its normal range, each of the sign it had."""
+    return snap_float16(scale.abs().clamp(FLOAT16_TINY, FLOAT16_MAX).copysign(scale))
 
 
 def start_low_rank(scale: Tensor, rank: int) -> LowRank:

@@ -17,7 +17,7 @@ LSQ, Esser et al. 2020, arXiv:1902.08153, equation 3.
 import torch
 from torch import Tensor
 
-from qat.quant.grid import dequantize, nearest_indices, snap_float16
+from qat.quant.grid import dequantize, look_up, nearest_indices, snap_float16
 
 ROWS_AT_ONCE = 2**17  # weights a chunk: its temporaries stay in a core's cache
 
@@ -117,7 +117,7 @@ def fake_quantize_gradients(
         if wants_scale or wants_codebook:
             indices = nearest_indices(normalized, codebook)
         if wants_scale:
-            slope = codebook[indices.int()] - normalized * inside
+            slope = look_up(codebook, indices) - normalized * inside
             d_scale[rows] = sum_groups(arriving * slope, scale.shape[1])
         if wants_codebook:
             d_codebook += codebook_gradient(arriving, indices, scale[rows], codebook)
@@ -147,7 +147,7 @@ def dequantize_gradients(
     for rows in row_chunks(gradient):
         arriving = gradient[rows].float()
         if wants_scale:
-            values = codebook[indices[rows].int()]
+            values = look_up(codebook, indices[rows])
             d_scale[rows] = sum_groups(arriving * values, scale.shape[1])
         if wants_codebook:
             d_codebook += codebook_gradient(arriving, indices[rows], scale[rows], codebook)

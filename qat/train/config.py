@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 Part = Literal["weights", "scales", "magnitudes", "codebooks", "norms"]
+Loss = Literal["forward-kl", "reverse-kl", "jensen-shannon", "skewed-kl", "confidence-kl", "kd"]
+SEED_TEMPERATURE = 2.0  # of the seeds' loss, where no other is asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,13 +27,31 @@ class TrainConfig:
     """Train attention layers only."""
     trainable: tuple[Part, ...] = ("weights", "scales")
     """What moves: weights (and so indices), scales, magnitudes, codebooks, norms."""
+    g_only: bool = False
+    """Move magnitudes only, as --trainable magnitudes does."""
+    freeze_mags: bool = False
+    """Low-rank scales keep their magnitudes."""
+    train_lut: bool = False
+    """Move codebooks as well."""
+    train_norms_only: bool = False
+    """Move norms only, as --trainable norms does."""
+    loss: Loss = "forward-kl"
+    """Divergence from the teacher; kd is the seeds' own, within the cached tokens."""
+    temperature: float | None = None
+    """Divides all logits; 2 for kd, 1 for the others when not given."""
+    hard_top1: float = 0.0
+    """Weight of the cross-entropy on the teacher's likeliest token."""
+    hard_top1_end: float | None = None
+    """Value that --hard-top1 moves to, in a straight line; stays when not given."""
+    hard_full: float = 0.0
+    """The seeds' second name for the same cross-entropy: added to --hard-top1."""
     max_steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 8
     """Sequences of a micro-batch."""
     accumulation_steps: int = 1
     """Micro-batches of a step."""
-    lr: float = 1e-4
+    lr: float = 4e-4
     """Peak learning rate of latent weights."""
     scale_lr_ratio: float = 1.0
     """Rate of scales and magnitudes over --lr."""
@@ -41,14 +61,22 @@ class TrainConfig:
     """Rate of norms over --lr."""
     warmup_steps: int = 10
     """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After warm-up: fall along a cosine, stay, or stay and fall in the last fifth."""
     constant_lr: bool = False
-    """Stay at the peak after warm-up instead of falling along a cosine."""
+    """The same as --schedule constant."""
     min_lr_ratio: float = 0.1
-    """End of the cosine over the peak."""
+    """Rate at the end over the peak."""
     weight_decay: float = 0.0
     """Decoupled weight decay of latent weights."""
     clip_grad_norm: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
+    ema_decay: float = 0.0
+    """Measure and keep a moving average of what trains, of this decay; 0 = none."""
+    on_nan: Literal["stop", "rollback"] = "stop"
+    """When the loss is not finite or jumps: stop, or go back to the last state at half the rate."""
+    curriculum: str | None = None
+    """Lengths of sequences as length:first step, such as 64:0,128:1000."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     eval_steps: int = 100
@@ -59,6 +87,8 @@ class TrainConfig:
     """Steps between log lines."""
     save_steps: int = 100
     """Steps between states to resume from; 0 = none."""
+    keep_checkpoints: int | None = None
+    """Students to keep of those at --save-steps: the last N, 0 = all; none when not given."""
     seed: int = 0
     """Order of the data."""
     dtype: str = "auto"
@@ -71,6 +101,12 @@ class TrainConfig:
     """Project at Weights & Biases."""
     wandb_run: str | None = None
     """Run name at Weights & Biases; the folder's name when not given."""
+    wandb_group: str | None = None
+    """Group at Weights & Biases: the experiment that the run belongs to."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags at Weights & Biases."""
+    gdrive_dir: Path | None = None
+    """Folder that the results are copied to at the end, such as a mounted Drive."""
 
     def __post_init__(self) -> None:
         for flag in ("max_steps", "batch_size", "accumulation_steps", "log_steps"):
@@ -82,12 +118,61 @@ class TrainConfig:
             raise ValueError(
                 "--mlp-only and --attn-only exclude each other; leave out both for all"
             )
+        if self.g_only and self.train_norms_only:
+            raise ValueError("--g-only and --train-norms-only exclude each other; choose one")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema-decay {self.ema_decay} must be within 0 and 1; try 0.99")
+        self.lengths()
         if not self.trainable:
             raise ValueError("--trainable is empty, nothing would move; name weights or scales")
         if self.lr <= 0 or not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(
                 f"--lr {self.lr} must be above 0, --min-lr-ratio {self.min_lr_ratio} within 0..1"
             )
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Return what moves, the seeds' words counted in."""
+        if self.g_only:
+            return ("magnitudes",)
+        if self.train_norms_only:
+            return ("norms",)
+        parts = [*self.trainable, *(["codebooks"] if self.train_lut else [])]
+        return tuple(dict.fromkeys(parts))
+
+    @property
+    def loss_temperature(self) -> float:
+        """Return the temperature of the loss."""
+        if self.temperature is not None:
+            return self.temperature
+        return SEED_TEMPERATURE if self.loss == "kd" else 1.0
+
+    def hard_weight(self, step: int) -> float:
+        """Return the weight of the hard cross-entropy at a step."""
+        end = self.hard_top1 if self.hard_top1_end is None else self.hard_top1_end
+        share = step / max(1, self.max_steps - 1)
+        return self.hard_full + self.hard_top1 + (end - self.hard_top1) * share
+
+    @property
+    def has_hard(self) -> bool:
+        """Return whether the hard cross-entropy is part of the loss at any step."""
+        return bool(self.hard_full or self.hard_top1 or self.hard_top1_end)
+
+    def lengths(self) -> list[tuple[int, int]]:
+        """Return the curriculum as (first step, length), ascending; empty without one."""
+        if self.curriculum is None:
+            return []
+        try:
+            pairs = [tuple(map(int, part.split(":"))) for part in self.curriculum.split(",")]
+            stages = sorted((step, length) for length, step in pairs)
+        except ValueError:
+            stages = []
+        if not stages or stages[0][0] != 0 or min(length for _, length in stages) < 2:
+            raise ValueError(
+                f"--curriculum {self.curriculum} must be length:first step pairs from step 0 on, "
+                "such as 64:0,128:1000"
+            )
+        return stages
 
     @property
     def kinds(self) -> tuple[str, ...]:

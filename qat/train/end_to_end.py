@@ -1,5 +1,7 @@
 """The training loop: once in a while evaluate, save, log; else take a step."""
 
+import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,6 +10,14 @@ from tqdm import tqdm
 
 from qat.train.state import Progress
 from qat.train.step import Batch, Trainer
+
+SPIKE_RATIO = 4.0  # of the smoothed loss: noise at 256 tokens a step stays below 1.5
+SMOOTHING = 0.9
+MAX_ROLLBACKS = 3
+
+
+class DivergedError(ValueError):
+    """The loss is not finite, or jumped; the state before it is kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,8 +35,10 @@ class Habits:
 class Hooks:
     """What the loop calls, so that it knows nothing of files or trackers."""
 
-    rate: Callable[[int], float]
-    """Share of the peak learning rate at a step."""
+    rate: Callable[[Progress], float]
+    """Share of the peak learning rates at the next step."""
+    hard_weight: Callable[[int], float | None]
+    """Weight of the hard cross-entropy at a step; None where it is no part of the loss."""
     evaluate: Callable[[], dict[str, float]]
     """Held-out numbers, kl_nats among them."""
     track: Callable[[int, Mapping[str, float]], None]
@@ -34,16 +46,51 @@ class Hooks:
     """Writes the student; called when kl_nats is the least so far."""
     save: Callable[[Progress], None]
     """Writes the state to resume from."""
+    restore: Callable[[], Progress | None]
+    """Puts the last state back; None where there is none to go back to."""
 
 
 def train_end_to_end(
     trainer: Trainer,
-    batches: Iterator[Batch],
+    batches_from: Callable[[int], Iterator[Batch]],
     habits: Habits,
     hooks: Hooks,
     progress: Progress | None = None,
 ) -> Progress:
     """Train to `max_steps` and return where the run stands.
+
+    Args:
+        trainer: Model, layers, optimizer.
+        batches_from: Endless micro-batches on the device, from the first of a step on.
+        habits: How often what happens.
+        hooks: What happens.
+        progress: Where an earlier process stopped; None starts a run.
+
+    Raises:
+        DivergedError: If the loss is not finite or jumped and there is no going back.
+    """
+    rollbacks = progress.rollbacks if progress else 0
+    while True:
+        step = progress.step if progress else 0
+        try:
+            return take_steps(trainer, batches_from(step), habits, hooks, progress)
+        except DivergedError as error:
+            rollbacks += 1
+            progress = hooks.restore() if rollbacks <= MAX_ROLLBACKS else None
+            if progress is None:
+                raise
+            progress.rollbacks = rollbacks
+            tqdm.write(f"{error}: back to step {progress.step} at half the rate", file=sys.stderr)
+
+
+def take_steps(
+    trainer: Trainer,
+    batches: Iterator[Batch],
+    habits: Habits,
+    hooks: Hooks,
+    progress: Progress | None,
+) -> Progress:
+    """Take steps to `max_steps`, looking up once in a while.
 
     Args:
         trainer: Model, layers, optimizer.
@@ -53,38 +100,40 @@ def train_end_to_end(
         progress: Where an earlier process stopped; None starts a run.
 
     Raises:
-        FloatingPointError: If the loss is not finite; names the step.
+        DivergedError: If the loss is not finite or jumped; names the step.
     """
-    resumed = progress is not None
+    is_resumed = progress is not None
     progress = progress or Progress()
     bar = tqdm(total=habits.max_steps, initial=progress.step, desc="train", unit="step")
-    window = Window(progress)
-    just_resumed = resumed
+    clock = Clock(progress)
+    loss = None
     while True:
         is_last = progress.step == habits.max_steps
-        if not just_resumed:  # a state is saved after the step's evaluation
-            window.pause()
+        if not is_resumed:  # a state is saved after the step's evaluation
+            clock.pause()
             if is_last or progress.step == 0 or is_due(progress.step, habits.eval_steps):
                 look(progress, hooks)
             if progress.step and (is_last or is_due(progress.step, habits.save_steps)):
-                hooks.save(progress)
-            window.go_on()
+                check(progress, float(loss))
+                if habits.save_steps:
+                    hooks.save(progress)
+            clock.go_on()
         if is_last:
             break
-        just_resumed = False
-        rate = hooks.rate(progress.step)
+        is_resumed = False
+        rate, hard_weight = hooks.rate(progress), hooks.hard_weight(progress.step)
         micro_batches = [next(batches) for _ in range(habits.accumulation_steps)]
-        loss, norm = trainer.step(micro_batches, rate)
+        loss, norm = trainer.step(micro_batches, rate, hard_weight)
         progress.step += 1
         progress.tokens_seen += sum(token_ids.numel() for token_ids, _ in micro_batches)
-        progress.seconds = window.seconds()
+        progress.seconds = clock.seconds()
         bar.update()
         if is_due(progress.step, habits.log_steps) or progress.step == habits.max_steps:
-            values = window.log_values(progress, float(loss), float(norm), rate, trainer)
-            progress.last_loss = values["train/loss"]
+            check(progress, float(loss))
+            values = clock.log_values(progress, float(norm), trainer.peak_rate() * rate)
             hooks.track(progress.step, values)
             speed = f"{values['train/tokens_per_second']:.0f}"
-            bar.set_postfix(loss=f"{values['train/loss']:.4f}", tokens_per_second=speed)
+            bar.set_postfix(loss=f"{progress.last_loss:.4f}", tokens_per_second=speed)
     bar.close()
     return progress
 
@@ -106,8 +155,20 @@ def look(progress: Progress, hooks: Hooks) -> None:
         hooks.keep_best(values, progress.step)
 
 
-class Window:
-    """The clock of a run: time in steps only, speed since the last log line."""
+def check(progress: Progress, loss: float) -> None:
+    """Take in a loss that is read anyway; refuse one that is not finite or jumped."""
+    smooth = progress.smooth_loss
+    if not math.isfinite(loss) or (smooth is not None and loss > SPIKE_RATIO * smooth + 1.0):
+        raise DivergedError(
+            f"loss is {loss:.4g} at step {progress.step}"
+            + (f", it was {smooth:.4g}" if smooth is not None else "")
+        )
+    progress.last_loss = loss
+    progress.smooth_loss = loss if smooth is None else SMOOTHING * smooth + (1 - SMOOTHING) * loss
+
+
+class Clock:
+    """The time spent in steps, and the speed since the last log line."""
 
     def __init__(self, progress: Progress):
         self.before = self.last_seconds = progress.seconds
@@ -127,23 +188,15 @@ class Window:
         """Start the clock again."""
         self.start = time.perf_counter()
 
-    def log_values(
-        self, progress: Progress, loss: float, norm: float, rate: float, trainer: Trainer
-    ) -> dict[str, float]:
-        """Return a log line's numbers; stops the run if the loss is not finite."""
-        if not (loss == loss and abs(loss) != float("inf")):
-            raise FloatingPointError(
-                f"loss is {loss} at step {progress.step}; the last good state is kept: lower --lr "
-                "or raise --warmup-steps"
-            )
+    def log_values(self, progress: Progress, norm: float, rate: float) -> dict[str, float]:
+        """Return the numbers of a log line."""
         tokens = progress.tokens_seen - self.last_tokens
         elapsed = max(progress.seconds - self.last_seconds, 1e-9)
         self.last_tokens, self.last_seconds = progress.tokens_seen, progress.seconds
-        peak = max(group["peak_lr"] for group in trainer.optimizer.param_groups)
         return {
-            "train/loss": loss,
+            "train/loss": progress.last_loss,
             "train/grad_norm": norm,
-            "train/learning_rate": peak * rate,
+            "train/learning_rate": rate,
             "train/tokens_seen": progress.tokens_seen,
             "train/tokens_per_second": tokens / elapsed,
             "train/seconds": progress.seconds,

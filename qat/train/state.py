@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qat.files import atomic_folder, read_json, sha256_of_file, write_json
+from qat.train.ema import MovingAverage
 
 STATE = "state"
 
@@ -28,11 +29,18 @@ class Progress:
     best_kl_nats: float | None = None
     best_step: int | None = None
     last_loss: float | None = None
+    smooth_loss: float | None = None
+    rollbacks: int = 0
+    """Times that the run went back to a state after its loss jumped; each halves the rate."""
     last_eval: dict[str, Any] = field(default_factory=dict)
 
 
 def write_state(
-    folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: MovingAverage | None = None,
 ) -> None:
     """Write the state of a run; the former one stays until this one is whole."""
     trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
@@ -49,6 +57,7 @@ def write_state(
                 "indices": indices,
                 "optimizer": optimizer.state_dict(),
                 "generator": torch.get_rng_state(),
+                "ema": [average.cpu() for average in ema.averages] if ema else [],
             },
             path,
         )
@@ -61,7 +70,12 @@ def has_state(folder: Path) -> bool:
 
 
 @torch.no_grad()
-def read_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def read_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: MovingAverage | None = None,
+) -> Progress:
     """Put a run's state back into its model and optimizer.
 
     Raises:
@@ -80,4 +94,6 @@ def read_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         buffers[name].copy_(tensor)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["generator"])
+    for average, tensor in zip(ema.averages if ema else [], state["ema"], strict=True):
+        average.copy_(tensor)
     return Progress(**values)

@@ -8,17 +8,21 @@ so fake quantization costs two passes over the weights a step, however many toke
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from qat.distill.kl import hard_top1
 from qat.distill.objective import Divergence, chunked_loss
 from qat.distill.teacher import TeacherSignal
 from qat.model.head import hidden_states, logits_of
 from qat.model.linear import FakeQuantLinear
 from qat.quant.grid import snap_float16
 from qat.quant.ste import dequantize_gradients, fake_quantize_gradients
+from qat.train.ema import MovingAverage
 
 Batch = tuple[Tensor, TeacherSignal]
 
@@ -70,8 +74,11 @@ class Trainer:
     dtype: torch.dtype
     clip_grad_norm: float
     sync: Callable[[], None]
+    ema: MovingAverage | None = None
 
-    def step(self, batches: list[Batch], rate: float) -> tuple[Tensor, Tensor]:
+    def step(
+        self, batches: list[Batch], rate: float, hard_weight: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Take one optimizer step over micro-batches.
 
         Every counted position weighs the same, whichever micro-batch it is in.
@@ -79,12 +86,13 @@ class Trainer:
         Args:
             batches: Token ids (B, L) and signals on the device.
             rate: Share of the peak learning rates.
+            hard_weight: Of the cross-entropy on the teacher's likeliest token; None = no such term.
 
         Returns:
             Loss and gradient norm, scalars on the device.
         """
         form_weights(self.layers, self.dtype)
-        loss = self.accumulate(batches)
+        loss = self.accumulate(batches, hard_weight)
         pull_gradients(self.layers)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = self.clip_grad_norm or float("inf")
@@ -93,21 +101,46 @@ class Trainer:
             group["lr"] = group["peak_lr"] * rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update()
         self.sync()
         return loss, norm
 
-    def accumulate(self, batches: list[Batch]) -> Tensor:
+    def accumulate(self, batches: list[Batch], hard_weight: float | None) -> Tensor:
         """Add up the gradients of micro-batches; return the mean loss."""
+        divergence = self.divergence
+        if hard_weight is not None:
+            divergence = partial(with_hard, self.divergence, hard_weight)
         counts = torch.stack([signal.mask.sum() for _, signal in batches])
         shares = counts / counts.sum().clamp_min(1)
         total = torch.zeros((), device=counts.device)
         for share, (token_ids, signal) in zip(shares, batches, strict=True):
             hidden = hidden_states(self.model, token_ids)[:, :-1]
-            loss = share * chunked_loss(hidden, self.head, signal, self.divergence)
+            loss = share * chunked_loss(hidden, self.head, signal, divergence)
             loss.backward()
             total += loss.detach()
         return total
 
+    @property
+    def num_trained(self) -> int:
+        """Return how many numbers train."""
+        return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Put the moving average in the parameters' place inside the block, if there is one."""
+        return self.ema.in_place() if self.ema else nullcontext()
+
+    def peak_rate(self) -> float:
+        """Return the highest peak learning rate of any part."""
+        return max(group["peak_lr"] for group in self.optimizer.param_groups)
+
     def head(self, hidden: Tensor) -> Tensor:
         """Return logits of hidden states."""
         return logits_of(self.model, hidden)
+
+
+def with_hard(
+    soft: Divergence, hard_weight: float, logits: Tensor, signal: TeacherSignal
+) -> Tensor:
+    """Return a divergence plus the weighted cross-entropy on the teacher's likeliest token."""
+    return soft(logits, signal) + hard_weight * hard_top1(logits, signal)

@@ -70,6 +70,15 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [norm.weight for norm in norms]
 
 
+def freeze_magnitudes(model: nn.Module, chosen: dict[str, list[nn.Parameter]]) -> None:
+    """Take the magnitudes of low-rank scales out of what trains."""
+    for layer in quantized_layers(model).values():
+        if layer.scheme.rank:
+            layer.magnitude.requires_grad_(False)
+    for part in chosen:
+        chosen[part] = [parameter for parameter in chosen[part] if parameter.requires_grad]
+
+
 def trained_layers(model: nn.Module) -> list[FakeQuantLinear]:
     """Return the quantized layers that have something to train."""
     return [

@@ -1,0 +1,55 @@
+"""Layers fitted one transformer block at a time, each fed by the quantized layers before it."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qat.calibration import walk_blocks
+from qat.model.linear import FakeQuantLinear
+from qat.model.surgery import release_weights, swap
+from qat.quant.hessian import fit_with_hessian
+from qat.quant.scheme import LayerScheme
+
+
+@torch.no_grad()
+def fit_by_blocks(
+    model: nn.Module,
+    schemes: dict[str, LayerScheme],
+    batches: Sequence[Tensor],
+    *,
+    weight_of: Callable[[str], Tensor],
+    reference: nn.Module | None = None,
+    dtype: torch.dtype,
+) -> None:
+    """Put fitted layers in the place of a model's linears, in the order of its forward pass.
+
+    Args:
+        model: Causal LM; quantized layers that it has already hold their weights.
+        schemes: Of each linear to fit, by name.
+        batches: Token ids, (B, T) each, on the model's device.
+        weight_of: Returns the full-precision weight, (O, I), of a linear's name.
+        reference: The full-precision model; the model itself as it comes when not given.
+        dtype: Compute dtype of the walk.
+
+    Raises:
+        ValueError: If a layer cannot be fitted; names the layer.
+    """
+    progress = tqdm(total=len(schemes), desc="fit", unit="layer")
+    for names, statistics in walk_blocks(model, schemes, batches, reference=reference):
+        for name in names:
+            progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)
+            try:
+                quantized = fit_with_hessian(
+                    weight_of(name), schemes[name], statistics.hessian, cross=statistics.cross
+                )
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            layer = FakeQuantLinear.from_linear(model.get_submodule(name), quantized, schemes[name])
+            layer.held_weight = layer.fake_quantized_weight().to(dtype)
+            swap(model, name, layer)
+            progress.update()
+    progress.close()
+    release_weights(model)
+    model.requires_grad_(False)

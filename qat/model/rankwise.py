@@ -1,0 +1,100 @@
+"""The rank-by-rank forward: what the Neural Engine computes, and what training never does.
+
+With low-rank scales S = (A * g) @ B, unit columns or not, and codebook values Q = C[indices],
+
+    y = sum_k g_k a_k * (Q @ (b_k * x))        one matmul per rank, R times the multiplications
+
+equals (Q * S) @ x, one matmul. The first form is kept as the reference of tests, as what the
+benchmark compares with, and because any group scales are low-rank ones too: A holds the scales,
+row k of B is one on group k and zero elsewhere.
+
+Shape legend: O out, I in, G groups of a row, R rank.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qat.model.linear import FakeQuantLinear
+from qat.quant.grid import look_up
+from qat.quant.scales import LowRank
+
+MEMORY_RATIO = 16  # batched ranks hold R times the activations: up to here it pays
+
+
+class RankwiseLinear(nn.Module):
+    """The layer that a quantized layer is, evaluated one rank at a time; parameters are shared.
+
+    Indices are frozen: their codebook values are held as floats, like the seeds' layer does.
+    """
+
+    def __init__(self, layer: FakeQuantLinear):
+        """Take over the factors of a layer.
+
+        Raises:
+            ValueError: If the layer floors its scales or has group scales, which train otherwise.
+        """
+        super().__init__()
+        if layer.scheme.scale_floor is not None:
+            raise ValueError(
+                "a layer of the seeds' first form floors its scales, which no sum over ranks does; "
+                "run `qat convert-v1-to-v2` first"
+            )
+        factors = low_rank_factors(layer)
+        self.scale_a = as_parameter(factors.scale_a)
+        self.magnitude = as_parameter(factors.magnitude)
+        self.scale_b = as_parameter(factors.scale_b)
+        self.bias = layer.bias
+        self.stored = layer.stored
+        with torch.no_grad():
+            values = look_up(layer.stored(layer.codebook), layer.indices)
+        self.register_buffer("values", values, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output for x of shape (..., I)."""
+        values = self.values.to(x.dtype)
+        scale_a, magnitude, scale_b = (
+            self.stored(factor) for factor in (self.scale_a, self.magnitude, self.scale_b)
+        )
+        output = None
+        for rank in range(len(magnitude)):
+            column = (magnitude[rank] * scale_a[:, rank]).to(x.dtype)
+            term = column * nn.functional.linear(x * scale_b[rank].to(x.dtype), values)
+            output = term if output is None else output + term
+        return output if self.bias is None else output + self.bias
+
+
+def as_parameter(factor: Tensor) -> nn.Parameter:
+    """Return a factor as a parameter, itself where it is one."""
+    return factor if isinstance(factor, nn.Parameter) else nn.Parameter(factor)
+
+
+def low_rank_factors(layer: FakeQuantLinear) -> LowRank:
+    """Return the factors of a layer's scales; group scales are written as such exactly."""
+    if layer.scheme.rank:
+        return LowRank(layer.scale_a, layer.magnitude, layer.scale_b)
+    num_groups = layer.scale.shape[1]
+    groups = torch.eye(num_groups, device=layer.scale.device)
+    members = groups.repeat_interleave(layer.in_features // num_groups, dim=1)  # (G, I)
+    return LowRank(layer.scale.detach().clone(), torch.ones(num_groups), members)
+
+
+def widen(factors: LowRank, rank: int) -> LowRank:
+    """Return factors of a larger rank and the same product.
+
+    Added ranks have magnitude zero and fixed unit directions, so that their magnitudes can train.
+
+    Args:
+        factors: Of rank R or less.
+        rank: R.
+    """
+    missing = rank - len(factors.magnitude)
+    if missing <= 0:
+        return factors
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(len(factors.scale_a), missing, generator=generator)
+    rows = torch.randn(missing, factors.scale_b.shape[1], generator=generator)
+    return LowRank(
+        torch.cat([factors.scale_a, columns / columns.norm(dim=0)], dim=1),
+        torch.cat([factors.magnitude, torch.zeros(missing)]),
+        torch.cat([factors.scale_b, rows / rows.norm(dim=1, keepdim=True)]),
+    )

@@ -1,0 +1,298 @@
+"""The fit against the full second moment of a layer's inputs, H = mean x x^T.
+
+The error of a layer is E = (W_hat - W) x, so what a fit should lower is tr(E H E^T), in which the
+errors of correlated inputs may cancel. Four steps, each vectorized over all rows:
+
+    feed errors   columns in order; what rounding one column costs is made up for by those to come
+    descend       columns in order; each weight moves to the best value given all others
+    scales        least squares given indices: G x G normal equations per row
+    codebook      least squares given indices and scales: C x C normal equations
+
+The last three never raise the error. When the quantized model feeds other inputs (x_q) to the layer
+than the full-precision one (x), the wanted weight is the one that makes the most of x_q:
+
+    W* = argmin |W x - W* x_q|^2 + damping |W - W*|^2 = W + W (cross - H) (H + damping)^-1
+
+Shape legend: O out, I in, G groups of a row, C codebook values, B columns of a block.
+
+Source: error feedback: GPTQ, Frantar et al. 2022, arXiv:2210.17323. Descent and codebook: LNQ, in
+GuidedQuant, Kim et al. 2025, arXiv:2505.07004. Target: GPTAQ, Li et al. 2025, arXiv:2504.02692.
+"""
+
+import torch
+from torch import Tensor
+
+from qat.quant.fit import QuantizedWeight, away_from_zero, fit_weight
+from qat.quant.grid import dequantize, expand_groups, look_up, midpoints, snap_float16
+from qat.quant.scales import nearest_stored_scale
+from qat.quant.scheme import LayerScheme
+
+DAMPING = 0.01  # of the mean diagonal of H; GPTQ's own choice
+CORRECTION = 1.0  # share of the way from W to W*
+NUM_SWEEPS = 2  # of scales, codebook and descent after the feedback
+COLUMNS_AT_ONCE = 64  # columns whose effect on later ones is applied as one product
+ROWS_AT_ONCE = 4096  # bounds the (rows, G, G) normal equations
+RIDGE = 1e-6  # of the mean diagonal: keeps nearly collinear groups solvable in float32
+
+
+def fit_with_hessian(
+    weight: Tensor,
+    scheme: LayerScheme,
+    hessian: Tensor,
+    *,
+    cross: Tensor | None = None,
+    num_sweeps: int = NUM_SWEEPS,
+) -> QuantizedWeight:
+    """Return the quantized weight of least error in the layer's output.
+
+    Args:
+        weight: (O, I), any float dtype.
+        scheme: Bits, group size or rank, codebook.
+        hessian: mean x_q x_q^T over the inputs that the quantized model feeds, (I, I).
+        cross: mean x x_q^T with the full-precision model's inputs x, (I, I); H when not given.
+        num_sweeps: Rounds of scales, codebook and descent.
+
+    Raises:
+        ValueError: If a weight or a statistic is not finite, or the scheme does not fit.
+    """
+    check_statistics(weight, hessian, cross)
+    damped = dampen(hessian.to(weight.device))
+    target = weight.detach().float()
+    if cross is not None:
+        target = corrected_target(target, hessian.to(weight.device), cross.to(weight.device))
+    start = fit_weight(target, scheme, importance=damped.diagonal())
+    quantized = feed_errors(target, start, damped)
+    for _ in range(num_sweeps):
+        if not scheme.rank:
+            quantized = refit_scale(target, quantized, damped, is_signed=scheme.is_signed)
+        if scheme.codebook == "learned":
+            quantized = refit_codebook(target, quantized, damped)
+        quantized = descend(target, quantized, damped)
+    return quantized
+
+
+def check_statistics(weight: Tensor, hessian: Tensor, cross: Tensor | None) -> None:
+    """Refuse statistics of another layer, or that are not finite."""
+    wanted = (weight.shape[1], weight.shape[1])
+    for name, statistic in (("H", hessian), ("cross", cross)):
+        if statistic is None:
+            continue
+        if tuple(statistic.shape) != wanted or not torch.isfinite(statistic).all():
+            raise ValueError(
+                f"{name} of shape {tuple(statistic.shape)} must be finite and {wanted} for a "
+                f"{tuple(weight.shape)} weight; calibrate on this model, with --dtype fp32"
+            )
+
+
+def dampen(hessian: Tensor) -> Tensor:
+    """Return H with a mean diagonal of one and `DAMPING` added to it; ones for an H of zeros."""
+    hessian = hessian.float()
+    mean = hessian.diagonal().mean()
+    identity = torch.eye(len(hessian), device=hessian.device)
+    if mean <= 0:  # inputs that are always zero: every weight counts alike
+        return identity
+    return hessian / mean + DAMPING * identity
+
+
+def corrected_target(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
+    """Return W*, the weight that best turns the quantized model's inputs into W x, (O, I)."""
+    mean = hessian.diagonal().mean()
+    if mean <= 0:
+        return weight
+    factor = torch.linalg.cholesky(dampen(hessian))
+    change = weight @ ((cross.float() - hessian.float()) / mean)  # (O, I)
+    return weight + CORRECTION * torch.cholesky_solve(change.T, factor).T
+
+
+def feedback_factor(hessian: Tensor) -> Tensor:
+    """Return the upper triangular U with U^T U = H^-1, (I, I).
+
+    With the order of inputs turned round, H = L L^T; turned back, H = R R^T with an upper R, and
+    U = R^-1. This never forms H^-1, whose condition float32 does not bear.
+    """
+    lower = torch.linalg.cholesky(hessian.flip(0, 1))
+    identity = torch.eye(len(hessian), device=hessian.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+
+
+def falling_order(hessian: Tensor) -> Tensor:
+    """Return the inputs by falling second moment, (I,): the loudest are rounded first."""
+    return hessian.diagonal().argsort(descending=True, stable=True)
+
+
+def feed_errors(target: Tensor, start: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
+    """Return new indices for the scales and codebook of a fit, each column's error fed forward.
+
+    Args:
+        target: (O, I), float32.
+        start: Gives scales and codebook.
+        hessian: Damped, (I, I).
+    """
+    order = falling_order(hessian)
+    factor = feedback_factor(hessian[order][:, order])
+    scale = full_scale(start)[:, order].T.contiguous()  # (I, O)
+    work = target[:, order].T.contiguous()  # (I, O)
+    indices = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    rounder = Rounder(scale, start.codebook)
+    pivots = factor.diagonal().tolist()
+    for first in range(0, len(work), COLUMNS_AT_ONCE):
+        last = min(first + COLUMNS_AT_ONCE, len(work))
+        errors = torch.empty(last - first, work.shape[1], device=work.device)  # (B, O)
+        for column in range(first, last):
+            error = errors[column - first]
+            indices[column], value = rounder.round(work[column], column)
+            torch.sub(work[column], value, out=error).div_(pivots[column])
+            work[column + 1 : last].addr_(factor[column, column + 1 : last], error, alpha=-1)
+        work[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+    return with_indices(start, indices[order.argsort()].T.contiguous())
+
+
+def descend(target: Tensor, start: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
+    """Return new indices after one pass of coordinate descent: each the best given all others.
+
+    Args:
+        target: (O, I), float32.
+        start: Gives indices, scales and codebook.
+        hessian: Damped, (I, I).
+    """
+    order = falling_order(hessian)
+    hessian = hessian[order][:, order]
+    scale = full_scale(start)[:, order].T.contiguous()  # (I, O)
+    values = start.dequantize()[:, order].T.contiguous()  # (I, O)
+    slope = hessian @ (values - target[:, order].T)  # (I, O): half the gradient
+    indices = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    rounder = Rounder(scale, start.codebook)
+    steps = hessian.diagonal().reciprocal().tolist()
+    for first in range(0, len(values), COLUMNS_AT_ONCE):
+        last = min(first + COLUMNS_AT_ONCE, len(values))
+        moves = torch.empty(last - first, values.shape[1], device=values.device)  # (B, O)
+        for column in range(first, last):
+            best = torch.sub(values[column], slope[column], alpha=steps[column])
+            indices[column], value = rounder.round(best, column)
+            move = torch.sub(value, values[column], out=moves[column - first])
+            slope[column + 1 : last].addr_(hessian[column + 1 : last, column], move)
+        slope[last:].addmm_(hessian[last:, first:last], moves)
+    return with_indices(start, indices[order.argsort()].T.contiguous())
+
+
+class Rounder:
+    """Rounds one column after another to the nearest codebook value times its scales."""
+
+    def __init__(self, scale: Tensor, codebook: Tensor):
+        self.scale, self.codebook = scale, codebook  # (I, O), (C,)
+        self.reciprocal = away_from_zero(scale).reciprocal()
+        self.thresholds = midpoints(codebook)
+
+    def round(self, column: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Return indices and values, (O,) each, of the column at a position."""
+        normalized = column * self.reciprocal[position]
+        index = torch.bucketize(normalized, self.thresholds, out_int32=True)
+        return index, self.codebook.index_select(0, index) * self.scale[position]
+
+
+def refit_scale(
+    target: Tensor, start: QuantizedWeight, hessian: Tensor, *, is_signed: bool
+) -> QuantizedWeight:
+    """Return the least-squares scale of every group given the indices, (O, G).
+
+    A row whose stored scales (float16, of the sign allowed) would not lower its error stays.
+
+    Args:
+        target: (O, I), float32.
+        start: Gives indices and codebook, and the scales of rows that stay.
+        hessian: Damped, (I, I).
+        is_signed: Whether a scale may be negative.
+    """
+    num_groups = start.scale.shape[1]
+    values = look_up(start.codebook, start.indices)  # (O, I)
+    wanted = (target @ hessian * values).view(len(values), num_groups, -1).sum(-1)  # (O, G)
+    scale = start.scale.clone()
+    for rows in torch.arange(len(values), device=values.device).split(ROWS_AT_ONCE):
+        normal = group_products(values[rows], hessian, num_groups)  # (o, G, G)
+        solved = solve_damped(normal, wanted[rows])
+        former = scale[rows]
+        fitted = nearest_stored_scale(solved, former, is_signed=is_signed)
+        better = quadratic(normal, wanted[rows], fitted) < quadratic(normal, wanted[rows], former)
+        scale[rows] = torch.where(better.unsqueeze(1), fitted, former)
+    return QuantizedWeight(indices=start.indices, codebook=start.codebook, scale=scale)
+
+
+def group_products(values: Tensor, hessian: Tensor, num_groups: int) -> Tensor:
+    """Return sum over i in g, j in h of c_i H_ij c_j for each row, (O, G, G)."""
+    num_rows, num_inputs = values.shape
+    size = num_inputs // num_groups
+    normal = torch.empty(num_rows, num_groups, num_groups, device=values.device)
+    for group in range(num_groups):
+        inside = slice(group * size, (group + 1) * size)
+        pulled = values[:, inside] @ hessian[inside]  # (O, I)
+        normal[:, group] = (pulled * values).view(num_rows, num_groups, size).sum(-1)
+    return normal
+
+
+def refit_codebook(target: Tensor, start: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
+    """Return the least-squares codebook given indices and scales; the former one if no better.
+
+    Args:
+        target: (O, I), float32.
+        start: Gives indices and scales.
+        hessian: Damped, (I, I).
+    """
+    scale = full_scale(start)
+    count = len(start.codebook)
+    masks = [scale * (start.indices == index) for index in range(count)]  # (O, I) each
+    wanted = torch.stack([(mask * (target @ hessian)).sum() for mask in masks])  # (C,)
+    normal = torch.empty(count, count, device=target.device)
+    for row, mask in enumerate(masks):
+        pulled = mask @ hessian
+        for column in range(row, count):
+            normal[row, column] = normal[column, row] = (pulled * masks[column]).sum()
+    solved = snap_float16(solve_damped(normal.unsqueeze(0), wanted.unsqueeze(0)))[0]
+    used = normal.diagonal() > 0
+    fitted = torch.where(used & torch.isfinite(solved), solved, start.codebook)
+    if not quadratic(normal, wanted, fitted) < quadratic(normal, wanted, start.codebook):
+        return start
+    order = fitted.argsort(stable=True)
+    indices = order.argsort().to(torch.uint8)[start.indices.int()]
+    return QuantizedWeight(
+        indices=indices, codebook=fitted[order], scale=start.scale, low_rank=start.low_rank
+    )
+
+
+def solve_damped(normal: Tensor, wanted: Tensor) -> Tensor:
+    """Return x of normal @ x = wanted, (N, D), for (N, D, D) matrices that may be singular."""
+    normal = normal.double()
+    ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    identity = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
+    normal = normal + ridge.view(-1, 1, 1) * identity
+    return torch.linalg.solve(normal, wanted.double().unsqueeze(-1)).squeeze(-1).float()
+
+
+def quadratic(normal: Tensor, wanted: Tensor, x: Tensor) -> Tensor:
+    """Return x^T normal x - 2 wanted^T x over the last axis, in float64."""
+    x = x.double()
+    pulled = (normal.double() @ x.unsqueeze(-1)).squeeze(-1)
+    return ((pulled - 2 * wanted.double()) * x).sum(-1)
+
+
+def full_scale(quantized: QuantizedWeight) -> Tensor:
+    """Return one scale per weight, (O, I)."""
+    return expand_groups(quantized.full_scale(), quantized.indices.shape[1])
+
+
+def with_indices(quantized: QuantizedWeight, indices: Tensor) -> QuantizedWeight:
+    """Return the same scales and codebook with other indices."""
+    return QuantizedWeight(
+        indices=indices,
+        codebook=quantized.codebook,
+        scale=quantized.scale,
+        low_rank=quantized.low_rank,
+    )
+
+
+def hessian_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:
+    """Return tr(E H E^T) over tr(W H W^T): 0 is exact, 1 is as bad as all zeros."""
+    scale = quantized.full_scale()
+    error = (weight - dequantize(quantized.indices, scale, quantized.codebook)).double()
+    hessian = hessian.double()
+    total = (weight.double() @ hessian * weight).sum().clamp_min(1e-30)
+    return float((error @ hessian * error).sum() / total)
