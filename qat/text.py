@@ -150,7 +150,7 @@ def text_blocks(path: str, tokenizer: Any, seq_len: int, limit: int | None = Non
     """
     text = read_text(Path(path))
     if limit is not None:
-        # No tokenizer makes less than one token of 32 characters of text; spares the rest.
+        # Text has far fewer than 32 characters a token; what lies beyond need not be read.
         text = text[: limit * seq_len * 32]
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     num_blocks = len(token_ids) // seq_len

@@ -123,10 +123,9 @@ def build_cache(
         CacheMismatch: If the folder holds another cache.
         ValueError: If another build writes there, or the vocabulary is too small for top-k.
     """
-    if draft.identity.top_k > draft.vocab_size:
-        raise ValueError(
-            f"--top-k {draft.identity.top_k} exceeds the vocabulary of {draft.vocab_size}; give less"
-        )
+    top_k = draft.identity.top_k
+    if top_k > draft.vocab_size:
+        raise ValueError(f"--top-k {top_k} exceeds the vocabulary, {draft.vocab_size}; give less")
     folder.mkdir(parents=True, exist_ok=True)
     with sole_builder(folder):
         if built := find_built(folder, draft.identity):

@@ -32,7 +32,8 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory):
     path = write_jsonl(tmp_path_factory.mktemp("data") / "a.jsonl", tiny_records(30))
-    return read_blocks(str(path), tiny_tokenizer(), TextPlan(seq_len=SEQ_LEN))
+    plan = TextPlan(seq_len=SEQ_LEN, num_sequences=40)
+    return read_blocks(str(path), tiny_tokenizer(), plan)
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,6 @@ def die_after(model, num_calls):
         if len(calls) > num_calls:
             raise Killed
 
-    model.register_forward_pre_hook(count)
     model.get_decoder().register_forward_pre_hook(count)
     return model
 
@@ -154,7 +154,7 @@ def test_a_damaged_shard_of_a_cut_build_is_made_again(tmp_path, blocks):
     """What cannot be read, or holds other tokens, is not taken over."""
     build(tmp_path / "a", blocks)
     with pytest.raises(Killed):
-        build(tmp_path / "b", blocks, teacher=die_after(tiny_llama(), 22))
+        build(tmp_path / "b", blocks, teacher=die_after(tiny_llama(), 14))
     first, second = sorted((tmp_path / "b").glob("shard*"))[:2]
     first.write_bytes(first.read_bytes()[:100])
     second.write_bytes((tmp_path / "a" / "shard_00000.safetensors").read_bytes())
@@ -212,7 +212,9 @@ def test_a_sampled_position_takes_at_most_100_bytes_of_a_large_vocabulary(tmp_pa
     """Where ids take 4 bytes."""
     vocab_size = 150_000
     teacher = tiny_llama(vocab_size=vocab_size, hidden_size=32, intermediate_size=32)
-    text_blocks = read_blocks_of(tmp_path, 64)
+    path = write_jsonl(tmp_path / "b.jsonl", tiny_records(6))
+    plan = TextPlan(seq_len=64, num_sequences=2)
+    text_blocks = read_blocks(str(path), tiny_tokenizer(), plan)
     draft = draft_manifest(
         identity_of("sampled", top_k=8, seq_len=64),
         teacher_name="tiny",
@@ -222,11 +224,6 @@ def test_a_sampled_position_takes_at_most_100_bytes_of_a_large_vocabulary(tmp_pa
     manifest, _ = build_cache(teacher, text_blocks, draft, tmp_path / "c", batch_size=8, device=CPU)
     header_bytes = 1200 * len(manifest.shards)
     assert (manifest.num_bytes - header_bytes) / manifest.num_tokens <= 100
-
-
-def read_blocks_of(folder, seq_len):
-    path = write_jsonl(folder / "b.jsonl", tiny_records(6))
-    return read_blocks(str(path), tiny_tokenizer(), TextPlan(seq_len=seq_len))
 
 
 def test_the_manifest_has_no_place_and_no_time(tmp_path, blocks):

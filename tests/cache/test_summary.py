@@ -46,8 +46,7 @@ def test_the_top_tokens_are_the_teachers(folders):
     torch.testing.assert_close(probabilities, truth.values, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("content", CONTENTS)
-def test_the_picture_is_drawn(folders, tmp_path, content):
-    """A PNG file, whatever the content."""
-    plot_cache(TeacherCache.open(folders[content]), tmp_path / "a.png", num_sequences=20)
+def test_the_picture_is_drawn(folders, tmp_path):
+    """A PNG file."""
+    plot_cache(TeacherCache.open(folders["sampled"]), tmp_path / "a.png", num_sequences=20)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
