@@ -91,7 +91,10 @@ def coarsen(points: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndar
     if len(points) <= COARSE_BINS:
         return points, counts
     widths = np.gradient(points)
-    share = np.cumsum(np.cbrt(counts * widths**2))  # cbrt(density) * width
+    share = np.cbrt(counts * widths**2)  # cbrt(density) * width
+    for _ in range(3):  # a point needs no more than a bin of its own, however far it lies
+        share = np.minimum(share, share.sum() / COARSE_BINS)
+    share = np.cumsum(share)
     bins = (share / share[-1] * (COARSE_BINS - 1)).astype(np.int64)
     mass = np.bincount(bins, weights=counts)
     total = np.bincount(bins, weights=counts * points)
