@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.model.linear import FakeQuantLinear
-from qat.quant.grid import look_up
 from qat.quant.scales import LowRank
-
-MEMORY_RATIO = 16  # batched ranks hold R times the activations: up to here it pays
 
 
 class RankwiseLinear(nn.Module):
@@ -31,7 +28,7 @@ class RankwiseLinear(nn.Module):
         """Take over the factors of a layer.
 
         Raises:
-            ValueError: If the layer floors its scales or has group scales, which train otherwise.
+            ValueError: If the layer floors its scales.
         """
         super().__init__()
         if layer.scheme.scale_floor is not None:
@@ -46,7 +43,7 @@ class RankwiseLinear(nn.Module):
         self.bias = layer.bias
         self.stored = layer.stored
         with torch.no_grad():
-            values = look_up(layer.stored(layer.codebook), layer.indices)
+            values = layer.stored(layer.codebook)[layer.indices.int()]
         self.register_buffer("values", values, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
