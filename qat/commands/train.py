@@ -52,22 +52,25 @@ def run(
     from qat.tracking.sinks import open_tracker
     from qat.train.end_to_end import Habits, train_end_to_end
     from qat.train.run import make_trainer, record_of, summary_of, training_batches
-    from qat.train.state import has_state, read_state
+    from qat.train.state import Progress, has_state, read_state
 
     dtype = device.dtype_from_name(config.dtype)
     model, _header = load_model(source, dtype=dtype)
     model.to(device.torch_device)
     weight_of = base_weights(config.model_id or header.base_model["path"], header.base_model)
+    seconds = 0.0
+    if config.layerwise and not has_state(config.output_dir):
+        seconds = layer_by_layer(config, model, header, cache, weight_of, device, dtype)
     trainer = make_trainer(config, model, dtype, weight_of=weight_of, sync=device.sync)
     say(f"training {trainer.num_trained:,} numbers in {len(trainer.layers)} layers, {dtype}")
-    progress = None
+    progress = Progress(seconds=seconds)
     if has_state(config.output_dir):
         progress = read_state(config.output_dir, model, trainer.optimizer, trainer.ema)
         say(f"going on from step {progress.step}")
     track = open_tracker(
         config.output_dir,
         record_of(config, identity),
-        resume_step=progress and progress.step,
+        resume_step=progress.step or None,
         wandb=wandb_settings(config),
     )
     made_by = {"command": "train", **identity}
@@ -84,6 +87,33 @@ def run(
     summary = summary_of(progress)
     track.finish(summary)
     return summary
+
+
+def layer_by_layer(
+    config: TrainConfig,
+    model: Any,
+    header: Any,
+    cache: Any,
+    weight_of: Any,
+    device: Any,
+    dtype: Any,
+) -> float:
+    """Take the layer-by-layer stage of a run; return its seconds."""
+    from qat.model.load import load_dense
+    from qat.train.layerwise import layerwise_stage
+    from qat.train.run import peak_rates
+
+    teacher = load_dense(config.model_id or header.base_model["path"], dtype=dtype)
+    return layerwise_stage(
+        config,
+        model,
+        teacher.to(device.torch_device),
+        cache,
+        weight_of=weight_of,
+        rates=peak_rates(replace(config, lr=config.layerwise_lr)),
+        device=device.torch_device,
+        dtype=dtype,
+    )
 
 
 def keep_student(

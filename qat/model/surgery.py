@@ -10,7 +10,7 @@ from qat.model.linear import FakeQuantLinear
 from qat.quant.grid import nearest_indices
 from qat.quant.scales import stored_scale
 from qat.quant.scheme import LayerScheme, Scheme, layer_kind
-from qat.quant.ste import normalize
+from qat.quant.ste import codebook_range, normalize
 
 
 def quantizable_linears(model: nn.Module, scheme: Scheme) -> dict[str, nn.Linear]:
@@ -112,8 +112,9 @@ def held_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def thaw_indices(layer: FakeQuantLinear, weight: torch.Tensor | None = None) -> None:
     """Give a layer a latent weight whose nearest codebook values are its frozen indices.
 
-    The wanted weight is pulled into the cell of its index, so training starts from exactly the
-    stored student and remembers which weights lie near a border.
+    A weight whose nearest value is its index's keeps its place, pulled to the codebook's range
+    where gradients reach it. One that error feedback moved to another cell starts at that cell's
+    value: at its border it would fall back at the first step and undo the feedback.
 
     Args:
         layer: A layer with frozen indices.
@@ -126,32 +127,19 @@ def thaw_indices(layer: FakeQuantLinear, weight: torch.Tensor | None = None) -> 
     layer.indices = order.argsort().to(torch.uint8)[layer.indices.int()]
     codebook = codebook[order]
     values = codebook[layer.indices.int()]
-    if weight is None:
-        normalized = values
-    else:
-        low, high = cell_bounds(codebook)
-        positions = layer.indices.int()
-        normalized = normalize(weight.float(), scale).clamp(low[positions], high[positions])
-        normalized = torch.where(torch.isfinite(normalized), normalized, values)
-    latent = normalized.view(*scale.shape, -1) * scale.unsqueeze(-1)
-    latent = latent.view_as(normalized)
-    moved = nearest_indices(normalize(latent, scale), codebook) != layer.indices
-    latent[moved] = layer_values(values, scale)[moved]  # rounding pushed it over the border
+    latent = at_values = layer_values(values, scale)
+    if weight is not None:
+        low, high = codebook_range(codebook)
+        normalized = normalize(weight.float(), scale).clamp(low, high)
+        latent = torch.where(torch.isfinite(normalized), layer_values(normalized, scale), at_values)
+        moved = nearest_indices(normalize(latent, scale), codebook) != layer.indices
+        latent[moved] = at_values[moved]
     layer.latent_weight = nn.Parameter(latent)
 
 
 def layer_values(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return values times their scales, (O, I)."""
     return (values.view(*scale.shape, -1) * scale.unsqueeze(-1)).view_as(values)
-
-
-def cell_bounds(codebook: torch.Tensor, margin: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ends of each codebook value's cell, drawn in by a share of the step."""
-    steps = (codebook[1:] - codebook[:-1]).clamp_min(0)
-    middle = (codebook[1:] + codebook[:-1]) / 2
-    low = torch.cat([codebook[:1] - steps[:1], middle + margin * steps])
-    high = torch.cat([middle - margin * steps, codebook[-1:] + steps[-1:]])
-    return low, torch.maximum(low, high)
 
 
 @torch.no_grad()

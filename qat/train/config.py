@@ -45,8 +45,18 @@ class TrainConfig:
     """Value that --hard-top1 moves to, in a straight line; stays when not given."""
     hard_full: float = 0.0
     """The seeds' second name for the same cross-entropy: added to --hard-top1."""
+    layerwise: bool = False
+    """First train each block against the teacher block's output, one after the other."""
+    layerwise_sequences: int = 512
+    """Training sequences of the layer-by-layer pass."""
+    layerwise_epochs: int = 2
+    """Times that each block sees them."""
+    layerwise_batch_size: int = 8
+    """Sequences of a step of the layer-by-layer pass."""
+    layerwise_lr: float = 2e-4
+    """Peak rate of latent weights in the layer-by-layer pass."""
     max_steps: int = 1000
-    """Optimizer steps."""
+    """Optimizer steps end to end."""
     batch_size: int = 8
     """Sequences of a micro-batch."""
     accumulation_steps: int = 1

@@ -102,7 +102,7 @@ def take_steps(
     Raises:
         DivergedError: If the loss is not finite or jumped; names the step.
     """
-    is_resumed = progress is not None
+    is_resumed = progress is not None and progress.step > 0
     progress = progress or Progress()
     bar = tqdm(total=habits.max_steps, initial=progress.step, desc="train", unit="step")
     clock = Clock(progress)

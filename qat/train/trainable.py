@@ -37,7 +37,8 @@ def choose_trainable(
     chosen: dict[str, list[nn.Parameter]] = {part: [] for part in parts}
     for name, layer in layers.items():
         if "weights" in parts:
-            thaw_indices(layer, weight_of(name))
+            if layer.latent_weight is None:
+                thaw_indices(layer, weight_of(name))
             chosen["weights"].append(layer.latent_weight)
         for part in ("scales", "magnitudes", "codebooks"):
             if part in parts:
