@@ -17,7 +17,13 @@ LSQ, Esser et al. 2020, arXiv:1902.08153, equation 3.
 import torch
 from torch import Tensor
 
-from qat.quant.grid import dequantize, look_up, nearest_indices, snap_float16
+from qat.quant.grid import (
+    dequantize,
+    look_up,
+    nearest_indices,
+    snap_bfloat16,
+    snap_float16,
+)
 
 ROWS_AT_ONCE = 2**17  # weights a chunk: its temporaries stay in a core's cache
 
@@ -29,6 +35,20 @@ class SnapFloat16(torch.autograd.Function):
     def forward(ctx, values: Tensor) -> Tensor:
         """Return the nearest float16 numbers in the input's dtype."""
         return snap_float16(values)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        """Return the gradient unchanged."""
+        return gradient
+
+
+class SnapBfloat16(torch.autograd.Function):
+    """Rounding to numbers of both 16-bit dtypes, whose gradient is the identity."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        """Return near numbers of both dtypes in the input's dtype."""
+        return snap_bfloat16(values)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
@@ -117,7 +137,8 @@ def fake_quantize_gradients(
         if wants_scale or wants_codebook:
             indices = nearest_indices(normalized, codebook)
         if wants_scale:
-            slope = look_up(codebook, indices) - normalized * inside
+            # Not a product: what a scale of zero makes of normalized (NaN) must not get through.
+            slope = look_up(codebook, indices) - torch.where(inside, normalized, 0.0)
             d_scale[rows] = sum_groups(arriving * slope, scale.shape[1])
         if wants_codebook:
             d_codebook += codebook_gradient(arriving, indices, scale[rows], codebook)
