@@ -24,7 +24,7 @@ from qat.model.surgery import (
     quantized_layers,
     replace_linears,
 )
-from qat.quant.grid import fits_float16
+from qat.quant.grid import fits_float16, snap_bfloat16
 from qat.quant.packing import pack, unpack
 from qat.quant.scheme import Scheme, layer_kind
 
@@ -110,7 +110,9 @@ def as_stored(values: Tensor, dtype: str, name: str, part: str) -> Tensor:
     Raises:
         ValueError: If a value is NaN or beyond the dtype; names the layer.
     """
-    fits = fits_float16(values) if dtype == "float16" else bool(torch.isfinite(values).all())
+    if dtype == "bfloat16":
+        values = snap_bfloat16(values)
+    fits = bool(torch.isfinite(values).all()) if dtype == "float32" else fits_float16(values)
     if not fits:
         raise ValueError(
             f"{name}.{part} holds NaN or values beyond {dtype}; train with a lower rate"

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from qat.quant.fit import QuantizedWeight
 from qat.quant.grid import low_rank_scale
 from qat.quant.scheme import LayerScheme
-from qat.quant.ste import Dequantize, SnapFloat16, fake_quantize
+from qat.quant.ste import Dequantize, SnapBfloat16, SnapFloat16, fake_quantize
+
+SNAPS = {"float16": SnapFloat16, "bfloat16": SnapBfloat16}
 
 
 class FakeQuantLinear(nn.Module):
@@ -58,7 +60,8 @@ class FakeQuantLinear(nn.Module):
 
     def stored(self, values: Tensor) -> Tensor:
         """Return scales or a codebook as a file holds them, straight through."""
-        return SnapFloat16.apply(values) if self.scheme.stored_dtype == "float16" else values
+        snap = SNAPS.get(self.scheme.stored_dtype)
+        return values if snap is None else snap.apply(values)
 
     def full_scale(self) -> Tensor:
         """Return the scales as stored: (O, G), or (O, I) when low rank."""

@@ -13,6 +13,8 @@ from torch import Tensor
 
 FLOAT16_MAX = 65504.0
 COUNTED = 16  # codebook values up to which compares beat a binary search, twice on a CPU
+# Of ggml, kvalues_iq4nl in ggml-common.h.
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 FLOAT16_TINY = 2.0**-14  # least normal float16: below it a scale would lose bits
 
 
@@ -22,6 +24,11 @@ def snap_float16(values: Tensor) -> Tensor:
     Raises no error and saturates nothing: callers that store numbers check `fits_float16` first.
     """
     return values.to(torch.float16).to(values.dtype)
+
+
+def snap_bfloat16(values: Tensor) -> Tensor:
+    """Return near numbers of bfloat16 that float16 holds as well, in the dtype of the input."""
+    return values.to(torch.bfloat16).to(torch.float16).to(values.dtype)
 
 
 def fits_float16(values: Tensor) -> bool:
@@ -87,6 +94,7 @@ def fixed_codebook(kind: str, bits: int) -> Tensor:
     Args:
         kind: uniform: 2**bits values evenly on [-1, 1]. balanced: half-integers around zero
             without a zero, such as -1.5, -0.5, 0.5, 1.5. int: -2**(bits-1) .. 2**(bits-1) - 1.
+            iq4_nl: the 16 values of the GGUF type of that name.
         bits: Bits per index.
     """
     count = 2**bits
@@ -97,4 +105,6 @@ def fixed_codebook(kind: str, bits: int) -> Tensor:
         return steps - (count - 1) / 2
     if kind == "int":
         return steps - count // 2
-    raise ValueError(f"codebook {kind!r} is not fixed; choose uniform, balanced or int")
+    if kind == "iq4_nl":
+        return torch.tensor(IQ4_NL, dtype=torch.float32)
+    raise ValueError(f"codebook {kind!r} is not fixed; choose uniform, balanced, int or iq4_nl")

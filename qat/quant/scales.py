@@ -21,6 +21,7 @@ from qat.quant.grid import (
     FLOAT16_MAX,
     FLOAT16_TINY,
     expand_groups,
+    fits_float16,
     nearest_indices,
     snap_float16,
 )
@@ -60,10 +61,11 @@ def search_signed_scale(
         weight: (O, I).
         importance: (I,).
         num_groups: G.
-        codebook: (C,), ascending, in steps of one.
+        codebook: (C,), ascending, about even.
     """
     bits = (len(codebook) - 1).bit_length()
-    middle = start_scale(weight, importance, num_groups) * GAUSSIAN_STEPS[bits]
+    reach = -float(codebook[0]) / 2 ** (bits - 1)  # 1 where the codebook's step is 1
+    middle = start_scale(weight, importance, num_groups) * (GAUSSIAN_STEPS[bits] / reach)
     candidates = [largest_weight(weight, num_groups) / codebook[0]]
     candidates += [middle * factor for factor in SEARCH_FACTORS]
     candidates += [middle * -factor for factor in SEARCH_FACTORS]
@@ -190,10 +192,19 @@ def solve_rows(mass: Tensor, target: Tensor, basis: Tensor) -> Tensor:
 
 
 def unit_factors(rows: Tensor, columns: Tensor) -> LowRank:
-    """Return rows @ columns as unit columns of A, unit rows of B and magnitudes, largest first."""
+    """Return rows @ columns as unit columns of A, unit rows of B and magnitudes, largest first.
+
+    Raises:
+        ValueError: If a magnitude is NaN or beyond float16.
+    """
     row_norm = rows.norm(dim=0).clamp_min(1e-30)
     column_norm = columns.norm(dim=1).clamp_min(1e-30)
     magnitude, order = (row_norm * column_norm).sort(descending=True)
+    if not fits_float16(magnitude):
+        raise ValueError(
+            f"low-rank scales of size {float(magnitude[0]):.3g} do not fit float16; "
+            "take group scales for this model (_gN)"
+        )
     return LowRank(
         snap_float16((rows / row_norm)[:, order]),
         snap_float16(magnitude),

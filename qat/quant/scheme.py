@@ -6,22 +6,28 @@ rank N instead: `q2a4_g64`, `q4a4_r32`. `q4_r32` is short for `q4a4_r32`.
 
 `_int` takes the integer grids that runtimes hold instead of learned codebooks, with scales of
 either sign: 2 bits are {-2, -1, 0, 1} per 64 weights (GGUF Q2_0), 4 bits -8 .. 7 per 32 (Q4_0).
+
+A format's own name takes the grid which that format holds, for all layers or, joined by a plus, for
+MLP and attention: `gguf-q4_0`, `gguf-q2_0+gguf-iq4_nl`. `deploy` is the pair that GGUF, MLX and
+compressed-tensors hold alike: `w2a16-g64+w4a16-g32`.
 """
 
 import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-STORED_BITS = {"float16": 16, "float32": 32}
+STORED_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 DEFAULT_GROUP_SIZE = 32
 INT_GROUP_SIZES = {2: 64}  # blocks of GGUF Q2_0; others as Q4_0
 
 LayerKind = Literal["mlp", "attention"]
-CodebookKind = Literal["learned", "uniform", "balanced", "int"]
-StoredDtype = Literal["float16", "float32"]
+CodebookKind = Literal["learned", "uniform", "balanced", "int", "iq4_nl"]
+StoredDtype = Literal["float16", "bfloat16", "float32"]
 
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+SIGNED_CODEBOOKS = ("int", "iq4_nl")
 
 _NAME = re.compile(
     r"q(?P<mlp>[2-8])(?:a(?P<attention>[2-8]))?(?P<int>_int)?(?:_(?P<kind>[gr])(?P<size>\d+))?"
@@ -39,10 +45,11 @@ class LayerScheme:
     rank: int = 0
     """Rank of the scale matrix (scale_a * magnitude) @ scale_b; 0 = one scale per group."""
     codebook: CodebookKind = "learned"
-    """learned: fitted per tensor. uniform, balanced, int: fixed."""
+    """learned: fitted per tensor. uniform, balanced, int, iq4_nl: fixed."""
     stored_dtype: StoredDtype = "float16"
-    """Of scales and codebook, in files and so in the forward. Checkpoints of other programs may
-    need float32 to stay what they are; `qat snap-fp16` moves them to float16."""
+    """Of scales and codebook, in files and so in the forward. bfloat16: numbers of both bfloat16
+    and float16, for runtimes that cast scales to the dtype of activations. Checkpoints of other
+    programs may need float32 to stay what they are; `qat snap-fp16` moves them to float16."""
     scale_floor: float | None = None
     """A scale below it counts as it, as in checkpoints of the seeds' first form; None = as is."""
 
@@ -51,11 +58,13 @@ class LayerScheme:
             raise ValueError(f"bits {self.bits} is outside 2..8; choose 2 or 4")
         if self.group_size < 0 or self.rank < 0:
             raise ValueError(f"group size {self.group_size} and rank {self.rank} must be 0 or more")
+        if self.codebook == "iq4_nl" and self.bits != 4:
+            raise ValueError(f"codebook iq4_nl has 16 values, not 2**{self.bits}; set bits to 4")
 
     @property
     def is_signed(self) -> bool:
-        """Whether a group's scale may be negative: integer grids reach further on one side."""
-        return self.codebook == "int" and not self.rank
+        """Whether a group's scale may be negative: runtimes' grids reach further on one side."""
+        return self.codebook in SIGNED_CODEBOOKS and not self.rank
 
     def groups_of(self, num_inputs: int) -> int:
         """Return the number of scales in a row.
@@ -109,6 +118,23 @@ class Scheme:
         )
 
 
+# The grids that files of runtimes hold, by the formats' own names. Scales of w*a16 formats are
+# cast to the dtype of activations where they run, so they are numbers of both 16-bit dtypes.
+FORMATS = {
+    "gguf-q4_0": LayerScheme(bits=4, group_size=32, codebook="int"),
+    "gguf-q2_0": LayerScheme(bits=2, group_size=64, codebook="int"),
+    "gguf-iq4_nl": LayerScheme(bits=4, group_size=32, codebook="iq4_nl"),
+    "gguf-q8_0": LayerScheme(bits=8, group_size=32, codebook="int"),
+    "mlx-4bit-g32": LayerScheme(bits=4, group_size=32, codebook="int"),
+    "mlx-2bit-g64": LayerScheme(bits=2, group_size=64, codebook="int"),
+    "w4a16-g32": LayerScheme(bits=4, group_size=32, codebook="int", stored_dtype="bfloat16"),
+    "w2a16-g64": LayerScheme(bits=2, group_size=64, codebook="int", stored_dtype="bfloat16"),
+    "coreml-lut4": LayerScheme(bits=4, group_size=0),
+    "coreml-lut2": LayerScheme(bits=2, group_size=0),
+}
+PAIRS = {"deploy": "w2a16-g64+w4a16-g32"}
+
+
 def layer_kind(module_name: str) -> LayerKind | None:
     """Return what a linear is for, from the last part of its name."""
     last = module_name.rpartition(".")[2]
@@ -123,12 +149,15 @@ def scheme_from_name(name: str) -> Scheme:
     Raises:
         ValueError: If the name does not follow the grammar of this module.
     """
+    if name in PAIRS or name.partition("+")[0] in FORMATS:
+        return scheme_of_formats(name)
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(
             f"scheme {name!r} is unknown; write q{{MLP bits}}a{{attention bits}}, with _gN for the "
             "group size or _rN for the rank of the scales and _int before it for the integer grids "
-            "of runtimes: q2a4, q4a4, q2a4_g64, q4a4_r32, q2a4_int"
+            "of runtimes: q2a4, q4a4, q2a4_g64, q4a4_r32, q2a4_int; or formats, MLP+attention, "
+            f"each of {', '.join(FORMATS)}; or {', '.join(PAIRS)}"
         )
     common: dict[str, Any] = {}
     if match["kind"] == "g":
@@ -143,6 +172,22 @@ def scheme_from_name(name: str) -> Scheme:
         mlp=layer(bits=mlp_bits, **common),
         attention=layer(bits=attention_bits, **common),
     )
+
+
+def scheme_of_formats(name: str) -> Scheme:
+    """Return the scheme that formats' names stand for: one for all layers, or MLP+attention.
+
+    Raises:
+        ValueError: If one of the names is no format's.
+    """
+    mlp, plus, attention = PAIRS.get(name, name).partition("+")
+    parts = [mlp, attention if plus else mlp]
+    for part in parts:
+        if part not in FORMATS:
+            raise ValueError(
+                f"scheme {name!r}: {part!r} is no format; choose from {', '.join(FORMATS)}"
+            )
+    return Scheme(name=name, mlp=FORMATS[parts[0]], attention=FORMATS[parts[1]])
 
 
 def int_layer(bits: int, **changes: Any) -> LayerScheme:
