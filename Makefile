@@ -46,7 +46,8 @@ recipe: setup  ## real commands on tiny models
 	@$(RUN)/python -m pytest -m recipe
 
 bench: setup  ## the training step against plain fine-tuning, as JSON
-	@$(RUN)/python speedrun/ratios.py
+	@$(RUN)/qat fetch smollm2 --output-dir models/smollm2-135m
+	@$(RUN)/qat bench
 
 clean:  ## remove what make and the tools made; models, caches and runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

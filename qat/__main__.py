@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "measure a student on held-out text",
     "generate": "answer prompts",
     "export": "write a student in another program's format",
+    "bench": "training steps against plain fine-tuning, as ratios",
     "compare": "put runs side by side",
     "doctor": "show the device and what is installed",
     "demo": "the whole path on SmolLM2-135M",

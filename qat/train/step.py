@@ -91,9 +91,9 @@ class Trainer:
         Returns:
             Loss and gradient norm, scalars on the device.
         """
-        form_weights(self.layers, self.dtype)
+        self.form()
         loss = self.accumulate(batches, hard_weight)
-        pull_gradients(self.layers)
+        self.pull()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = self.clip_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit)
@@ -105,6 +105,14 @@ class Trainer:
             self.ema.update()
         self.sync()
         return loss, norm
+
+    def form(self) -> None:
+        """Hold the weights that this step runs on."""
+        form_weights(self.layers, self.dtype)
+
+    def pull(self) -> None:
+        """Bring the gradients of held weights to what trains."""
+        pull_gradients(self.layers)
 
     def accumulate(self, batches: list[Batch], hard_weight: float | None) -> Tensor:
         """Add up the gradients of micro-batches; return the mean loss."""

@@ -1,0 +1,1 @@
+"""What steps cost: `config`, `ratios` against plain fine-tuning."""

@@ -1,0 +1,87 @@
+"""`qat bench`: training steps as ratios, each case in a fresh process."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+from qat.benchmark.config import BenchConfig
+from qat.commands.door import run_command, say
+
+RANK_BATCH = 4  # sequences: what the seeds trained with
+CASES = ("plain", "fake-quant", "rank-by-rank", "formed")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    return run_command("qat bench", BenchConfig, act, argv)
+
+
+def act(config: BenchConfig) -> dict[str, Any]:
+    """Measure one case here, or all of them in processes of their own."""
+    if config.case is not None:
+        return measure(config)
+    results: dict[str, list[dict[str, Any]]] = {case: [] for case in CASES}
+    for _ in range(config.repeats):
+        for case in CASES:
+            results[case].append(in_fresh_process(config, case))
+            last = results[case][-1]
+            say(f"{case}: {median(last['seconds']):.2f} s a step, {last['tokens']} tokens")
+    seconds = {
+        case: median([second for run in runs for second in run["seconds"]])
+        for case, runs in results.items()
+    }
+    peak = {case: median([run["peak_bytes"] for run in runs]) for case, runs in results.items()}
+    return {
+        "step_time_over_plain": seconds["fake-quant"] / seconds["plain"],
+        "rate_over_rank_by_rank": seconds["rank-by-rank"] / seconds["formed"],
+        "peak_memory_over_plain": peak["fake-quant"] / peak["plain"],
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "tokens_per_step": config.tokens_per_step,
+    }
+
+
+def in_fresh_process(config: BenchConfig, case: str) -> dict[str, Any]:
+    """Return what a process measures for one case, the memory of its own included."""
+    flags = {
+        "--model-id": config.model_id,
+        "--tokens-per-step": config.tokens_per_step,
+        "--seq-len": config.seq_len,
+        "--steps": config.steps,
+        "--dtype": config.dtype,
+        "--device": config.device,
+        "--case": case,
+    }
+    words = [str(word) for pair in flags.items() for word in pair]
+    done = subprocess.run(
+        [sys.executable, "-m", "qat", "bench", *words], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise ValueError(f"case {case} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(config: BenchConfig) -> dict[str, Any]:
+    """Time the steps of one case in this process."""
+    from qat.benchmark.ratios import make_case, random_batch, time_steps
+    from qat.device import Device, peak_rss_bytes
+    from qat.model.load import load_dense
+
+    device = Device.detect(config.device)
+    dtype = device.dtype_from_name(config.dtype)
+    model = load_dense(config.model_id, dtype=dtype).to(device.torch_device)
+    by_rank = config.case in ("rank-by-rank", "formed")
+    batch_size = RANK_BATCH if by_rank else config.tokens_per_step // config.seq_len
+    batch = random_batch(model.config.vocab_size, batch_size, config.seq_len, device.torch_device)
+    trainer = make_case(config.case, model, dtype, device.sync)
+    seconds = time_steps(trainer, batch, config.steps, partial(device.sync, wait=True))
+    return {
+        "case": config.case,
+        "seconds": seconds,
+        "tokens": batch_size * config.seq_len,
+        "peak_bytes": device.peak_bytes() or peak_rss_bytes(),
+    }
