@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+GRAM_PANEL = 384  # columns of a product: spares most of the lower triangle, still wide
+
 
 @torch.no_grad()
 def collect_second_moments(
@@ -72,8 +74,8 @@ class InputStatistics:
 
     hessian: Tensor
     """mean x_q x_q^T, (I, I) float32."""
-    cross: Tensor
-    """mean x x_q^T, (I, I) float32."""
+    drift: Tensor
+    """mean (x - x_q) x_q^T, (I, I) float32: what the layers before this one did to its inputs."""
 
 
 @dataclass(slots=True)
@@ -258,16 +260,24 @@ def input_statistics(
     module = block.get_submodule(linear)
     width = dense_inputs[0].shape[-1]
     hessian = torch.zeros(width, width, device=dense_inputs[0].device)
-    cross = torch.zeros_like(hessian)
+    drift = torch.zeros_like(hessian)
     num_tokens = 0
     for batch, dense in enumerate(dense_inputs):
-        x = input_of(module, lambda batch=batch: stream.run(name, block, batch))
-        x, dense = x.flatten(0, -2).float(), dense.flatten(0, -2).float()
-        hessian.addmm_(x.T, x)
-        cross.addmm_(dense.T, x)
+        x = input_of(module, lambda batch=batch: stream.run(name, block, batch)).flatten(0, -2)
+        add_gram(hessian, x.float())
+        # A difference bears the compute dtype: what its product rounds away is small beside H.
+        drift += (dense.flatten(0, -2) - x).T @ x
         num_tokens += len(x)
-    if not (torch.isfinite(hessian).all() and torch.isfinite(cross).all()):
+    if not (torch.isfinite(hessian).all() and torch.isfinite(drift).all()):
         raise ValueError(
             f"{name}.{linear}: inputs hold NaN or infinity during calibration; try --dtype fp32"
         )
-    return InputStatistics(hessian=hessian / num_tokens, cross=cross / num_tokens)
+    hessian = hessian.triu() + hessian.triu(1).T
+    return InputStatistics(hessian=hessian / num_tokens, drift=drift / num_tokens)
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Add x^T x, (I, I), to a total, of which only the upper triangle is kept up to date."""
+    for first in range(0, x.shape[1], GRAM_PANEL):
+        panel = slice(first, first + GRAM_PANEL)
+        total[panel, first:].addmm_(x[:, panel].T, x[:, first:])

@@ -24,6 +24,7 @@ def act(config: ConvertQ4ToQ2Config) -> dict[str, Any]:
         measure_and_write,
         open_cache,
     )
+    from qat.convert.by_blocks import check_weights
     from qat.convert.q4_to_q2 import (
         convert_mlp_layers,
         convert_mlp_layers_by_blocks,
@@ -68,7 +69,8 @@ def act(config: ConvertQ4ToQ2Config) -> dict[str, Any]:
     check_scheme(base, scheme)
     student, _header = load_model(source, dtype=dtype)
     linears = mlp_linears(base, student)
-    count = config.num_calibration_sequences
+    check_weights(linears, scheme.layer)
+    count = config.num_calibration_sequences(cache.seq_len) if cache is not None else 0
     if config.fit == "hessian" and cache is not None:
         batches = calibration_tokens(cache, count, device)
         base.to(device.torch_device)

@@ -22,6 +22,7 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
         measure_and_write,
         open_cache,
     )
+    from qat.convert.by_blocks import check_weights
     from qat.convert.init_student import init_student, init_student_by_blocks
     from qat.convert.recipe import finished, recipe
     from qat.device import Device
@@ -57,8 +58,9 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
     model = load_dense(config.model, dtype=dtype)
     check_scheme(model, scheme)
     linears = quantizable_linears(model, scheme)
+    check_weights(linears, scheme.layer)
     say(f"scheme {scheme.name}: {len(linears)} layers of {base['name']}")
-    count = config.num_calibration_sequences
+    count = config.num_calibration_sequences(cache.seq_len) if cache is not None else 0
     if config.fit == "hessian" and cache is not None:
         batches = calibration_tokens(cache, count, device)
         model.to(device.torch_device)

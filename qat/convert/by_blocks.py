@@ -9,8 +9,18 @@ from tqdm import tqdm
 from qat.calibration import walk_blocks
 from qat.model.linear import FakeQuantLinear
 from qat.model.surgery import release_weights, swap
+from qat.quant.fit import check_weight
 from qat.quant.hessian import fit_with_hessian
 from qat.quant.scheme import LayerScheme
+
+
+def check_weights(linears: dict[str, nn.Module], scheme_of: Callable[[str], LayerScheme]) -> None:
+    """Refuse weights that a scheme cannot hold, naming the layer, before any long work."""
+    for name, linear in linears.items():
+        try:
+            check_weight(linear.weight, scheme_of(name))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 @torch.no_grad()
@@ -42,7 +52,7 @@ def fit_by_blocks(
             progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)
             try:
                 quantized = fit_with_hessian(
-                    weight_of(name), schemes[name], statistics.hessian, cross=statistics.cross
+                    weight_of(name), schemes[name], statistics.hessian, drift=statistics.drift
                 )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error

@@ -8,7 +8,7 @@ from qat.quant.scheme import CodebookKind, LayerScheme
 
 Fit = Literal["hessian", "moments"]
 # Where more no longer pays: a second moment is known from few tokens, a Hessian from many.
-CALIBRATION_SEQUENCES = {"hessian": 512, "moments": 64}
+CALIBRATION_TOKENS = {"hessian": 32768, "moments": 4096}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,8 @@ class InitStudentConfig:
     """hessian: codes with error feedback against all inputs, block by block, each block fed by the
     quantized ones before it. moments: each input's mean square, one pass; several times quicker."""
     calibration_sequences: int | None = None
-    """Training sequences of the cache that calibrate; 512 for hessian, 64 for moments."""
+    """Training sequences of the cache that calibrate; when not given, as many as make 32768 tokens
+    for hessian, 4096 for moments."""
     eval: bool = True
     """Measure the student on the cache's held-out split."""
     dtype: str = "auto"
@@ -37,13 +38,13 @@ class InitStudentConfig:
     """auto, cpu, cuda, mps, xla or tpu."""
 
     def __post_init__(self) -> None:
-        require_positive("--calibration-sequences", self.num_calibration_sequences)
+        if self.calibration_sequences is not None:
+            require_positive("--calibration-sequences", self.calibration_sequences)
 
-    @property
-    def num_calibration_sequences(self) -> int:
-        """Training sequences that calibrate."""
+    def num_calibration_sequences(self, seq_len: int) -> int:
+        """Return how many sequences of `seq_len` tokens calibrate."""
         given = self.calibration_sequences
-        return CALIBRATION_SEQUENCES[self.fit] if given is None else given
+        return default_sequences(self.fit, seq_len) if given is None else given
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,14 +74,16 @@ class ConvertQ4ToQ2Config:
     """hessian: codes with error feedback against all inputs, block by block, each block fed by the
     quantized ones before it. moments: each input's mean square, one pass; several times quicker."""
     calibration_sequences: int | None = None
-    """Training sequences of the cache that calibrate; 512 for hessian, 64 for moments."""
+    """Training sequences of the cache that calibrate; when not given, as many as make 32768 tokens
+    for hessian, 4096 for moments."""
     dtype: str = "auto"
     """Compute dtype: auto, fp32, bf16 or fp16."""
     device: str = "auto"
     """auto, cpu, cuda, mps, xla or tpu."""
 
     def __post_init__(self) -> None:
-        require_positive("--calibration-sequences", self.num_calibration_sequences)
+        if self.calibration_sequences is not None:
+            require_positive("--calibration-sequences", self.calibration_sequences)
         if self.eval and self.cache_dir is None:
             raise ValueError("--eval needs a cache to measure on; add --cache-dir caches/NAME")
         if self.output.resolve() == self.q4_checkpoint.resolve():
@@ -91,14 +94,18 @@ class ConvertQ4ToQ2Config:
             rank=self.q2_mlp_rank,
         )
 
-    @property
-    def num_calibration_sequences(self) -> int:
-        """Training sequences that calibrate."""
+    def num_calibration_sequences(self, seq_len: int) -> int:
+        """Return how many sequences of `seq_len` tokens calibrate."""
         given = self.calibration_sequences
-        return CALIBRATION_SEQUENCES[self.fit] if given is None else given
+        return default_sequences(self.fit, seq_len) if given is None else given
 
 
 def require_positive(flag: str, value: int) -> None:
     """Refuse a count below one."""
     if value < 1:
         raise ValueError(f"{flag} {value} must be at least 1")
+
+
+def default_sequences(fit: Fit, seq_len: int) -> int:
+    """Return how many sequences of `seq_len` tokens are enough for a fit."""
+    return max(1, CALIBRATION_TOKENS[fit] // seq_len)

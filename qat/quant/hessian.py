@@ -11,7 +11,8 @@ errors of correlated inputs may cancel. Four steps, each vectorized over all row
 The last three never raise the error. When the quantized model feeds other inputs (x_q) to the layer
 than the full-precision one (x), the wanted weight is the one that makes the most of x_q:
 
-    W* = argmin |W x - W* x_q|^2 + damping |W - W*|^2 = W + W (cross - H) (H + damping)^-1
+    W* = argmin |W x - W* x_q|^2 + damping |W - W*|^2 = W + W drift (H + damping)^-1,
+    drift = mean (x - x_q) x_q^T
 
 Shape legend: O out, I in, G groups of a row, C codebook values, B columns of a block.
 
@@ -29,6 +30,7 @@ from qat.quant.scheme import LayerScheme
 
 DAMPING = 0.01  # of the mean diagonal of H; GPTQ's own choice
 CORRECTION = 1.0  # share of the way from W to W*
+REFITTED_BITS = 3  # codebooks of more values are dense enough as the start has them
 NUM_SWEEPS = 2  # of scales, codebook and descent after the feedback
 COLUMNS_AT_ONCE = 64  # columns whose effect on later ones is applied as one product
 ROWS_AT_ONCE = 4096  # bounds the (rows, G, G) normal equations
@@ -40,7 +42,7 @@ def fit_with_hessian(
     scheme: LayerScheme,
     hessian: Tensor,
     *,
-    cross: Tensor | None = None,
+    drift: Tensor | None = None,
     num_sweeps: int = NUM_SWEEPS,
 ) -> QuantizedWeight:
     """Return the quantized weight of least error in the layer's output.
@@ -49,32 +51,34 @@ def fit_with_hessian(
         weight: (O, I), any float dtype.
         scheme: Bits, group size or rank, codebook.
         hessian: mean x_q x_q^T over the inputs that the quantized model feeds, (I, I).
-        cross: mean x x_q^T with the full-precision model's inputs x, (I, I); H when not given.
+        drift: mean (x - x_q) x_q^T with the full-precision model's inputs x, (I, I); none when not
+            given.
         num_sweeps: Rounds of scales, codebook and descent.
 
     Raises:
         ValueError: If a weight or a statistic is not finite, or the scheme does not fit.
     """
-    check_statistics(weight, hessian, cross)
-    damped = dampen(hessian.to(weight.device))
+    check_statistics(weight, hessian, drift)
+    hessian = hessian.to(weight.device)
+    damped = dampen(hessian)
     target = weight.detach().float()
-    if cross is not None:
-        target = corrected_target(target, hessian.to(weight.device), cross.to(weight.device))
+    if drift is not None:
+        target = corrected_target(target, hessian, drift.to(weight.device))
     start = fit_weight(target, scheme, importance=damped.diagonal())
     quantized = feed_errors(target, start, damped)
     for _ in range(num_sweeps):
         if not scheme.rank:
             quantized = refit_scale(target, quantized, damped, is_signed=scheme.is_signed)
-        if scheme.codebook == "learned":
+        if scheme.codebook == "learned" and scheme.bits <= REFITTED_BITS:
             quantized = refit_codebook(target, quantized, damped)
         quantized = descend(target, quantized, damped)
     return quantized
 
 
-def check_statistics(weight: Tensor, hessian: Tensor, cross: Tensor | None) -> None:
+def check_statistics(weight: Tensor, hessian: Tensor, drift: Tensor | None) -> None:
     """Refuse statistics of another layer, or that are not finite."""
     wanted = (weight.shape[1], weight.shape[1])
-    for name, statistic in (("H", hessian), ("cross", cross)):
+    for name, statistic in (("H", hessian), ("drift", drift)):
         if statistic is None:
             continue
         if tuple(statistic.shape) != wanted or not torch.isfinite(statistic).all():
@@ -94,13 +98,13 @@ def dampen(hessian: Tensor) -> Tensor:
     return hessian / mean + DAMPING * identity
 
 
-def corrected_target(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
+def corrected_target(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
     """Return W*, the weight that best turns the quantized model's inputs into W x, (O, I)."""
     mean = hessian.diagonal().mean()
     if mean <= 0:
         return weight
     factor = torch.linalg.cholesky(dampen(hessian))
-    change = weight @ ((cross.float() - hessian.float()) / mean)  # (O, I)
+    change = weight @ (drift.float() / mean)  # (O, I)
     return weight + CORRECTION * torch.cholesky_solve(change.T, factor).T
 
 
@@ -240,7 +244,8 @@ def refit_codebook(target: Tensor, start: QuantizedWeight, hessian: Tensor) -> Q
     scale = full_scale(start)
     count = len(start.codebook)
     masks = [scale * (start.indices == index) for index in range(count)]  # (O, I) each
-    wanted = torch.stack([(mask * (target @ hessian)).sum() for mask in masks])  # (C,)
+    pulled = target @ hessian
+    wanted = torch.stack([(mask * pulled).sum() for mask in masks])  # (C,)
     normal = torch.empty(count, count, device=target.device)
     for row, mask in enumerate(masks):
         pulled = mask @ hessian

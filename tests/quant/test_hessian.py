@@ -169,20 +169,20 @@ def test_the_target_makes_the_most_of_the_quantized_inputs():
     fed = x + 0.3 * noise * x.std(0)
     weight, _ = random_layer(4, 32)
     hessian, cross = fed.T @ fed / len(x), x.T @ fed / len(x)
-    target = corrected_target(weight, hessian.float(), cross.float())
+    target = corrected_target(weight, hessian.float(), (cross - hessian).float())
     ridge = (
         hessian.diagonal().mean() * (dampen(hessian) - hessian / hessian.diagonal().mean())[0, 0]
     )
     normal = hessian + ridge * torch.eye(32)
     expected = torch.linalg.solve(normal, (weight.double() @ (cross + ridge * torch.eye(32))).T).T
     torch.testing.assert_close(target.double(), expected, atol=1e-4, rtol=1e-3)
-    unmoved = corrected_target(weight, hessian.float(), hessian.float())
+    unmoved = corrected_target(weight, hessian.float(), torch.zeros(32, 32))
     torch.testing.assert_close(unmoved, weight)
 
 
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_statistics_are_those_of_the_inputs_really_fed(family):
-    """walk_blocks gives mean x_q x_q^T and mean x x_q^T, with x_q behind all replaced layers."""
+    """mean x_q x_q^T and mean (x - x_q) x_q^T, with x_q behind all layers replaced so far."""
     model, dense = TINY_MODELS[family](), TINY_MODELS[family]()
     batches = list(torch.randint(0, 256, (6, 12)).split(4))
     names = list(quantizable_linears(model, scheme_from_name("q2a4")))
@@ -197,7 +197,8 @@ def test_statistics_are_those_of_the_inputs_really_fed(family):
     for name, statistics in found.items():
         x, wanted = inputs[name], dense_inputs[name]
         torch.testing.assert_close(statistics.hessian, x.T @ x / len(x), atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(statistics.cross, wanted.T @ x / len(x), atol=1e-4, rtol=1e-3)
+        drift = (wanted - x).T @ x / len(x)
+        torch.testing.assert_close(statistics.drift, drift, atol=1e-4, rtol=1e-3)
 
 
 def inputs_of(model, names, batches) -> dict[str, torch.Tensor]:
@@ -240,7 +241,7 @@ def test_a_singular_hessian_is_no_obstacle(scheme):
     few = random_inputs(96, num_tokens=3)
     few[:, 10:30] = 0
     for hessian in (few.T @ few, torch.zeros(96, 96)):
-        fitted = fit_with_hessian(weight, scheme, hessian, cross=hessian)
+        fitted = fit_with_hessian(weight, scheme, hessian, drift=torch.zeros(96, 96))
         assert torch.isfinite(fitted.dequantize()).all()
         assert hessian_error(weight, fitted, dampen(hessian)) < 0.5
 
