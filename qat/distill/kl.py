@@ -16,9 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from qat.distill.teacher import TeacherSignal
-
-LEAST_REST = 1e-7  # float32 cannot tell one minus less from one
+from qat.distill.teacher import LEAST_REST, TeacherSignal
 
 
 def forward_kl(student_logits: Tensor, signal: TeacherSignal) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+LEAST_REST = 1e-7  # float32 cannot tell one minus less from one; the same for both sides of a KL
+
 SignalKind = Literal["dense", "top-k", "sampled", "conditional"]
 
 
@@ -85,6 +87,6 @@ def top_k_signal(teacher_logits: Tensor, mask: Tensor, top_k: int) -> TeacherSig
 
 
 def log_rest(log_probs: Tensor) -> Tensor:
-    """Return log(1 - sum of exp) over the last axis, finite also where the sum reaches one."""
+    """Return log(1 - sum of exp) over the last axis, no less than float32 resolves."""
     rest = 1.0 - log_probs.exp().sum(dim=-1)
-    return rest.clamp_min(torch.finfo(torch.float32).tiny).log()
+    return rest.clamp_min(LEAST_REST).log()
