@@ -21,7 +21,7 @@ def act(config: EvaluateConfig) -> dict[str, Any]:
     device = Device.detect(config.device)
     dtype = device.dtype_from_name(config.dtype)
     say(device.describe())
-    model, _header = load_model(config.checkpoint, dtype=dtype)
+    model, _header = load_model(config.checkpoint, model_id=config.model_id, dtype=dtype)
     sizes = bits_per_weight(model)
     model.to(device.torch_device)
     measure = on_cache if config.cache_dir else on_text
@@ -30,13 +30,10 @@ def act(config: EvaluateConfig) -> dict[str, Any]:
 
 def on_cache(model: Any, config: EvaluateConfig, device: Any, dtype: Any) -> dict[str, Any]:
     """Measure on a cache that is of the same tokenizer and vocabulary."""
-    from qat.cache.read import TeacherCache
+    from qat.commands.students import open_cache
     from qat.evaluate.on_cache import evaluate_on_cache
-    from qat.model.load import checkpoint_folder, load_tokenizer
 
-    cache = TeacherCache.open(config.cache_dir)
-    cache.require_tokenizer(load_tokenizer(checkpoint_folder(config.checkpoint)))
-    cache.require_vocabulary(model.config.vocab_size)
+    cache = open_cache(config.cache_dir, text_folder(config), model.config.vocab_size)
     return evaluate_on_cache(
         model,
         cache,
@@ -50,10 +47,10 @@ def on_cache(model: Any, config: EvaluateConfig, device: Any, dtype: Any) -> dic
 def on_text(model: Any, config: EvaluateConfig, device: Any, dtype: Any) -> dict[str, Any]:
     """Measure on a text file, against a teacher where one is given."""
     from qat.evaluate.on_text import evaluate_on_text
-    from qat.model.load import checkpoint_folder, load_model, load_tokenizer
+    from qat.model.load import load_model, load_tokenizer
     from qat.text import text_blocks
 
-    tokenizer = load_tokenizer(checkpoint_folder(config.checkpoint))
+    tokenizer = load_tokenizer(text_folder(config))
     blocks = text_blocks(config.text, tokenizer, config.seq_len, config.num_sequences)
     teacher = None
     if config.teacher:
@@ -62,3 +59,10 @@ def on_text(model: Any, config: EvaluateConfig, device: Any, dtype: Any) -> dict
     return evaluate_on_text(
         model, teacher, blocks, device=device, dtype=dtype, batch_size=config.batch_size
     )
+
+
+def text_folder(config: EvaluateConfig) -> Any:
+    """Return the folder of the checkpoint's tokenizer."""
+    from qat.model.load import open_checkpoint
+
+    return open_checkpoint(config.checkpoint, model_id=config.model_id).text_folder

@@ -19,14 +19,14 @@ def act(config: ExportConfig) -> dict[str, Any]:
 
     from qat.device import DTYPES
     from qat.export.to_hf import export_to_hf
-    from qat.model.load import checkpoint_folder, load_model
+    from qat.model.load import load_model, open_checkpoint
 
     exporters = {"hf": export_to_hf}
-    student, _header = load_model(config.checkpoint)
+    opened = open_checkpoint(config.checkpoint, model_id=config.model_id)
+    student, _header = load_model(config.checkpoint, model_id=config.model_id)
     say(f"{config.checkpoint} to {config.to}, {config.dtype}")
-    folder = checkpoint_folder(config.checkpoint)
     return exporters[config.to](
-        student, config.output, text_source=folder, dtype=DTYPES[config.dtype]
+        student, config.output, text_source=opened.text_folder, dtype=DTYPES[config.dtype]
     )
 
 

@@ -19,7 +19,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 
     from qat.device import Device, dtype_name
     from qat.evaluate.generate import Decoding, answer_file, generate_texts, read_rows
-    from qat.model.load import checkpoint_folder, load_model, load_tokenizer
+    from qat.model.load import load_model, load_tokenizer, open_checkpoint
     from qat.model.surgery import hold_weights
 
     if config.data is not None:
@@ -27,8 +27,9 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     device = Device.detect(config.device)
     dtype = device.dtype_from_name(config.dtype)
     say(device.describe())
-    model, header = load_model(config.checkpoint, dtype=dtype)
-    tokenizer = load_tokenizer(checkpoint_folder(config.checkpoint))
+    opened = open_checkpoint(config.checkpoint, model_id=config.model_id)
+    tokenizer = load_tokenizer(opened.text_folder)
+    model, header = load_model(config.checkpoint, model_id=config.model_id, dtype=dtype)
     hold_weights(model.to(device.torch_device), dtype)
     say(f"{config.checkpoint}: {'student' if header else 'dense model'}, {dtype_name(dtype)}")
     if config.template == "chat" and not tokenizer.chat_template:

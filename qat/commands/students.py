@@ -8,14 +8,27 @@ from typing import Any
 from qat.commands.door import say
 
 
-def open_cache(folder: Path | None, tokenizer: Any, vocab_size: int | None, weights: str) -> Any:
-    """Return the cache in a folder, refused unless its teacher is the base model; None for none."""
+def open_cache(
+    folder: Path | None, tokenizer: Any, vocab_size: int | None, weights: str | None = None
+) -> Any:
+    """Return the cache in a folder, refused unless it is of this tokenizer and teacher.
+
+    Args:
+        folder: None gives None.
+        tokenizer: Or the folder of one, not read where the cache says nothing of its tokenizer.
+        vocab_size: Width of the model's logits; None is not compared.
+        weights: Hash of the full-precision model's weights; None is not compared.
+    """
     from qat.cache.read import TeacherCache
+    from qat.model.load import load_tokenizer
 
     if folder is None:
         return None
     cache = TeacherCache.open(folder)
-    cache.require_tokenizer(tokenizer)
+    identity = cache.manifest.identity
+    if identity.tokenizer_sha256 or identity.template_sha256:
+        is_folder = isinstance(tokenizer, (str, Path))
+        cache.require_tokenizer(load_tokenizer(tokenizer) if is_folder else tokenizer)
     if vocab_size is not None:
         cache.require_vocabulary(vocab_size)
     cache.require_teacher(weights)

@@ -9,7 +9,9 @@ class EvaluateConfig:
     """Measure a student on a cache's held-out split, or on any text against a live teacher."""
 
     checkpoint: str
-    """Native folder, run folder (its best), or a Hugging Face folder."""
+    """Native folder, run folder (its best), `.pt` file with its config.json, or a model folder."""
+    model_id: str | None = None
+    """Full-precision model of a `.pt` checkpoint: folder or hub name; the one its config names."""
     cache_dir: Path | None = None
     """Teacher cache to measure on."""
     teacher: str | None = None

@@ -12,7 +12,10 @@ class GenerateConfig:
     """Answer prompts, or fill in the answers of an instruction file."""
 
     checkpoint: str
-    """Native folder, run folder (its best), Hugging Face folder or hub name."""
+    """Native folder, run folder (its best), `.pt` file with its config.json, model folder or hub
+    name."""
+    model_id: str | None = None
+    """Full-precision model of a `.pt` checkpoint: folder or hub name; the one its config names."""
     prompt: tuple[str, ...] = ()
     """One or more prompts, each in quotes."""
     data: Path | None = None

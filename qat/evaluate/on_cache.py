@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ def evaluate_on_cache(
 ) -> dict[str, float | int | None]:
     """Return kl_nats, kd_loss, perplexity, its error, top1_agreement and tokens.
 
+    On a cache of the seeds, kd_loss is theirs: over its first sequences, whatever is held out.
+
     Args:
         model: On the device; quantized weights are formed once, and stay held.
         cache: The teacher's word; a cache without a held-out split is measured as a whole.
@@ -36,14 +39,17 @@ def evaluate_on_cache(
     sequence_ids = cache.sequence_ids(split)[:num_sequences]
     hold_weights(model, dtype)
 
-    def batches(count: int | None) -> Iterator[tuple[Tensor, TeacherSignal]]:
-        chosen = sequence_ids[:count]
+    def batches(chosen: np.ndarray) -> Iterator[tuple[Tensor, TeacherSignal]]:
         for start in range(0, len(chosen), batch_size):
             batch = cache.batch(chosen[start : start + batch_size]).to(device)
             yield batch.input_ids, batch.signal
 
-    values = evaluate_batches(model, batches(None), description="evaluate")
-    if len(sequence_ids) > KD_SEQUENCES:
-        first = evaluate_batches(model, batches(KD_SEQUENCES), description="kd loss")
-        values["kd_loss"] = first["kd_loss"]
+    values = evaluate_batches(model, batches(sequence_ids), description="evaluate")
+    is_seeds = cache.manifest.identity.content == "conditional"
+    first = (cache.sequence_ids("all") if is_seeds else sequence_ids)[:KD_SEQUENCES]
+    if num_sequences is not None:
+        first = first[:num_sequences]
+    if not np.array_equal(first, sequence_ids):
+        measured = evaluate_batches(model, batches(first), description="kd loss")
+        values["kd_loss"] = measured["kd_loss"]
     return values

@@ -13,10 +13,12 @@ class ExportConfig:
     """Write a student in another program's format, and check what was written."""
 
     checkpoint: str
-    """The student: native folder or run folder (its best)."""
+    """The student: native folder, run folder (its best) or `.pt` file with its config.json."""
     to: Target
     """hf: dense safetensors that plain transformers loads."""
     output: Path
     """Where it goes; must not exist."""
+    model_id: str | None = None
+    """Full-precision model of a `.pt` checkpoint: folder or hub name; the one its config names."""
     dtype: ExportDtype = "fp32"
     """Of the tensors written; fp32 holds every weight as it was trained, the others round."""
