@@ -119,7 +119,7 @@ def fit_groups(
     group_size = largest_group(scheme, num_inputs)
     num_groups = num_inputs // group_size
     if scheme.is_signed:
-        codebook = fixed_codebook("int", scheme.bits).to(weight.device)
+        codebook = fixed_codebook(scheme.codebook, scheme.bits).to(weight.device)
         scale = search_signed_scale(weight, importance, num_groups, codebook)
     else:
         scale = start_scale(weight, importance, num_groups)
