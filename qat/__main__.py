@@ -9,6 +9,7 @@ COMMANDS = {
     "inspect-cache": "show what a cache holds",
     "convert-cache": "write a cache of the seeds' form in ours",
     "pack": "make one archive of a run or a cache",
+    "push": "put a cache, a run or a checkpoint into a store",
     "init-student": "quantize a full-precision model",
     "convert-q4-to-q2": "make a 2-bit student from a 4-bit one",
     "train": "distil the teacher into a student",

@@ -11,7 +11,7 @@ import io
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -19,6 +19,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from qat.files import atomic_file, flush_to_disk, sha256_of_file, write_text
+from qat.web import WebFiles
 
 SUFFIXES = (".tar.lz4", ".tgz", ".tar.gz")
 CHUNK_BYTES = 1 << 20
@@ -75,7 +76,7 @@ def sidecar(archive: Path) -> Path:
     return archive.with_name(archive.name + ".sha256")
 
 
-def pack_folder(folder: Path, archive: Path) -> str:
+def pack_folder(folder: Path, archive: Path, *, leave_out: Collection[str] = ()) -> str:
     """Write a folder as one archive, and its checksum beside it.
 
     The same content gives the same tar: members by name, no owners, no times.
@@ -83,6 +84,7 @@ def pack_folder(folder: Path, archive: Path) -> str:
     Args:
         folder: Becomes the archive's one top folder.
         archive: Ends in .tar.lz4, .tgz or .tar.gz; written over.
+        leave_out: Names directly in the folder that stay behind.
 
     Returns:
         The archive's sha256 in hex.
@@ -97,7 +99,8 @@ def pack_folder(folder: Path, archive: Path) -> str:
     archive_stem(archive.name)
     if archive.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{archive} would lie in the folder that it packs; choose another place")
-    paths = [folder, *sorted(folder.rglob("*"))]
+    inside = sorted(folder.rglob("*"))
+    paths = [folder, *(p for p in inside if p.relative_to(folder).parts[0] not in leave_out)]
     for path in paths:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is a link or a device; replace it by a file to pack it")
@@ -216,10 +219,19 @@ def copy_archive(source: str, target: Path) -> Path:
 
 
 def open_files(source: str) -> tuple[Any, str]:
-    """Return the file system of a path or URL, and its path there."""
+    """Return the file system of a path or URL, and its path there.
+
+    Raises:
+        ValueError: If no installed package opens such URLs; names the one that would.
+    """
+    if source.startswith(("http://", "https://")):
+        return WebFiles(), source
     import fsspec
 
-    return fsspec.core.url_to_fs(source)
+    try:
+        return fsspec.core.url_to_fs(source)
+    except ImportError as error:
+        raise ValueError(f"{source} needs another package: {error}") from error
 
 
 def stated_sha256(files: Any, path: str) -> str | None:

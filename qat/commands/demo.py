@@ -61,7 +61,7 @@ def act(config: DemoConfig) -> dict[str, Any]:
     started = time.perf_counter()
     teacher, runs = config.model_dir, config.output_dir
     stage("1/8 teacher")
-    fetch.fetch(fetch.FetchConfig(source="smollm2", output_dir=teacher))
+    fetch.fetch(fetch.FetchConfig(source=("smollm2",), output_dir=teacher))
     stage("2/8 teacher cache")
     cache = build_cache.build(
         BuildCacheConfig(
