@@ -67,9 +67,10 @@ def in_fresh_process(config: BenchConfig, case: str) -> dict[str, Any]:
 
 def measure(config: BenchConfig) -> dict[str, Any]:
     """Time the steps of one case in this process."""
-    from qat.benchmark.ratios import make_case, random_batch, time_steps
+    from qat.benchmark.ratios import random_batch, time_steps
     from qat.device import Device, peak_rss_bytes
     from qat.model.load import load_dense
+    from qat.train.baselines import make_case
 
     device = Device.detect(config.device)
     dtype = device.dtype_from_name(config.dtype)
@@ -78,7 +79,9 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     batch_size = RANK_BATCH if by_rank else config.tokens_per_step // config.seq_len
     batch = random_batch(model.config.vocab_size, batch_size, config.seq_len, device.torch_device)
     trainer = make_case(config.case, model, dtype, device.sync)
-    seconds = time_steps(trainer, batch, config.steps, partial(device.sync, wait=True))
+    seconds = time_steps(
+        lambda: trainer.step([batch], 1.0), config.steps, partial(device.sync, wait=True)
+    )
     return {
         "case": config.case,
         "seconds": seconds,

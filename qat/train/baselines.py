@@ -1,0 +1,144 @@
+"""The steps that ours is measured against, on a model's shape: plain, and rank by rank.
+
+Plain fine-tuning is given its cheapest form: float32 master weights cast once a step, the same
+layers trained, the same loss, optimizer and batch. What is left over is fake quantization.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.distill.kl import forward_kl
+from qat.model.linear import FakeQuantLinear
+from qat.model.rankwise import RankwiseLinear
+from qat.model.surgery import (
+    empty_layer,
+    hold_weights,
+    layers_of_kind,
+    quantizable_linears,
+    quantized_layers,
+    replace_linears,
+    swap,
+)
+from qat.quant.scheme import Scheme, layer_kind, scheme_from_name
+from qat.train.step import Trainer
+from qat.train.trainable import choose_trainable, make_optimizer, trained_layers
+
+RATE = 1e-5
+GROUPED = "q2a4"
+RANKS = {"mlp": 32, "attention": 8}  # of the seeds' q2a4
+
+
+class PlainLinear(nn.Module):
+    """A linear with a float32 master weight and a copy in the compute dtype."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.latent_weight = nn.Parameter(linear.weight.detach().float())
+        self.bias = linear.bias
+        self.held_weight: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x @ W.T + bias."""
+        return nn.functional.linear(x, self.held_weight, self.bias)
+
+
+class PlainTrainer(Trainer):
+    """The same step without a grid."""
+
+    @torch.no_grad()
+    def form(self) -> None:
+        """Cast every master weight once."""
+        for layer in self.layers:
+            layer.held_weight = layer.latent_weight.to(self.dtype).requires_grad_()
+
+    def pull(self) -> None:
+        """Cast every gradient once."""
+        for layer in self.layers:
+            layer.latent_weight.grad = layer.held_weight.grad.float()
+            layer.held_weight.grad = None
+
+
+def rank_scheme() -> Scheme:
+    """Return the seeds' q2a4: low-rank scales."""
+    scheme = scheme_from_name(GROUPED)
+    return replace(
+        scheme,
+        mlp=replace(scheme.mlp, rank=RANKS["mlp"]),
+        attention=replace(scheme.attention, rank=RANKS["attention"]),
+    )
+
+
+@torch.no_grad()
+def random_student(model: nn.Module, scheme: Scheme) -> None:
+    """Turn a model into a student of random indices and scales, in place."""
+    generator = torch.Generator().manual_seed(0)
+    replace_linears(model, scheme, empty_layer)
+    for layer in quantized_layers(model).values():
+        count = len(layer.codebook)
+        layer.codebook.copy_(torch.linspace(-1, 1, count))
+        layer.indices.random_(0, count, generator=generator)
+        if scheme.layer("q_proj").rank:
+            layer.scale_a.normal_(generator=generator).div_(layer.out_features**0.5)
+            layer.scale_b.normal_(generator=generator).div_(layer.in_features**0.5)
+            layer.magnitude.fill_(1.0)
+        else:
+            layer.scale.fill_(0.03)
+
+
+def make_case(case: str, model: nn.Module, dtype: torch.dtype, sync: Any) -> Trainer:
+    """Return the trainer of a case: MLP layers train, all else is frozen.
+
+    Args:
+        case: plain, fake-quant (group scales and latent weights train), formed or rank-by-rank
+            (low-rank scales train; weights formed once a step, or one matmul a rank).
+        model: Dense, on the device.
+        dtype: Compute dtype.
+        sync: Called once a step.
+    """
+    model.requires_grad_(False)
+    make = Trainer
+    if case == "plain":
+        make = PlainTrainer
+        scheme = scheme_from_name(GROUPED)
+        layers: list[Any] = []
+        for name, linear in quantizable_linears(model, scheme).items():
+            if layer_kind(name) == "mlp":
+                layers.append(PlainLinear(linear).to(linear.weight.device))
+                swap(model, name, layers[-1])
+        chosen = {"weights": [layer.latent_weight for layer in layers]}
+    else:
+        random_student(model, scheme_from_name(GROUPED) if case == "fake-quant" else rank_scheme())
+        parts = ("weights", "scales") if case == "fake-quant" else ("scales",)
+        chosen = choose_trainable(model, kinds=("mlp",), parts=parts, weight_of=lambda _name: None)
+        hold_weights(model, dtype)
+        layers = trained_layers(model)
+        if case == "rank-by-rank":
+            layers, chosen = [], {"scales": go_rank_by_rank(model)}
+    return make(
+        model=model,
+        layers=layers,
+        optimizer=make_optimizer(chosen, dict.fromkeys(chosen, RATE), 0.0),
+        divergence=forward_kl,
+        dtype=dtype,
+        clip_grad_norm=1.0,
+        sync=sync,
+    )
+
+
+def go_rank_by_rank(model: nn.Module) -> list[nn.Parameter]:
+    """Swap every quantized layer for its rank-by-rank form; return what trains in MLP layers."""
+    trained: list[nn.Parameter] = []
+    mlp = layers_of_kind(model, "mlp")
+    layers: dict[str, FakeQuantLinear] = quantized_layers(model)
+    for name, layer in layers.items():
+        rankwise = RankwiseLinear(layer)
+        swap(model, name, rankwise)
+        factors = [rankwise.scale_a, rankwise.magnitude, rankwise.scale_b]
+        for factor in factors:
+            factor.requires_grad_(name in mlp)
+        if name in mlp:
+            trained += factors
+    return trained
