@@ -88,10 +88,31 @@ def _make(model_type, config_type, *, tied, seed, **changes):
     return model.eval().requires_grad_(False)
 
 
+def tiny_student(family: str = "llama", scheme: str = "q2a4", **changes):
+    """Return a quantized tiny model, uncalibrated; `changes` go to its config."""
+    from qat.convert.init_student import init_student
+    from qat.quant.scheme import scheme_from_name
+
+    student = TINY_MODELS[family](**changes)
+    init_student(student, scheme_from_name(scheme))
+    return student
+
+
 def save_tiny(folder: Path, model, tokenizer=None) -> Path:
     """Write a Hugging Face folder: config.json, model.safetensors, tokenizer files."""
     model.save_pretrained(folder)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return Path(folder)
+
+
+def save_student(folder: Path, student, text_source: Path, **fields) -> Path:
+    """Write a native checkpoint; `fields` go to its header, the scheme's name among them."""
+    from qat.model.checkpoint import CheckpointHeader, write_checkpoint
+    from qat.quant.scheme import scheme_from_name
+
+    scheme = scheme_from_name(fields.pop("scheme", "q2a4"))
+    header = CheckpointHeader(**{"scheme": scheme.to_dict(), "base_model": {}, **fields})
+    write_checkpoint(student, header, folder, text_source=text_source)
     return Path(folder)
 
 
