@@ -18,17 +18,18 @@ from qat.quant.grid import (
     expand_groups,
     fits_float16,
     fixed_codebook,
+    look_up,
     low_rank_scale,
     nearest_indices,
     snap_float16,
+    snap_stored,
 )
 from qat.quant.scales import (
     LowRank,
     fit_group_scale,
     fit_low_rank,
-    search_signed_scale,
+    search_scale,
     start_low_rank,
-    start_scale,
     unit_factors,
 )
 from qat.quant.scheme import LayerScheme
@@ -118,20 +119,21 @@ def fit_groups(
     num_inputs = weight.shape[1]
     group_size = largest_group(scheme, num_inputs)
     num_groups = num_inputs // group_size
-    if scheme.is_signed:
-        codebook = fixed_codebook(scheme.codebook, scheme.bits).to(weight.device)
-        scale = search_signed_scale(weight, importance, num_groups, codebook)
-    else:
-        scale = start_scale(weight, importance, num_groups)
-        codebook = start_codebook(weight, scale, importance, scheme)
+    is_learned = scheme.codebook == "learned"
+    even = fixed_codebook("int" if is_learned else scheme.codebook, scheme.bits)
+    scale = search_scale(
+        weight, importance, even.to(weight.device), num_groups, is_signed=scheme.is_signed
+    )
+    codebook = start_codebook(weight, scale, importance, scheme)
     for _ in range(num_rounds):
         indices = nearest_indices(weight / expand_groups(scale, num_inputs), codebook)
-        values = codebook[indices.int()]
+        values = look_up(codebook, indices)
         scale = fit_group_scale(weight, values, importance, scale, is_signed=scheme.is_signed)
-        if scheme.codebook == "learned":
+        if is_learned:
             codebook = update_codebook(
                 weight, indices, expand_groups(scale, num_inputs), importance, codebook
             )
+    scale = snap_stored(scale, scheme.stored_dtype)
     indices = nearest_indices(weight / expand_groups(scale, num_inputs), codebook)
     return QuantizedWeight(indices=indices, codebook=codebook, scale=scale)
 

@@ -31,6 +31,13 @@ def snap_bfloat16(values: Tensor) -> Tensor:
     return values.to(torch.bfloat16).to(torch.float16).to(values.dtype)
 
 
+def snap_stored(values: Tensor, stored_dtype: str) -> Tensor:
+    """Return numbers as a file of that dtype holds them: float16, bfloat16 or float32."""
+    if stored_dtype == "float32":
+        return values
+    return snap_bfloat16(values) if stored_dtype == "bfloat16" else snap_float16(values)
+
+
 def fits_float16(values: Tensor) -> bool:
     """Return whether every number is finite and within float16's range."""
     return bool((values.abs() <= FLOAT16_MAX).all())  # False for NaN as well

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qat.quant.fit import QuantizedWeight, away_from_zero, fit_weight
-from qat.quant.grid import dequantize, expand_groups, look_up, midpoints, snap_float16
+from qat.quant.grid import dequantize, expand_groups, look_up, midpoints, snap_float16, snap_stored
 from qat.quant.scales import nearest_stored_scale
 from qat.quant.scheme import LayerScheme
 
@@ -68,7 +68,7 @@ def fit_with_hessian(
     quantized = feed_errors(target, start, damped)
     for _ in range(num_sweeps):
         if not scheme.rank:
-            quantized = refit_scale(target, quantized, damped, is_signed=scheme.is_signed)
+            quantized = refit_scale(target, quantized, damped, scheme)
         if scheme.codebook == "learned" and scheme.bits <= REFITTED_BITS:
             quantized = refit_codebook(target, quantized, damped)
         quantized = descend(target, quantized, damped)
@@ -195,7 +195,7 @@ class Rounder:
 
 
 def refit_scale(
-    target: Tensor, start: QuantizedWeight, hessian: Tensor, *, is_signed: bool
+    target: Tensor, start: QuantizedWeight, hessian: Tensor, scheme: LayerScheme
 ) -> QuantizedWeight:
     """Return the least-squares scale of every group given the indices, (O, G).
 
@@ -205,7 +205,7 @@ def refit_scale(
         target: (O, I), float32.
         start: Gives indices and codebook, and the scales of rows that stay.
         hessian: Damped, (I, I).
-        is_signed: Whether a scale may be negative.
+        scheme: Says whether a scale may be negative, and as what it is stored.
     """
     num_groups = start.scale.shape[1]
     values = look_up(start.codebook, start.indices)  # (O, I)
@@ -215,7 +215,8 @@ def refit_scale(
         normal = group_products(values[rows], hessian, num_groups)  # (o, G, G)
         solved = solve_damped(normal, wanted[rows])
         former = scale[rows]
-        fitted = nearest_stored_scale(solved, former, is_signed=is_signed)
+        fitted = nearest_stored_scale(solved, former, is_signed=scheme.is_signed)
+        fitted = snap_stored(fitted, scheme.stored_dtype)
         better = quadratic(normal, wanted[rows], fitted) < quadratic(normal, wanted[rows], former)
         scale[rows] = torch.where(better.unsqueeze(1), fitted, former)
     return QuantizedWeight(indices=start.indices, codebook=start.codebook, scale=scale)

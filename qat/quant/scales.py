@@ -22,14 +22,17 @@ from qat.quant.grid import (
     FLOAT16_TINY,
     expand_groups,
     fits_float16,
+    look_up,
     nearest_indices,
     snap_float16,
 )
 
 RIDGE = 1e-6  # of the mean diagonal: keeps nearly collinear factors solvable in float32
-# Step of the best even grid of 2**bits values for a Gaussian of deviation one (Max 1960, table II).
-GAUSSIAN_STEPS = {2: 0.996, 3: 0.586, 4: 0.335, 5: 0.188, 6: 0.104, 7: 0.0569, 8: 0.0308}
+# Largest value of the best even grid of 2**bits values for a Gaussian of deviation one, half a step
+# further out on one side as integer grids are (Max 1960, table II).
+GAUSSIAN_REACH = {2: 2.0, 3: 2.3, 4: 2.7, 5: 3.0, 6: 3.3, 7: 3.6, 8: 3.9}
 SEARCH_FACTORS = (0.75, 1.0, 1.3)
+SEARCH_REFITS = 2  # of a candidate, before it is compared
 
 
 class LowRank(NamedTuple):
@@ -48,33 +51,37 @@ def start_scale(weight: Tensor, importance: Tensor, num_groups: int) -> Tensor:
     return stored_scale(mean_square.sqrt())
 
 
-def search_signed_scale(
-    weight: Tensor, importance: Tensor, num_groups: int, codebook: Tensor
+def search_scale(
+    weight: Tensor, importance: Tensor, codebook: Tensor, num_groups: int, *, is_signed: bool
 ) -> Tensor:
-    """Return the best of several scales of both signs for each group, (O, G), for a fixed grid.
+    """Return the best of several scales for each group, (O, G), given the codebook.
 
-    A grid such as -2 .. 1 reaches further on one side, so the sign decides which side of a group
-    gets the longer arm. Each candidate is refitted before the comparison; the first puts the
-    group's largest weight on the end of the longer arm, which finds weights that lie on the grid.
+    Most codebooks reach further on one side: where a scale may be negative, its sign decides which
+    side of a group gets the longer arm. Each candidate is refitted before the comparison; the first
+    puts the group's largest weight on the end of that arm, which finds weights that lie on the
+    grid.
 
     Args:
         weight: (O, I).
         importance: (I,).
+        codebook: (C,), ascending.
         num_groups: G.
-        codebook: (C,), ascending, about even.
+        is_signed: Whether a scale may be negative.
     """
-    bits = (len(codebook) - 1).bit_length()
-    reach = -float(codebook[0]) / 2 ** (bits - 1)  # 1 where the codebook's step is 1
-    middle = start_scale(weight, importance, num_groups) * (GAUSSIAN_STEPS[bits] / reach)
-    candidates = [largest_weight(weight, num_groups) / codebook[0]]
+    arm = codebook[codebook.abs().argmax()]
+    largest = largest_weight(weight, num_groups) / arm
+    middle = start_scale(weight, importance, num_groups) / arm.abs()
+    middle = middle * GAUSSIAN_REACH[(len(codebook) - 1).bit_length()]
+    candidates = [largest if is_signed else largest.abs()]
     candidates += [middle * factor for factor in SEARCH_FACTORS]
-    candidates += [middle * -factor for factor in SEARCH_FACTORS]
+    if is_signed:
+        candidates += [middle * -factor for factor in SEARCH_FACTORS]
     best, least = middle, torch.full_like(middle, torch.inf)
     for candidate in candidates:
         scale = stored_scale(candidate)
-        for _ in range(2):
+        for _ in range(SEARCH_REFITS):
             values = nearest_values(weight, scale, codebook)
-            scale = fit_group_scale(weight, values, importance, scale, is_signed=True)
+            scale = fit_group_scale(weight, values, importance, scale, is_signed=is_signed)
         error = group_error(weight, nearest_values(weight, scale, codebook), scale, importance)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
@@ -90,7 +97,7 @@ def largest_weight(weight: Tensor, num_groups: int) -> Tensor:
 def nearest_values(weight: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     """Return the codebook value nearest to each weight over its group's scale, (O, I)."""
     normalized = weight / expand_groups(scale, weight.shape[1])
-    return codebook[nearest_indices(normalized, codebook).int()]
+    return look_up(codebook, nearest_indices(normalized, codebook))
 
 
 def group_error(weight: Tensor, values: Tensor, scale: Tensor, importance: Tensor) -> Tensor:

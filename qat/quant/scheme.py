@@ -27,7 +27,7 @@ StoredDtype = Literal["float16", "bfloat16", "float32"]
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-SIGNED_CODEBOOKS = ("int", "iq4_nl")
+SIGNED_CODEBOOKS = ("learned", "int", "iq4_nl")
 
 _NAME = re.compile(
     r"q(?P<mlp>[2-8])(?:a(?P<attention>[2-8]))?(?P<int>_int)?(?:_(?P<kind>[gr])(?P<size>\d+))?"
@@ -63,7 +63,7 @@ class LayerScheme:
 
     @property
     def is_signed(self) -> bool:
-        """Whether a group's scale may be negative: runtimes' grids reach further on one side."""
+        """Whether a group's scale may be negative: these codebooks reach further on one side."""
         return self.codebook in SIGNED_CODEBOOKS and not self.rank
 
     def groups_of(self, num_inputs: int) -> int:

@@ -27,7 +27,8 @@ SCHEMES = {
     "learned 2": LayerScheme(bits=2, group_size=16),
     "learned 4": LayerScheme(bits=4, group_size=16),
     "int 2": LayerScheme(bits=2, group_size=16, codebook="int"),
-    "int 4": LayerScheme(bits=4, group_size=16, codebook="int"),
+    "int 4": LayerScheme(bits=4, group_size=16, codebook="int", stored_dtype="bfloat16"),
+    "balanced": LayerScheme(bits=2, group_size=16, codebook="balanced"),
     "row scale": LayerScheme(bits=2, group_size=0),
     "low rank": LayerScheme(bits=2, rank=4),
 }
@@ -100,7 +101,7 @@ def test_no_refit_raises_the_error(scheme, step):
     if (step == "scale" and scheme.rank) or (step == "codebook" and scheme.codebook != "learned"):
         pytest.skip("this scheme has none")
     refit = {
-        "scale": lambda w, q, h: refit_scale(w, q, h, is_signed=scheme.is_signed),
+        "scale": lambda w, q, h: refit_scale(w, q, h, scheme),
         "codebook": refit_codebook,
         "descend": descend,
     }[step]
@@ -119,7 +120,7 @@ def test_refitted_scales_are_least_squares():
     weight, hessian = random_layer(4, 48)
     scheme = LayerScheme(bits=4, group_size=16)
     start = fit_weight(weight, scheme, importance=hessian.diagonal())
-    fitted = refit_scale(weight, start, hessian, is_signed=False)
+    fitted = refit_scale(weight, start, hessian, scheme)
     values = start.codebook[start.indices.int()]
     for row in range(4):
         root = torch.linalg.cholesky(hessian).T  # E H E^T = |root E^T|^2
@@ -137,13 +138,16 @@ def test_every_fit_is_stored_as_it_is(scheme):
     fitted = fit_with_hessian(weight, scheme, hessian)
     numbers = [fitted.codebook, *(fitted.low_rank or [fitted.scale])]
     assert all(torch.equal(x, x.half().float()) for x in numbers)
+    if scheme.stored_dtype == "bfloat16":
+        assert torch.equal(fitted.scale, fitted.scale.bfloat16().float())
     assert torch.equal(fitted.codebook, fitted.codebook.sort().values)
     assert fitted.indices.max() < 2**scheme.bits
     if scheme.codebook == "int":
         assert fitted.codebook.tolist() == list(range(-(2 ** (scheme.bits - 1)), 0)) + list(
             range(2 ** (scheme.bits - 1))
         )
-        assert (fitted.scale < 0).any(), "an integer grid reaches further on one side"
+    if scheme.is_signed:
+        assert (fitted.scale < 0).any(), "these codebooks reach further on one side"
         assert (fitted.scale > 0).any()
     elif not scheme.rank:
         assert (fitted.scale > 0).all()
