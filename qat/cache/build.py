@@ -34,6 +34,7 @@ from qat.cache.manifest import (
     CacheManifest,
     CacheMismatch,
     FileEntry,
+    read_identity,
     read_manifest,
     require_identity,
     write_manifest,
@@ -48,7 +49,7 @@ from qat.cache.shard import (
     write_fields,
 )
 from qat.device import Device
-from qat.files import read_json, write_json
+from qat.files import write_json
 from qat.text import Blocks
 
 HEAD_FILE = "head.safetensors"
@@ -92,8 +93,7 @@ def find_built(folder: Path, identity: CacheIdentity) -> CacheManifest | None:
         (folder / BUILDING_FILE).unlink(missing_ok=True)
         return manifest
     if (folder / BUILDING_FILE).is_file():
-        recorded = CacheIdentity(**read_json(folder / BUILDING_FILE))
-        require_identity(recorded, identity, folder)
+        require_identity(read_identity(folder / BUILDING_FILE), identity, folder)
     return None
 
 

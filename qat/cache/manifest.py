@@ -136,6 +136,18 @@ def read_manifest(folder: Path) -> CacheManifest:
     return manifest
 
 
+def read_identity(path: Path) -> CacheIdentity:
+    """Return the identity in a file that a build left.
+
+    Raises:
+        CacheMismatch: If it is of another version.
+    """
+    try:
+        return CacheIdentity(**read_json(path))
+    except TypeError as error:
+        raise CacheMismatch(f"{path} is of another version; remove {path.parent}") from error
+
+
 def manifest_of(values: Mapping[str, Any], path: Path) -> CacheManifest:
     """Return the manifest that JSON values describe, or raise CacheMismatch."""
     try:

@@ -5,6 +5,7 @@ Shape legend: N sequences of a cache, B of a batch, L tokens of a block, T = L -
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,26 +29,48 @@ from qat.distill.teacher import TeacherSignal, dense_signal
 
 Split = Literal["train", "heldout", "all"]
 Head = Callable[[Tensor], Tensor]
+# Beside the content, for whoever asks `fields` for them; no loss does.
+UNUSED_FIELDS = ("negative_ids", "negative_log_probs", "negative_logits")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CacheBatch:
-    """Blocks and the teacher's word on them."""
+    """Blocks and the teacher's word on them, unpacked where it is asked for.
+
+    Fields are a few times smaller than the signal, and of hidden states hundreds of times: moved
+    first and unpacked after, they spare the way to the device, and the head runs there.
+    """
 
     input_ids: Tensor
     """(B, L) int64."""
-    signal: TeacherSignal
-    """Of the L - 1 positions that predict a token."""
     document_ids: Tensor | None
     """(B, L) int64; None where the cache keeps none."""
+    mask: Tensor
+    """(B, T) bool; True = the position counts."""
+    fields: Fields
+    """What the cache keeps of each position, (B, T, ...)."""
+    to_logits: Callable[[Fields], Tensor]
+    """From the fields of hidden states to logits, (B, T, V)."""
+
+    @cached_property
+    def signal(self) -> TeacherSignal:
+        """The teacher on the L - 1 positions that predict a token."""
+        if "hidden" in self.fields:
+            return dense_signal(self.to_logits(self.fields), self.mask)
+        return unpack(self.fields, self.mask)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "CacheBatch":
         """Return the same batch on another device."""
-        documents = self.document_ids
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
         return CacheBatch(
-            self.input_ids.to(device, non_blocking=non_blocking),
-            self.signal.to(device, non_blocking=non_blocking),
-            None if documents is None else documents.to(device, non_blocking=non_blocking),
+            move(self.input_ids),
+            None if self.document_ids is None else move(self.document_ids),
+            move(self.mask),
+            {name: move(field) for name, field in self.fields.items()},
+            self.to_logits,
         )
 
 
@@ -66,7 +89,7 @@ class TeacherCache:
         self.manifest = manifest
         self._load_shard = load_shard
         self._head = head
-        self._head_fields: Fields = {}
+        self._head_fields: dict[torch.device, Fields] = {}
         self._shards: dict[int, dict[str, np.ndarray]] = {}
         counts = [shard.num_sequences for shard in manifest.shards]
         self._ends = np.cumsum(counts)
@@ -144,11 +167,9 @@ class TeacherCache:
         mask = fields.pop("loss_mask")[:, 1:].bool()
         input_ids = fields.pop("input_ids").long()
         documents = fields.pop("document_ids", None)
-        if "hidden" in fields:
-            signal = dense_signal(self._logits(fields), mask)
-        else:
-            signal = unpack(fields, mask)
-        return CacheBatch(input_ids, signal, None if documents is None else documents.long())
+        used = {name: field for name, field in fields.items() if name not in UNUSED_FIELDS}
+        documents = None if documents is None else documents.long()
+        return CacheBatch(input_ids, documents, mask, used, self._logits)
 
     def fields(self, sequence_ids: np.ndarray | list[int]) -> Fields:
         """Return the stored fields of sequences, (B, ...); ids as int32."""
@@ -184,14 +205,15 @@ class TeacherCache:
         return self._shards[index]
 
     def _logits(self, fields: Fields) -> Tensor:
-        """Return the logits, (B, T, V), that stored hidden states lead to."""
-        if not self._head_fields:
+        """Return the logits, (B, T, V), that stored hidden states lead to, where they are."""
+        device = fields["hidden"].device
+        if device not in self._head_fields:
             check_sha256(self.folder, self.manifest.head)
-            self._head_fields = {
-                name: field.float()
+            self._head_fields[device] = {
+                name: field.to(device).float()
                 for name, field in read_fields(self.folder / self.manifest.head.file).items()
             }
-        stored = self._head_fields
+        stored = self._head_fields[device]
         hidden = unpack_hidden(fields, stored["channel_scale"])
         if self._head is not None:
             return self._head(hidden)

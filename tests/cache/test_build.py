@@ -181,6 +181,14 @@ def test_another_cache_in_the_folder_is_refused(tmp_path, blocks):
         build(tmp_path / "cut", blocks, top_k=9)
 
 
+def test_a_build_of_another_version_is_not_gone_on_with(tmp_path, blocks):
+    """Its fields are strange, so its shards are not to be trusted."""
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "building.json").write_text('{"strange": 1}')
+    with pytest.raises(CacheMismatch, match="another version"):
+        build(tmp_path / "c", blocks)
+
+
 def test_two_builders_do_not_share_a_folder(tmp_path, blocks):
     """The second is told; the first goes on."""
     teacher = tiny_llama()

@@ -153,6 +153,18 @@ def test_what_does_not_belong_is_refused_with_both_values(folder):
         cache.require_fingerprint("0" * 16)
 
 
+@pytest.mark.parametrize("content", ["top-k", "sampled", "hidden"])
+def test_a_batch_says_the_same_wherever_it_is(tmp_path, content):
+    """Moved before it is unpacked: on the meta device even no number is computed."""
+    cache = TeacherCache.open(tiny_cache(tmp_path, content=content, num_negatives=0))
+    here, there = cache.batch([0, 5]), cache.batch([0, 5]).to("meta")
+    assert here.to("cpu").signal.log_probs.equal(here.signal.log_probs)
+    assert there.signal.kind == here.signal.kind
+    assert there.signal.log_probs.device.type == "meta"
+    assert there.signal.log_probs.shape == here.signal.log_probs.shape
+    assert there.signal.mask.shape == here.signal.mask.shape
+
+
 def test_the_head_may_be_given(tmp_path):
     """A reader with the teacher at hand needs no copy of its head."""
     teacher = tiny_llama()
