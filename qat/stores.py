@@ -360,6 +360,17 @@ def read_receipt(target: Path) -> dict[str, Any] | None:
     return receipt if is_whole else None
 
 
+def require_writable(store: Store) -> None:
+    """Refuse a store that takes nothing.
+
+    Raises:
+        ValueError: If it is a web server, or no installed package opens its URL.
+    """
+    if is_web(store.base):
+        raise ValueError(f"--store {store.base} can only be read; give a folder or a bucket")
+    open_files(store.base)
+
+
 def put(archive: Path, store: Store, folder: str) -> str:
     """Copy an archive and its checksum into a store; return where it lies now.
 
@@ -369,8 +380,7 @@ def put(archive: Path, store: Store, folder: str) -> str:
         ValueError: If nothing can be put there.
         OSError: If the copy has another size than the archive.
     """
-    if is_web(store.base):
-        raise ValueError(f"--store {store.base} can only be read; give a folder or a bucket")
+    require_writable(store)
     files, path = open_files(store.address(folder))
     files.makedirs(path, exist_ok=True)
     final, part = f"{path}/{archive.name}", f"{path}/.{archive.name}.part"

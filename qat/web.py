@@ -6,6 +6,7 @@ Looks like an fsspec file system as far as archives need one; fsspec's own needs
 import http.client
 import io
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -14,6 +15,7 @@ TRIES = 3  # in a row, without one byte got
 SKIP_BYTES = 1 << 20
 ABSENT = (403, 404, 410)  # object stores answer 403 for what is not there
 NO_HEAD = (400, 405, 501)
+URL_SIGNS = "%/:=&?~#+!$,;'@()*[]"
 
 
 class WebFiles:
@@ -140,7 +142,8 @@ def request(url: str, *, method: str = "GET", headers: dict[str, str] | None = N
         ConnectionError: If the server cannot be reached.
         HTTPError: If it answers with another error.
     """
-    asked = urllib.request.Request(url, method=method, headers=headers or {})
+    written = urllib.parse.quote(url, safe=URL_SIGNS)  # a name with a space in it is no URL
+    asked = urllib.request.Request(written, method=method, headers=headers or {})
     try:
         return urllib.request.urlopen(asked, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:

@@ -48,8 +48,8 @@ def push(config: PushConfig) -> dict[str, Any]:
     folder = config.folder.resolve()
     kind = kind_of(folder)
     wanted = shortcut_for(config.name or folder.name.removesuffix(".pt"), kind, config.registry)
-    check_content(Shortcut(kind=kind, name=folder.name), folder)
     store = pushing_store(config.store)
+    check_content(Shortcut(kind=kind, name=folder.name), folder)
     say(f"packing {config.folder} for {store.address(wanted.store_folder)}")
     beside = folder.parent if os.access(folder.parent, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".push.", dir=beside) as temporary:
@@ -68,12 +68,14 @@ def pushing_store(base: str | None) -> Any:
 
     Raises:
         FileNotFoundError: If there is none.
+        ValueError: If it takes nothing.
     """
     from qat import stores
 
     found = [stores.named_store(base, "--store")] if base else stores.find_stores()
     if not found:
         raise FileNotFoundError(f"there is no store; give --store, or {stores.HOW_TO_GIVE}")
+    stores.require_writable(found[0])
     return found[0]
 
 

@@ -1,0 +1,101 @@
+"""A web server on loopback with the habits that real ones have."""
+
+import re
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+
+@dataclass
+class FileServer:
+    """What a server does, and what it was asked."""
+
+    folder: Path
+    ranges: bool
+    has_head: bool
+    cut_after: int | None
+    cuts: int
+    status: int = 0
+    """Answer everything with this error."""
+    port: int = 0
+    asked: list = field(default_factory=list)
+    """(method, path, headers) in order."""
+
+    def url(self, path: str = "") -> str:
+        return f"http://127.0.0.1:{self.port}/{path}".rstrip("/")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the server's state says."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):  # noqa: N802 the library's name
+        if not self.server.state.has_head:
+            self.send_error(501)
+            return
+        self.answer(with_body=False)
+
+    def do_GET(self):  # noqa: N802 the library's name
+        self.answer(with_body=True)
+
+    def answer(self, *, with_body):
+        state = self.server.state
+        state.asked.append((self.command, self.path, dict(self.headers)))
+        path = state.folder / unquote(self.path).lstrip("/")
+        if state.status:
+            self.send_error(state.status)
+            return
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data = path.read_bytes()
+        start = re.match(r"bytes=(\d+)-$", self.headers.get("Range", ""))
+        if start and state.ranges:
+            first = int(start[1])
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+            data = data[first:]
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if with_body:
+            self.send_body(data)
+
+    def send_body(self, data):
+        state = self.server.state
+        if state.cut_after is not None and state.cuts and len(data) > state.cut_after:
+            state.cuts -= 1
+            data = data[: state.cut_after]
+            self.close_connection = True
+        self.wfile.write(data)
+
+
+@contextmanager
+def file_server(folder, *, ranges=True, has_head=True, cut_after=None, cuts=0):
+    """Serve a folder.
+
+    Args:
+        folder: Its files are served by their paths.
+        ranges: Whether requests for a part get one.
+        has_head: Whether HEAD is known.
+        cut_after: Bytes of a body after which the connection is closed, `cuts` times.
+        cuts: How often.
+    """
+    state = FileServer(Path(folder), ranges, has_head, cut_after, cuts)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.state = state
+    state.port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
