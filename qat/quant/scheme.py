@@ -110,12 +110,22 @@ class Scheme:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Scheme":
-        """Return the scheme that `to_dict` described."""
-        return cls(
-            name=values["name"],
-            mlp=LayerScheme(**values["mlp"]),
-            attention=LayerScheme(**values["attention"]),
-        )
+        """Return the scheme that `to_dict` described.
+
+        Raises:
+            ValueError: If a field is missing or unknown.
+        """
+        try:
+            return cls(
+                name=values["name"],
+                mlp=LayerScheme(**values["mlp"]),
+                attention=LayerScheme(**values["attention"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"scheme {values} has other fields than this version reads ({error}); "
+                "make the checkpoint again"
+            ) from error
 
 
 # The grids that files of runtimes hold, by the formats' own names. Scales of w*a16 formats are

@@ -1,0 +1,238 @@
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from qat.files import former_folder
+from qat.model import load
+from qat.model.load import (
+    base_weights,
+    checkpoint_folder,
+    load_dense,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    model_identity,
+    vocabulary_size,
+)
+from tests.tiny import (
+    TINY_MODELS,
+    save_student,
+    save_tiny,
+    tiny_llama,
+    tiny_student,
+    tiny_tokenizer,
+)
+
+TOKEN_IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model folder that no test changes."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", tiny_llama())
+
+
+@pytest.fixture(scope="module")
+def student(model, tmp_path_factory):
+    """A student folder that no test changes."""
+    return save_student(tmp_path_factory.mktemp("students") / "q2", tiny_student(), model)
+
+
+@pytest.fixture
+def copy(model, tmp_path):
+    """A model folder that may be damaged."""
+    return shutil.copytree(model, tmp_path / "copy")
+
+
+@pytest.fixture
+def hub(model, tmp_path, monkeypatch):
+    """A machine that has fetched `org/tiny` from the hub before, and has no network now."""
+    revision = "0123456789" * 4
+    stored = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(model, stored / "snapshots" / revision)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    load.hub_snapshot.cache_clear()
+    yield stored / "snapshots" / revision
+    load.hub_snapshot.cache_clear()
+
+
+def test_a_hub_name_means_its_files(hub, model):
+    """Tokenizer, weights, vocabulary and identity are those of a folder with the same files."""
+    assert model_folder("org/tiny").resolve() == hub.resolve()
+    assert model_identity("org/tiny")["weights"] == model_identity(model)["weights"]
+    assert model_identity("org/tiny")["name"] == "org/tiny"
+    assert load_tokenizer("org/tiny").get_vocab() == tiny_tokenizer().get_vocab()
+    assert vocabulary_size("org/tiny") == 272
+    assert torch.equal(load_dense("org/tiny")(TOKEN_IDS).logits, tiny_llama()(TOKEN_IDS).logits)
+    assert load_model("org/tiny")[1] is None
+
+
+@pytest.mark.parametrize(
+    "word", ["no/such/folder", "/no/such/folder", "./none", "../none", "runs/none/", "a b", "~"]
+)
+@pytest.mark.parametrize("read", [load_dense, load_tokenizer, load_model, model_identity])
+def test_a_word_that_is_no_hub_name_is_not_sought_there(monkeypatch, word, read):
+    """A mistyped path took 25 seconds of retries; now no library is asked at all."""
+    monkeypatch.setattr(load, "hub_snapshot", lambda name: pytest.fail(f"asked for {name}"))
+    with pytest.raises(FileNotFoundError, match="no folder .*; give a folder of a model"):
+        read(word)
+
+
+def test_a_hub_name_that_is_not_here_fails_at_once(hub):
+    """Offline there is nothing to wait for; the message says what was tried and what to give."""
+    started = time.perf_counter()
+    with pytest.raises(FileNotFoundError, match=r"no folder org/none, and the model hub does not"):
+        load_dense("org/none")
+    assert time.perf_counter() - started < 3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_a_folder_gives_its_model(tmp_path, family, tied):
+    """Frozen, in eval mode, in the dtype asked for."""
+    wanted = TINY_MODELS[family](tied=tied)
+    save_tiny(tmp_path / "m", wanted)
+    found = load_dense(tmp_path / "m")
+    assert torch.equal(found(TOKEN_IDS).logits, wanted(TOKEN_IDS).logits)
+    assert not found.training
+    assert not any(parameter.requires_grad for parameter in found.parameters())
+    assert load_dense(tmp_path / "m", dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "1 weights do not fit.*up_proj"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+            "1 weights do not fit config.json, model.norm.weight the first; fetch the model again",
+        ),
+    ],
+)
+def test_a_model_is_never_filled_up_with_random_weights(copy, change, message, capfd):
+    """Missing or misfitting weights were drawn at random, with a table of warnings only."""
+    change_weights(copy, change)
+    with pytest.raises(ValueError, match=message):
+        load_dense(copy)
+    assert "MISSING" not in capfd.readouterr().err
+
+
+def test_a_damaged_weight_file_is_named(copy):
+    """safetensors' own error names neither file nor remedy."""
+    (copy / "model.safetensors").write_bytes(b"xx")
+    with pytest.raises(ValueError, match="copy holds a damaged file .*; fetch it again"):
+        load_dense(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "message"),
+    [
+        ("model.safetensors", load_dense, "no weights in"),
+        ("model.safetensors", model_identity, "no weights in"),
+        ("config.json", load_dense, "holds no config.json"),
+        ("config.json", vocabulary_size, "config.json cannot be read"),
+    ],
+)
+def test_what_is_missing_is_named(copy, name, read, message):
+    """With the remedy."""
+    (copy / name).unlink()
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        read(copy)
+
+
+def test_a_folder_without_tokenizer_is_refused(copy):
+    """It says what to give instead."""
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="no tokenizer in .*copy; give a folder"):
+        load_tokenizer(copy)
+
+
+def test_a_damaged_tokenizer_is_refused(copy):
+    """In words, whatever the library makes of it."""
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(FileNotFoundError, match="no tokenizer in .*copy; give a folder"):
+        load_tokenizer(copy)
+
+
+def test_a_student_is_no_full_precision_model(student):
+    """A second quantization of a student would pass for one of the model."""
+    with pytest.raises(ValueError, match="is a student; give the full-precision model"):
+        load_dense(student)
+
+
+def test_weights_are_named_by_what_they_are(model, copy):
+    """A copy has the same identity, a changed byte another one; other files do not count."""
+    identity = model_identity(model)
+    assert identity["name"] == "tiny"
+    (copy / "README.md").write_text("words")
+    assert model_identity(copy)["weights"] == identity["weights"]
+    change_weights(copy, lambda t: t["model.norm.weight"].add_(1))
+    assert model_identity(copy)["weights"] != identity["weights"]
+
+
+def test_base_weights_are_those_that_the_student_was_made_from(model, copy):
+    """By hash: of another model, or of none, there are no weights to start from."""
+    identity = model_identity(model)
+    weight_of = base_weights(model, identity)
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(weight_of(name), tiny_llama().get_submodule(name).weight)
+    assert weight_of("model.layers.9.mlp.up_proj") is None
+    change_weights(copy, lambda t: t["model.norm.weight"].add_(1))
+    assert base_weights(copy, identity)(name) is None
+    assert base_weights("no/such/folder", identity)(name) is None
+
+
+def test_a_run_stands_for_its_best_student(student, tmp_path):
+    """best before final; a run that has only ended stands for its end."""
+    run = tmp_path / "run"
+    shutil.copytree(student, run / "final")
+    assert checkpoint_folder(run) == run / "final"
+    shutil.copytree(student, run / "best")
+    assert checkpoint_folder(run) == run / "best"
+    assert checkpoint_folder(run / "final") == run / "final"
+    wanted, header = load_model(student)
+    assert header is not None
+    assert torch.equal(load_model(run)[0](TOKEN_IDS).logits, wanted(TOKEN_IDS).logits)
+
+
+def test_a_student_hidden_by_a_kill_is_found(student, tmp_path):
+    """A process killed while it replaced `best` left the former one under a hidden name."""
+    run = tmp_path / "run"
+    shutil.copytree(student, run / "best")
+    (run / "best").rename(former_folder(run / "best"))
+    assert checkpoint_folder(run) == run / "best"
+
+
+def test_a_folder_of_neither_is_refused(tmp_path):
+    """An empty folder is no checkpoint."""
+    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+        load_model(tmp_path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    """A text file is none either."""
+    (tmp_path / "notes.txt").write_text("words")
+    with pytest.raises(ValueError, match="notes.txt is no checkpoint; give"):
+        load_model(tmp_path / "notes.txt")
+
+
+def test_the_vocabulary_is_the_width_of_the_logits(model, copy):
+    """Padding included, which the tokenizer does not know of."""
+    assert vocabulary_size(model) == load_dense(model)(TOKEN_IDS).logits.shape[-1]
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    assert vocabulary_size(copy) == 300
