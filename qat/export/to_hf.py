@@ -4,16 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from qat.files import atomic_folder, write_json
+from qat.export.checks import equal_bits, write_report
+from qat.export.model_folder import SHARD_SIZE
+from qat.files import atomic_folder
 from qat.model.checkpoint import copy_text_files
 from qat.model.linear import FakeQuantLinear
 from qat.model.surgery import quantized_layers, swap
-
-REPORT_NAME = "export.json"
-SHARD_SIZE = "5GB"  # larger files are refused by some hosts and file systems
 
 
 def export_to_hf(
@@ -50,7 +49,7 @@ def export_to_hf(
             "tensors_compared": compare_with_file(student, layers, temporary),
             "tensors_rounded": num_rounded,
         }
-        write_json(temporary / REPORT_NAME, report)
+        write_report(temporary, report)
     return report
 
 
@@ -112,11 +111,3 @@ def compare_with_file(student: nn.Module, layers: dict[str, FakeQuantLinear], fo
         if not equal_bits(tensor, wanted):
             raise ValueError(f"{key} reads back otherwise than it was written; export again")
     return len(found)
-
-
-def equal_bits(first: Tensor, second: Tensor) -> bool:
-    """Return whether two tensors agree in shape, dtype and every bit."""
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    first, second = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (first, second))
-    return torch.equal(first, second)

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qat.commands.export import main
 from qat.convert.init_student import init_student
 from qat.export import to_hf
-from qat.export.to_hf import equal_bits, export_to_hf
+from qat.export.checks import equal_bits
+from qat.export.to_hf import export_to_hf
 from qat.model.checkpoint import CheckpointHeader, write_checkpoint
 from qat.model.surgery import quantized_layers, thaw_indices
 from qat.quant.scheme import scheme_from_name

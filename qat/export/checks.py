@@ -1,0 +1,86 @@
+"""What every export checks, before it writes and after, and the report beside the file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.files import read_json, write_json
+from qat.model.linear import FakeQuantLinear
+from qat.quant.grid import fits_float16, fixed_codebook
+
+REPORT_NAME = "export.json"
+
+
+def require_codebook(name: str, layer: FakeQuantLinear) -> None:
+    """Refuse a layer whose codebook moved off the values of its grid."""
+    fixed = fixed_codebook(layer.scheme.codebook, layer.scheme.bits)
+    if not torch.equal(layer.codebook.detach(), fixed):
+        raise ValueError(
+            f"{name}: its codebook was trained away from the format's values; "
+            "train without --trainable codebooks"
+        )
+
+
+@torch.no_grad()
+def require_float16(name: str, layer: FakeQuantLinear) -> None:
+    """Refuse a layer with a scale that float16 does not hold."""
+    scale = layer.full_scale()
+    if not fits_float16(scale) or not torch.equal(scale.half().float(), scale):
+        worst = float(scale.abs().max())
+        raise ValueError(f"{name}: scale {worst:.6g} is outside float16; train with a lower rate")
+
+
+def equal_bits(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors agree in shape, dtype and every bit."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    first, second = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (first, second))
+    return torch.equal(first, second)
+
+
+def equal_weights(first: Tensor, second: Tensor) -> bool:
+    """Return whether two weights agree in every bit, a zero's sign apart.
+
+    Formats that count from another end (-d * 0 instead of d * 0) turn it; no product sees it.
+    """
+    return equal_bits(first + 0.0, second + 0.0)
+
+
+def require_equal(name: str, found: Tensor, layer: FakeQuantLinear) -> None:
+    """Refuse a weight read back that is not the trained one.
+
+    Args:
+        name: Of the layer.
+        found: (O, I), float32, as the file's format defines it.
+        layer: The trained layer.
+
+    Raises:
+        ValueError: If a bit differs; names the layer and counts the weights.
+    """
+    with torch.no_grad():
+        trained = layer.fake_quantized_weight()
+    if not equal_weights(found, trained):
+        differing = "its shape" if found.shape != trained.shape else int((found != trained).sum())
+        raise ValueError(
+            f"{name}.weight reads back otherwise than it was trained ({differing} of "
+            f"{trained.numel()} weights); nothing was written, report this with export.json's keys"
+        )
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse to overwrite a file that is no report of an export."""
+    if path.exists() and "tensors_compared" not in read_json(path):
+        raise ValueError(f"{path} exists and is no export's report; export into another folder")
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write the result of a comparison beside what was compared."""
+    write_json(folder / REPORT_NAME, report)
+
+
+def bytes_below(path: Path) -> int:
+    """Return the size of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

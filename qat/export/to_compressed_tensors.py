@@ -1,0 +1,130 @@
+"""A student as a compressed-tensors checkpoint (pack-quantized), which transformers and vLLM read.
+
+    weight_packed (O, I * bits / 32) int32   index = code + 2**(bits-1), first in the lowest bits
+    weight_scale  (O, G)                     weight = code * scale
+    weight_shape  (2,) int64                 O, I
+
+Shape legend: O out, I in, G groups of a row.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.export.model_folder import (
+    dense_parts,
+    layers_by_grid,
+    lossless_dtype,
+    require_integer_grid,
+    require_students,
+    write_folder,
+)
+from qat.model.linear import FakeQuantLinear
+from qat.model.surgery import current_indices
+from qat.quant.packing import pack, unpack
+
+PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
+BITS = (2, 4, 8)
+WORD_BITS = 32
+
+
+def export_to_compressed_tensors(
+    student: nn.Module, output: Path, *, text_source: Path, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Write a student as a folder that compressed-tensors decompresses.
+
+    Loaders cast scales to the folder's dtype, so it is one that holds every scale.
+
+    Args:
+        student: On the CPU, in float32.
+        output: A folder that does not exist.
+        text_source: Folder of the tokenizer, template and generation files.
+        dtype: Of dense parts and scales; the smallest that loses nothing when not given.
+
+    Returns:
+        As `write_folder`.
+
+    Raises:
+        ValueError: If a layer is on another grid, a scale does not fit, or a tensor reads back
+            otherwise.
+    """
+    layers = require_students(student)
+    for name, layer in layers.items():
+        require_integer_grid(name, layer, bits=BITS, group_sizes=())
+    scales = [layer.full_scale().detach() for layer in layers.values()]
+    needed = lossless_dtype(scales)
+    dtype = dtype or lossless_dtype([*scales, *dense_parts(student).values()])
+    if dtype not in (needed, torch.float32):
+        raise ValueError(
+            f"--dtype {dtype} rounds the scales, which need {needed}: leave --dtype out, or train "
+            "on w2a16-g64+w4a16-g32, whose scales both 16-bit dtypes hold"
+        )
+    return write_folder(
+        student,
+        output,
+        text_source=text_source,
+        dtype=dtype,
+        config_changes={"quantization_config": quantization_config(layers)},
+        write=lambda _name, layer: packed_parts(layer, dtype),
+        read=lambda _name, layer, parts: read_weight(layer, parts),
+    )
+
+
+def quantization_config(layers: dict[str, FakeQuantLinear]) -> dict[str, Any]:
+    """Return the block of config.json that says how each linear is packed."""
+    groups = {}
+    for index, ((bits, group_size), names) in enumerate(layers_by_grid(layers).items()):
+        groups[f"group_{index}"] = {
+            "targets": targets(names),
+            "weights": {
+                "num_bits": bits,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": group_size,
+            },
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": groups,
+    }
+
+
+def targets(names: list[str]) -> list[str]:
+    """Return patterns of the last parts of layers' names."""
+    last = sorted({name.rpartition(".")[2] for name in names})
+    return [rf"re:.*\.({'|'.join(last)})$"]
+
+
+@torch.no_grad()
+def packed_parts(layer: FakeQuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a layer's entries by the last part of their names."""
+    return {
+        PACKED: pack_words(current_indices(layer), layer.scheme.bits),
+        SCALE: layer.full_scale().to(dtype),
+        SHAPE: torch.tensor([layer.out_features, layer.in_features], dtype=torch.int64),
+    }
+
+
+def read_weight(layer: FakeQuantLinear, parts: dict[str, Tensor]) -> Tensor:
+    """Return the weight, (O, I) float32, that entries stand for."""
+    shape = tuple(parts[SHAPE].tolist())
+    codes = unpack_words(parts[PACKED], layer.scheme.bits, shape).float()
+    codes -= 2 ** (layer.scheme.bits - 1)
+    scale = parts[SCALE].float()
+    return (codes.view(*scale.shape, -1) * scale.unsqueeze(-1)).view(shape)
+
+
+def pack_words(indices: Tensor, bits: int) -> Tensor:
+    """Return indices as 32-bit words, (O, I * bits / 32) int32; whole words fill a row."""
+    return pack(indices, bits).view(torch.int32).view(indices.shape[0], -1)
+
+
+def unpack_words(words: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """Return uint8 indices of the given shape from 32-bit words."""
+    return unpack(words.contiguous().view(torch.uint8).flatten(), bits, shape)

@@ -1,0 +1,111 @@
+"""A student as a folder that mlx-lm loads: affine quantization with its offset at the grid's end.
+
+    X.weight (O, I * bits / 32) uint32   index, first in the lowest bits
+    X.scales, X.biases (O, G)            weight = index * scale + bias, bias = -2**(bits-1) * scale
+
+MLX multiplies and adds in the dtype of the scales: float16 where no step of that rounds for any
+scale of the layer, else float32.
+
+Shape legend: O out, I in, G groups of a row.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.export.model_folder import (
+    dense_parts,
+    layers_by_grid,
+    lossless_dtype,
+    require_integer_grid,
+    require_students,
+    write_folder,
+)
+from qat.model.linear import FakeQuantLinear
+from qat.model.surgery import current_indices
+from qat.quant.packing import pack, unpack
+
+WEIGHT, SCALES, BIASES = "weight", "scales", "biases"
+BITS = (2, 4, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+def export_to_mlx(
+    student: nn.Module, output: Path, *, text_source: Path, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Write a student as MLX safetensors with its `quantization` block.
+
+    Args:
+        student: On the CPU, in float32.
+        output: A folder that does not exist.
+        text_source: Folder of the tokenizer, template and generation files.
+        dtype: Of dense parts; the smallest that loses nothing when not given.
+
+    Returns:
+        As `write_folder`.
+
+    Raises:
+        ValueError: If a layer is on another grid or a tensor reads back otherwise.
+    """
+    layers = require_students(student)
+    for name, layer in layers.items():
+        require_integer_grid(name, layer, bits=BITS, group_sizes=GROUP_SIZES)
+    block = quantization_block(layers)
+    return write_folder(
+        student,
+        output,
+        text_source=text_source,
+        dtype=dtype or lossless_dtype(list(dense_parts(student).values())),
+        config_changes={"quantization": block, "quantization_config": block},
+        write=lambda _name, layer: affine_parts(layer),
+        read=lambda _name, layer, parts: read_weight(layer, parts),
+        metadata={"format": "mlx"},
+    )
+
+
+def quantization_block(layers: dict[str, FakeQuantLinear]) -> dict[str, Any]:
+    """Return bits and group size: of most layers at the top, of the others by name."""
+    grids = layers_by_grid(layers)
+    (bits, group_size), *others = grids
+    block: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    for other in others:
+        for name in grids[other]:
+            block[name] = {"group_size": other[1], "bits": other[0], "mode": "affine"}
+    return block
+
+
+@torch.no_grad()
+def affine_parts(layer: FakeQuantLinear) -> dict[str, Tensor]:
+    """Return a layer's entries by the last part of their names."""
+    bits, scale = layer.scheme.bits, layer.full_scale()
+    words = pack(current_indices(layer), bits).view(torch.int32)
+    dtype = torch.float16 if is_exact_in_float16(scale, bits) else torch.float32
+    return {
+        WEIGHT: words.view(layer.out_features, -1).view(torch.uint32),
+        SCALES: scale.to(dtype),
+        BIASES: (-(2 ** (bits - 1)) * scale).to(dtype),
+    }
+
+
+def is_exact_in_float16(scale: Tensor, bits: int) -> bool:
+    """Return whether index * scale + bias rounds at no step for any index.
+
+    Args:
+        scale: (O, G), numbers of float16.
+        bits: Bits per index.
+    """
+    bias = -(2 ** (bits - 1)) * scale
+    steps = [index * scale for index in range(2**bits)] + [bias]
+    steps += [step + bias for step in steps[:-1]]
+    return all(torch.equal(step.half().float(), step) for step in steps)
+
+
+def read_weight(layer: FakeQuantLinear, parts: dict[str, Tensor]) -> Tensor:
+    """Return the weight, (O, I) float32, computed in the entries' own dtype."""
+    shape = (layer.out_features, layer.in_features)
+    words = parts[WEIGHT].contiguous().view(torch.uint8).flatten()
+    scale, bias = parts[SCALES].unsqueeze(-1), parts[BIASES].unsqueeze(-1)
+    indices = unpack(words, layer.scheme.bits, shape).view(*parts[SCALES].shape, -1)
+    return (indices.to(scale.dtype) * scale + bias).view(shape).float()
