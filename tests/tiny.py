@@ -4,7 +4,9 @@ Models have 2 layers and width 64; their vocabulary is wider than the tokenizer'
 ones are. Everything follows from a seed.
 """
 
+import copy
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -90,10 +92,16 @@ def _make(model_type, config_type, *, tied, seed, **changes):
 
 def tiny_student(family: str = "llama", scheme: str = "q2a4", **changes):
     """Return a quantized tiny model, uncalibrated; `changes` go to its config."""
+    return copy.deepcopy(_student(family, scheme, tuple(changes.items())))
+
+
+@cache
+def _student(family, scheme, changes):
+    """Fit a student once a process."""
     from qat.convert.init_student import init_student
     from qat.quant.scheme import scheme_from_name
 
-    student = TINY_MODELS[family](**changes)
+    student = TINY_MODELS[family](**dict(changes))
     init_student(student, scheme_from_name(scheme))
     return student
 

@@ -20,7 +20,6 @@ from qat.distill.objective import Divergence, chunked_loss
 from qat.distill.teacher import TeacherSignal
 from qat.model.head import hidden_states, logits_of
 from qat.model.linear import FakeQuantLinear
-from qat.quant.grid import snap_float16
 from qat.quant.ste import dequantize_gradients, fake_quantize_gradients
 from qat.train.ema import MovingAverage
 
@@ -39,7 +38,7 @@ def pull_gradients(layers: Iterable[FakeQuantLinear]) -> None:
     for layer in layers:
         gradient, layer.held_weight.grad = layer.held_weight.grad, None
         scale = layer.full_scale()
-        codebook = snap_float16(layer.codebook.detach())
+        codebook = layer.stored(layer.codebook.detach())
         wanted = (scale.requires_grad, layer.codebook.requires_grad)
         if layer.latent_weight is None:
             d_scale, d_codebook = dequantize_gradients(

@@ -64,11 +64,17 @@ def parameters_of(layer: FakeQuantLinear, part: str) -> list[nn.Parameter]:
 
 
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of norms as float32 parameters."""
+    """Return the weights of norms as float32 parameters; what norms give keeps its dtype."""
     norms = [m for m in model.modules() if "Norm" in type(m).__name__ and hasattr(m, "weight")]
     for norm in norms:
         norm.weight = nn.Parameter(norm.weight.detach().float())
+        norm.register_forward_hook(in_dtype_of_input)
     return [norm.weight for norm in norms]
+
+
+def in_dtype_of_input(_norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Return a norm's output in the compute dtype: float32 weights would have widened it."""
+    return output.to(inputs[0].dtype)
 
 
 def freeze_magnitudes(model: nn.Module, chosen: dict[str, list[nn.Parameter]]) -> None:

@@ -1,0 +1,281 @@
+import copy
+
+import pytest
+import torch
+
+from qat.distill.kl import forward_kl, masked_mean
+from qat.distill.teacher import dense_signal, top_k_signal
+from qat.model.head import hidden_states, logits_of
+from qat.model.linear import FakeQuantLinear
+from qat.model.surgery import hold_weights, quantized_layers, release_weights
+from qat.quant.fit import fit_weight
+from qat.quant.scheme import LayerScheme
+from qat.train.step import Trainer, form_weights, pull_gradients
+from qat.train.trainable import choose_trainable, make_optimizer, trained_layers
+from tests.tiny import TINY_MODELS, tiny_llama, tiny_student
+
+PARTS = ("weights", "scales", "codebooks", "norms")
+KINDS = ("mlp", "attention")
+
+
+def batch(seed=0, *, rows=4, length=8, ratio=0.7):
+    """Return token ids and a teacher's word on them, with positions that do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    token_ids = torch.randint(261, (rows, length), generator=generator)
+    mask = torch.rand(rows, length - 1, generator=generator) < ratio
+    return token_ids, top_k_signal(tiny_llama()(token_ids).logits[:, :-1], mask, 12)
+
+
+def joined(batches):
+    """Return micro-batches as one."""
+    token_ids = torch.cat([ids for ids, _ in batches])
+    logits = tiny_llama()(token_ids).logits[:, :-1]
+    return token_ids, top_k_signal(logits, torch.cat([s.mask for _, s in batches]), 12)
+
+
+def make_trainer(student, parts=PARTS, kinds=KINDS, *, lr=1e-3, dtype=torch.float32, **changes):
+    """Return what takes steps on a student."""
+    chosen = choose_trainable(student, kinds=kinds, parts=parts, weight_of=lambda _name: None)
+    hold_weights(student, dtype)
+    settings = {
+        "model": student,
+        "layers": trained_layers(student),
+        "optimizer": make_optimizer(chosen, dict.fromkeys(chosen, lr), 0.0),
+        "divergence": forward_kl,
+        "dtype": dtype,
+        "clip_grad_norm": 0.0,
+        "sync": lambda: None,
+    }
+    return Trainer(**{**settings, **changes})
+
+
+def gradients(student):
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found, expected, tolerance):
+    """Equal but for the order of float32 sums, relative to each tensor's size."""
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        scale = float(expected[name].abs().max())
+        assert torch.allclose(gradient, expected[name], rtol=0, atol=tolerance * scale), name
+
+
+def nudge(student, seed=0):
+    """Move what trains a little, so that it lies off the grid that it started from."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in quantized_layers(student).values():
+        if layer.latent_weight is not None:
+            noise = torch.randn(layer.latent_weight.shape, generator=generator)
+            layer.latent_weight.data += 0.02 * noise
+        layer.codebook.data += 0.02 * torch.randn(layer.codebook.shape, generator=generator)
+
+
+@pytest.mark.parametrize("parts", [PARTS, ("scales", "codebooks"), ("weights",), ("scales",)])
+@pytest.mark.parametrize(
+    ("family", "scheme"), [("llama", "q2a4"), ("qwen3", "q4_r4"), ("gemma", "q2a4_int_g32")]
+)
+def test_one_pull_a_step_equals_plain_autograd(family, scheme, parts):
+    """Weights formed once and gradients pulled once: what autograd through each layer gives."""
+    student = tiny_student(family, scheme)
+    trainer = make_trainer(student, parts)
+    nudge(student)
+    token_ids, signal = batch()
+    form_weights(trainer.layers, torch.float32)
+    loss = trainer.accumulate([(token_ids, signal)], None)
+    pull_gradients(trainer.layers)
+    found = gradients(student)
+    student.zero_grad(set_to_none=True)
+
+    release_weights(student)
+    logits = student(token_ids, use_cache=False).logits[:, :-1]
+    plain = masked_mean(forward_kl(logits, signal), signal.mask)
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert_same_gradients(found, gradients(student), 1e-4)
+
+
+@pytest.mark.parametrize("stored_dtype", ["float16", "float32"])
+def test_gradients_are_taken_at_the_codebook_that_the_forward_used(stored_dtype):
+    """Values stored in float32 were rounded to float16 for the backward pass only."""
+    scheme = LayerScheme(bits=3, group_size=8, stored_dtype=stored_dtype)
+    linear = torch.nn.Linear(16, 12, bias=False)
+    layer = FakeQuantLinear.from_linear(linear, fit_weight(linear.weight, scheme), scheme)
+    layer.codebook.data *= 1.0001
+    layer.scale.data *= 1.0001
+    gradient = torch.randn(12, 16)
+    layer.fake_quantized_weight().backward(gradient)
+    expected = gradients(layer)
+    layer.zero_grad(set_to_none=True)
+    form_weights([layer], torch.float32)
+    layer.held_weight.grad = gradient
+    pull_gradients([layer])
+    for name, found in gradients(layer).items():
+        assert torch.equal(found, expected[name]), name
+
+
+def test_micro_batches_add_up_to_one_batch():
+    """Every counted position weighs the same, whichever micro-batch it is in; one may be empty."""
+    student = tiny_student()
+    trainer = make_trainer(student)
+    batches = [batch(1, ratio=0.9), batch(2, rows=2, ratio=0.3), batch(3, rows=1, ratio=0.0)]
+    results = []
+    for parts in (batches, [joined(batches)]):
+        form_weights(trainer.layers, torch.float32)
+        loss = trainer.accumulate(parts, None)
+        pull_gradients(trainer.layers)
+        results.append((loss.item(), gradients(student)))
+        student.zero_grad(set_to_none=True)
+    (loss, found), (whole, expected) = results
+    assert loss == pytest.approx(whole, rel=1e-6)
+    assert_same_gradients(found, expected, 1e-5)
+
+
+def test_the_loss_is_the_mean_over_counted_positions():
+    """In nats a token: what the evaluation of the same positions says."""
+    student = tiny_student()
+    trainer = make_trainer(student)
+    token_ids, signal = batch()
+    with torch.no_grad():
+        values = forward_kl(student(token_ids).logits[:, :-1], signal)
+    loss, _norm = trainer.step([(token_ids, signal)], 1.0)
+    assert loss.item() == pytest.approx(values[signal.mask].mean().item(), rel=1e-5)
+
+
+def test_a_batch_of_padding_does_no_harm():
+    """Nothing counts: loss and gradients are zero, nothing becomes NaN."""
+    student = tiny_student()
+    trainer = make_trainer(student)
+    before = copy.deepcopy(student.state_dict())
+    loss, norm = trainer.step([batch(ratio=0.0)], 1.0)
+    assert loss == 0
+    assert norm == 0
+    after = student.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("parts", "kinds", "moving"),
+    [
+        (("weights",), KINDS, {"latent_weight"}),
+        (("scales",), ("mlp",), {"scale"}),
+        (("codebooks",), ("attention",), {"codebook"}),
+        (("norms",), KINDS, {"weight"}),
+        (("weights", "scales"), ("mlp",), {"latent_weight", "scale"}),
+    ],
+)
+def test_only_what_was_chosen_moves(parts, kinds, moving):
+    """Everything else is the same to the bit after three steps."""
+    student = tiny_student()
+    trainer = make_trainer(student, parts, kinds)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    for seed in range(3):
+        trainer.step([batch(seed)], 1.0)
+    moved = {
+        name for name, p in student.named_parameters() if not torch.equal(p.detach(), before[name])
+    }
+    assert {name.rpartition(".")[2] for name in moved} == moving
+    for name in moved - {n for n in moved if "norm" in n}:
+        assert any(
+            part in name for part in {"mlp": ("mlp",), "attention": ("attn",)}[kinds[0]]
+        ) or (len(kinds) == 2)
+
+
+@pytest.mark.parametrize("scheme", ["q2a4", "q4_r4", "q2a4_int_g32"])
+def test_training_lowers_the_loss(scheme):
+    """Twenty steps on one batch: the student comes nearer to its teacher."""
+    student = tiny_student(scheme=scheme)
+    trainer = make_trainer(student, ("weights", "scales"), lr=3e-3)
+    repeated = batch()
+    losses = [trainer.step([repeated], 1.0)[0].item() for _ in range(20)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_step_uses_the_share_of_each_peak_rate():
+    """Groups keep their peaks; the schedule gives a share of them."""
+    student = tiny_student()
+    trainer = make_trainer(student, ("weights", "scales"))
+    trainer.optimizer.param_groups[1]["peak_lr"] = 0.5
+    trainer.step([batch()], 0.25)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.25e-3, 0.125]
+    assert trainer.peak_rate() == 0.5
+
+
+def test_clipping_bounds_what_the_optimizer_gets():
+    """The norm that is reported is the one before; 0 clips nothing."""
+    seen = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self):
+            grads = [p.grad for group in self.param_groups for p in group["params"]]
+            seen.append(torch.stack([g.norm() for g in grads]).norm().item())
+
+    norms = []
+    for limit in (0.0, 1e-3):
+        student = tiny_student()
+        trainer = make_trainer(student, clip_grad_norm=limit)
+        groups = [{**g, "peak_lr": 1.0} for g in trainer.optimizer.param_groups]
+        trainer.optimizer = Recorder(
+            [{"params": g["params"], "peak_lr": 1.0} for g in groups], lr=1.0
+        )
+        norms.append(trainer.step([batch()], 1.0)[1].item())
+    assert norms[0] == pytest.approx(norms[1])
+    assert seen[0] == pytest.approx(norms[0], rel=1e-4)
+    assert seen[1] == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("part", ["row", "column"])
+def test_a_dead_row_trains(part):
+    """Pruned weights make low-rank scales of zero; the run used to end in NaN at its first step."""
+    model = tiny_llama()
+    for layer in model.model.layers:
+        weight = layer.mlp.up_proj.weight
+        weight[(3,) if part == "row" else (slice(None), 5)] = 0.0
+    from qat.convert.init_student import init_student
+    from qat.quant.scheme import scheme_from_name
+
+    init_student(model, scheme_from_name("q2_r2"))
+    trainer = make_trainer(model)
+    for seed in range(3):
+        loss, norm = trainer.step([batch(seed)], 1.0)
+        assert torch.isfinite(loss)
+        assert torch.isfinite(norm)
+
+
+@pytest.mark.parametrize("parts", [("weights", "scales"), ("norms",), PARTS])
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_steps_run_in_bfloat16(family, parts):
+    """What trains is float32, norms too; the rest computes in 8 bits of precision."""
+    student = tiny_student(family).to(torch.bfloat16)
+    for layer in quantized_layers(student).values():
+        layer.float()
+    trainer = make_trainer(student, parts, lr=3e-3, dtype=torch.bfloat16)
+    repeated = batch()
+    losses = [trainer.step([repeated], 1.0)[0].item() for _ in range(5)]
+    assert min(losses) < losses[0]
+    trained = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert all(p.dtype == torch.float32 for p in trained)
+
+
+def test_the_hard_loss_is_added_with_its_weight():
+    """Cross-entropy on the teacher's likeliest token beside the divergence."""
+    student = tiny_student()
+    trainer = make_trainer(student)
+    token_ids, signal = batch()
+    with torch.no_grad():
+        logits = student(token_ids).logits[:, :-1]
+        best = signal.token_ids[..., 0]
+        hard = -logits.log_softmax(-1).gather(-1, best.unsqueeze(-1)).squeeze(-1)
+        soft = forward_kl(logits, signal)
+    expected = (soft + 0.3 * hard)[signal.mask].mean()
+    loss, _ = trainer.step([(token_ids, signal)], 1.0, 0.3)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_head_used_is_the_models_own():
+    """Positions predict the next token: hidden states of the last one are left out."""
+    model = tiny_llama()
+    token_ids, _ = batch()
+    signal = dense_signal(model(token_ids).logits[:, :-1], torch.ones(4, 7, dtype=torch.bool))
+    hidden = hidden_states(model, token_ids)[:, :-1]
+    assert forward_kl(logits_of(model, hidden), signal).abs().max() < 1e-5
