@@ -32,7 +32,6 @@ RIDGE = 1e-6  # of the mean diagonal: keeps nearly collinear factors solvable in
 # further out on one side as integer grids are (Max 1960, table II).
 GAUSSIAN_REACH = {2: 2.0, 3: 2.3, 4: 2.7, 5: 3.0, 6: 3.3, 7: 3.6, 8: 3.9}
 SEARCH_FACTORS = (0.75, 1.0, 1.3)
-SEARCH_REFITS = 2  # of a candidate, before it is compared
 
 
 class LowRank(NamedTuple):
@@ -79,9 +78,8 @@ def search_scale(
     best, least = middle, torch.full_like(middle, torch.inf)
     for candidate in candidates:
         scale = stored_scale(candidate)
-        for _ in range(SEARCH_REFITS):
-            values = nearest_values(weight, scale, codebook)
-            scale = fit_group_scale(weight, values, importance, scale, is_signed=is_signed)
+        values = nearest_values(weight, scale, codebook)
+        scale = fit_group_scale(weight, values, importance, scale, is_signed=is_signed)
         error = group_error(weight, nearest_values(weight, scale, codebook), scale, importance)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
