@@ -17,6 +17,7 @@ PROMPTS = (
     "Give me three tips for a good night's sleep.",
     "Write one sentence about the sea.",
 )
+QUICK_FIT = "moments"  # seconds instead of minutes; the default fit starts 40% closer
 COLUMNS = (
     "bits_per_weight",
     "bits_per_weight_mlp",
@@ -78,13 +79,21 @@ def act(config: DemoConfig) -> dict[str, Any]:
     stage("3/8 4-bit student")
     q4 = init_student.act(
         InitStudentConfig(
-            model=str(teacher), scheme="q4a4", cache_dir=cache_dir, output=runs / "q4"
+            model=str(teacher),
+            scheme="q4a4",
+            fit=QUICK_FIT,
+            cache_dir=cache_dir,
+            output=runs / "q4",
         )
     )
     stage("4/8 2-bit student")
     q2 = convert_q4_to_q2.act(
         ConvertQ4ToQ2Config(
-            q4_checkpoint=runs / "q4", output=runs / "q2_init", eval=True, cache_dir=cache_dir
+            q4_checkpoint=runs / "q4",
+            fit=QUICK_FIT,
+            output=runs / "q2_init",
+            eval=True,
+            cache_dir=cache_dir,
         )
     )
     stage(f"5/8 training, {config.max_steps} steps")
