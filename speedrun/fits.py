@@ -1,0 +1,85 @@
+"""Measure one way of fitting a student on plain text files: a row of the table in log.md.
+
+Calibration and measurement read blocks of two text files, and kl_nats is against the live teacher's
+64 likeliest tokens and one cell for the rest, so no cache is needed.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qat.commands.door import run_command, say
+from qat.convert.config import Fit
+
+TOP_K = 64
+BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitsConfig:
+    """Fit a student by one scheme and one method, and measure it before any training."""
+
+    model: str = "models/smollm2-135m"
+    """Hugging Face folder of the full-precision model."""
+    scheme: str = "q2a4"
+    """As in `qat init-student`."""
+    fit: Fit = "hessian"
+    """As in `qat init-student`."""
+    num_blocks: int = 64
+    """Blocks of 64 tokens that calibrate."""
+    calibration: Path = Path("../shared/data/english_train.txt")
+    """Text that calibrates."""
+    heldout: Path = Path("../shared/data/english_heldout.txt")
+    """Text whose first 64 blocks of 64 tokens are measured."""
+
+
+def act(config: FitsConfig) -> dict[str, Any]:
+    """Load, fit, measure."""
+    import torch
+
+    from qat.calibration import collect_second_moments
+    from qat.convert.init_student import init_student, init_student_by_blocks
+    from qat.device import Device, peak_rss_bytes
+    from qat.distill.teacher import top_k_signal
+    from qat.evaluate.kl import evaluate_batches
+    from qat.model.checkpoint import bits_per_weight
+    from qat.model.load import load_dense, load_tokenizer
+    from qat.model.surgery import hold_weights, quantizable_linears
+    from qat.quant.scheme import scheme_from_name
+    from qat.text import text_blocks
+
+    device = Device.detect("cpu")
+    say(device.describe())
+    scheme, tokenizer = scheme_from_name(config.scheme), load_tokenizer(config.model)
+    batches = text_blocks(config.calibration, tokenizer, 64, config.num_blocks).split(BATCH)
+    heldout = text_blocks(config.heldout, tokenizer, 64, 64).split(BATCH)
+    model = load_dense(config.model, dtype=device.dtype)
+    with torch.inference_mode():
+        counts = torch.ones(BATCH, 63, dtype=torch.bool)
+        signals = [top_k_signal(model(ids).logits[:, :-1], counts, TOP_K) for ids in heldout]
+    started, started_cpu = time.perf_counter(), time.process_time()
+    if config.fit == "hessian":
+        init_student_by_blocks(model, scheme, batches, dtype=device.dtype)
+    else:
+        moments = collect_second_moments(model, quantizable_linears(model, scheme), batches)
+        init_student(model, scheme, importance=moments)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
+    hold_weights(model, device.dtype)
+    measured = evaluate_batches(
+        model, list(zip(heldout, signals, strict=True)), description="evaluate"
+    )
+    return {
+        "scheme": config.scheme,
+        "fit": config.fit,
+        "num_blocks": config.num_blocks,
+        **bits_per_weight(model),
+        **measured,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command("python speedrun/fits.py", FitsConfig, act))
