@@ -109,3 +109,17 @@ def read_weight(layer: FakeQuantLinear, parts: dict[str, Tensor]) -> Tensor:
     scale, bias = parts[SCALES].unsqueeze(-1), parts[BIASES].unsqueeze(-1)
     indices = unpack(words, layer.scheme.bits, shape).view(*parts[SCALES].shape, -1)
     return (indices.to(scale.dtype) * scale + bias).view(shape).float()
+
+
+def load_runtime(path: Path) -> Any:
+    """Return mlx-lm on a folder: a function from token ids to logits, (T, V) float32."""
+    import mlx.core as mx
+    import mlx_lm
+    import numpy as np
+
+    model, _tokenizer = mlx_lm.load(str(path))
+
+    def logits(token_ids: list[int]) -> Any:
+        return np.array(model(mx.array([token_ids]))[0].astype(mx.float32))
+
+    return logits

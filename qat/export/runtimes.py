@@ -1,0 +1,131 @@
+"""The runtimes that exported files are run with: each gives the logits of a row of token ids.
+
+A runtime is a callable from token ids, a list of T ints, to logits, (T, V) float32. Which one
+takes a file is read from the file; one that is not installed is named with the line that mends it.
+"""
+
+import ctypes
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qat.export.gguf_file import read_tensor_records
+from qat.files import read_json
+
+Runtime = Callable[[list[int]], np.ndarray]
+
+CONTEXT_TOKENS = 512  # of the GGUF runtimes: prompts and answers of a parity check are short
+
+
+def open_runtime(path: Path) -> tuple[str, Runtime]:
+    """Return the name of the runtime that runs an exported file or folder, and the runtime.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        ValueError: If no runtime on this machine runs it; says what to install.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"--export {path} does not exist; run `qat export` first")
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) != 1:
+            raise ValueError(
+                f"{path} holds no model that runs here (Core ML programs run on macOS only); "
+                "name a .gguf file or a folder with a config.json"
+            )
+        path = files[0]
+    if path.suffix == ".gguf":
+        return open_gguf(path)
+    config = read_json(path / "config.json")
+    if "quantization" in config:
+        return "mlx-lm", mlx_runtime(path)
+    return "transformers", transformers_runtime(path, config)
+
+
+def open_gguf(path: Path) -> tuple[str, Runtime]:
+    """Return the first GGUF runtime installed that knows the file's types."""
+    types = {record.type_name for record in read_tensor_records(path).values()}
+    if find_spec("llama_cpp"):
+        return "llama.cpp", llama_cpp_runtime(path)
+    if find_spec("ik_llama_cpp") and "q2_0" not in types:
+        return "ik_llama.cpp", ik_llama_runtime(path)
+    if "q2_0" in types:
+        raise ValueError(
+            f"{path} holds Q2_0, which llama.cpp of 2026-07 or newer runs; "
+            "pip install llama-cpp-python==0.3.36"
+        )
+    raise ValueError(f"no runtime for {path}; pip install ik-llama-cpp-python")
+
+
+def llama_cpp_runtime(path: Path) -> Runtime:
+    """Return llama.cpp on a file."""
+    from llama_cpp import Llama
+
+    model = Llama(str(path), n_ctx=CONTEXT_TOKENS, logits_all=True, verbose=False)
+
+    def logits(token_ids: list[int]) -> np.ndarray:
+        model.reset()
+        model.eval(token_ids)
+        return np.array(model.scores[: len(token_ids)], dtype=np.float32)
+
+    return logits
+
+
+def ik_llama_runtime(path: Path) -> Runtime:
+    """Return ik_llama.cpp on a file."""
+    from ik_llama_cpp import _ctypes_api as api
+    from ik_llama_cpp._internals import IkContext, IkModel, make_batch
+
+    model = IkModel(str(path))
+    context = IkContext(model, n_ctx=CONTEXT_TOKENS, flash_attn=False)
+
+    def logits(token_ids: list[int]) -> np.ndarray:
+        context.kv_cache_clear()
+        batch = make_batch(token_ids)
+        for position in range(len(token_ids)):
+            batch.logits[position] = 1
+        if context.decode(batch):
+            raise ValueError(f"ik_llama.cpp refuses {len(token_ids)} tokens of {path}")
+        rows = [row_of(context.get_logits(i), model.n_vocab) for i in range(len(token_ids))]
+        api.llama_batch_free(batch)
+        return np.stack(rows)
+
+    return logits
+
+
+def row_of(pointer: Any, count: int) -> np.ndarray:
+    """Return a copy of C floats."""
+    address = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))
+    return np.ctypeslib.as_array(address, shape=(count,)).copy()
+
+
+def mlx_runtime(path: Path) -> Runtime:
+    """Return mlx-lm on a folder."""
+    if not find_spec("mlx_lm"):
+        raise ValueError(f"{path} is for MLX; pip install mlx mlx-cpu mlx-lm (Linux: glibc 2.35)")
+    from qat.export.to_mlx import load_runtime
+
+    return load_runtime(path)
+
+
+def transformers_runtime(path: Path, config: dict[str, Any]) -> Runtime:
+    """Return transformers on a folder, with the plugin or compressed-tensors where it asks."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import qat.export.plugin  # noqa: F401 makes the packed folders' model type known
+
+    method = config.get("quantization_config", {}).get("quant_method")
+    if method == "compressed-tensors" and not find_spec("compressed_tensors"):
+        raise ValueError(f"{path} needs compressed-tensors; pip install compressed-tensors")
+    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def logits(token_ids: list[int]) -> np.ndarray:
+        return model(torch.tensor([token_ids]), use_cache=False).logits[0].float().numpy()
+
+    return logits
