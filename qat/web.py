@@ -5,6 +5,7 @@ Looks like an fsspec file system as far as archives need one; fsspec's own needs
 
 import http.client
 import io
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -12,6 +13,7 @@ from typing import Any
 
 TIMEOUT_SECONDS = 60
 TRIES = 3  # in a row, without one byte got
+WAIT_SECONDS = 1
 SKIP_BYTES = 1 << 20
 ABSENT = (403, 404, 410)  # object stores answer 403 for what is not there
 NO_HEAD = (400, 405, 501)
@@ -57,7 +59,7 @@ class WebFiles:
     def cat_file(self, url: str) -> bytes:
         """Return a small file's content."""
         with self.open(url) as file:
-            return file.read()
+            return b"".join(iter(file.read, b""))
 
 
 class WebFile(io.RawIOBase):
@@ -81,7 +83,7 @@ class WebFile(io.RawIOBase):
         return offset
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next bytes; fewer than asked for only at the end."""
+        """Return the next bytes: fewer at the end, or before an error that the next call raises."""
         left = self.num_bytes - self._at
         wanted = left if size < 0 else min(size, left)
         parts: list[bytes] = []
@@ -91,9 +93,12 @@ class WebFile(io.RawIOBase):
             parts.append(part)
             wanted -= len(part)
             tries = 0 if part else tries + 1
+            if tries == TRIES and any(parts):
+                break  # what has come is worth keeping
             if tries == TRIES:
                 why = error or "the connection closed early"
                 raise OSError(f"{self.url}: {why}; run the same command again and it goes on")
+            time.sleep(WAIT_SECONDS * tries)
         return b"".join(parts)
 
     def _read_some(self, wanted: int) -> tuple[bytes, Exception | None]:
@@ -102,7 +107,7 @@ class WebFile(io.RawIOBase):
             if self._answer is None:
                 self._answer = self._open_at(self._at)
             part = self._answer.read(wanted)
-        except (ConnectionError, TimeoutError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException) as error:
             self._hang_up()
             return b"", error
         self._at += len(part)

@@ -21,6 +21,12 @@ class FileServer:
     status: int = 0
     """Answer everything with this error."""
     port: int = 0
+    dies: bool = False
+    """After the first cut, answer with an error."""
+    slow_after: int | None = None
+    """Bytes of a body after which nothing more comes; `reached` is set then."""
+    reached: threading.Event = field(default_factory=threading.Event)
+    stopped: threading.Event = field(default_factory=threading.Event)
     asked: list = field(default_factory=list)
     """(method, path, headers) in order."""
 
@@ -73,11 +79,17 @@ class Handler(BaseHTTPRequestHandler):
             state.cuts -= 1
             data = data[: state.cut_after]
             self.close_connection = True
+            state.status = 500 if state.dies else 0
+        if state.slow_after is not None and len(data) > state.slow_after:
+            self.wfile.write(data[: state.slow_after])
+            state.reached.set()
+            state.stopped.wait(60)
+            return
         self.wfile.write(data)
 
 
 @contextmanager
-def file_server(folder, *, ranges=True, has_head=True, cut_after=None, cuts=0):
+def file_server(folder, *, ranges=True, has_head=True, cut_after=None, cuts=0, slow_after=None):
     """Serve a folder.
 
     Args:
@@ -86,8 +98,10 @@ def file_server(folder, *, ranges=True, has_head=True, cut_after=None, cuts=0):
         has_head: Whether HEAD is known.
         cut_after: Bytes of a body after which the connection is closed, `cuts` times.
         cuts: How often.
+        slow_after: Bytes of a body after which nothing more comes.
     """
     state = FileServer(Path(folder), ranges, has_head, cut_after, cuts)
+    state.slow_after = slow_after
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.state = state
     state.port = server.server_address[1]
@@ -96,6 +110,7 @@ def file_server(folder, *, ranges=True, has_head=True, cut_after=None, cuts=0):
     try:
         yield state
     finally:
+        state.stopped.set()
         server.shutdown()
         server.server_close()
         thread.join()

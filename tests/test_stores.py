@@ -7,13 +7,19 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from qat import archive, stores
+from qat import archive, stores, web
 from qat.archive import ArchiveMismatch, pack_folder, sidecar
 from qat.stores import Found, Store, find_stores, locate, locate_address, put, read_receipt, take
 from tests.servers import file_server
 
 KINDS = ("folder", "file", "memory", "web", "web without ranges")
 FOLDER = "qwen3_caches"
+
+
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch):
+    """Servers on loopback need no rest."""
+    monkeypatch.setattr(web, "WAIT_SECONDS", 0)
 
 
 @pytest.fixture
@@ -223,7 +229,6 @@ def test_a_copy_that_was_cut_goes_on(content, base, tmp_path, monkeypatch, range
 
 def copy_then_die(server):
     """Copy from a server that answers 500 once its connection has been cut."""
-    from qat import web
 
     def dying(source, target):
         open_at = web.WebFile._open_at

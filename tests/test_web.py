@@ -7,6 +7,12 @@ from tests.servers import file_server
 DATA = bytes(range(256)) * 40
 
 
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch):
+    """Servers on loopback need no rest."""
+    monkeypatch.setattr(web, "WAIT_SECONDS", 0)
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "data.bin").write_bytes(DATA)
@@ -46,6 +52,18 @@ def test_a_server_that_gives_nothing_more_ends_it(folder):
     ):
         file.read()
     assert sum(method == "GET" for method, _, _ in server.asked) == web.TRIES
+
+
+def test_what_came_before_the_end_is_kept(folder):
+    """A short answer, then the error: a copy has written all that came."""
+    with (
+        file_server(folder, cut_after=3000, cuts=1) as server,
+        WebFiles().open(server.url("data.bin")) as file,
+    ):
+        server.dies = True
+        assert file.read() == DATA[:3000]
+        with pytest.raises(OSError, match="500"):
+            file.read()
 
 
 def test_what_is_there_and_what_is_not(folder):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qat.files import read_json, write_json
+from qat.tracking.environment import add_session, describe_environment
 from qat.tracking.record import RunRecord
 
 WANDB_ID = "wandb.json"
@@ -122,7 +123,7 @@ def open_tracker(
     resume_step: int | None = None,
     wandb: Mapping[str, Any] | None = None,
 ) -> Tracker:
-    """Write config.json and return the run's `track`.
+    """Write config.json and environment.json, and return the run's `track`.
 
     Args:
         folder: The run's folder.
@@ -132,6 +133,11 @@ def open_tracker(
     """
     record = RunRecord(folder, resume_step=resume_step)
     record.write_config(config)
+    add_session(
+        record.folder,
+        describe_environment(config.get("device", "auto")),
+        is_resumed=resume_step is not None,
+    )
     sinks: list[Sink] = [LocalSink(record)]
     if wandb is not None:
         sinks.append(WandbSink(folder, config, resume=resume_step is not None, **wandb))
