@@ -51,13 +51,20 @@ def run(
     from qat.model.load import FINAL_NAME, base_weights, load_model
     from qat.tracking.sinks import open_tracker
     from qat.train.end_to_end import Habits, train_end_to_end
-    from qat.train.run import make_trainer, record_of, summary_of, training_batches
+    from qat.train.run import (
+        claim_folder,
+        make_trainer,
+        record_of,
+        summary_of,
+        training_batches,
+    )
     from qat.train.state import Progress, has_state, read_state
 
     dtype = device.dtype_from_name(config.dtype)
     model, _header = load_model(source, dtype=dtype)
     model.to(device.torch_device)
     weight_of = base_weights(config.model_id or header.base_model["path"], header.base_model)
+    claim_folder(config.output_dir, record_of(config, identity))
     seconds = 0.0
     if config.layerwise and not has_state(config.output_dir):
         seconds = layer_by_layer(config, model, header, cache, weight_of, device, dtype)

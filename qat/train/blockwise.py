@@ -15,6 +15,7 @@ Source: block-wise training of all parameters before end-to-end training, Chen e
 (EfficientQAT), arXiv:2407.11062, section 3.2.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,12 +109,22 @@ class HiddenStates:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         count = shape[0] * shape[1] * shape[2]
+        reserve(path, count * dtype.itemsize)
         flat = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
         self.values = flat.view(shape)
 
     def remove(self) -> None:
         """Delete the file."""
         self.path.unlink(missing_ok=True)
+
+
+def reserve(path: Path, num_bytes: int) -> None:
+    """Take a file's room on the disk: a mapped file that finds none later kills the process."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        else:
+            file.truncate(num_bytes)
 
 
 @torch.no_grad()

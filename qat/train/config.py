@@ -119,25 +119,38 @@ class TrainConfig:
     """Folder that the results are copied to at the end, such as a mounted Drive."""
 
     def __post_init__(self) -> None:
-        for flag in ("max_steps", "batch_size", "accumulation_steps", "log_steps"):
+        for flag in ("max_steps", "batch_size", "accumulation_steps", "log_steps", "eval_samples"):
             if getattr(self, flag) < 1:
                 raise ValueError(
                     f"--{flag.replace('_', '-')} {getattr(self, flag)} must be 1 or more"
                 )
+        self.refuse_contradictions()
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema-decay {self.ema_decay} must be within 0 and 1; try 0.99")
+        self.lengths()
+        if not self.trainable:
+            raise ValueError("--trainable is empty, nothing would move; name weights or scales")
+        for flag in ("eval_steps", "save_steps", "warmup_steps", "clip_grad_norm", "weight_decay"):
+            if getattr(self, flag) < 0:
+                raise ValueError(
+                    f"--{flag.replace('_', '-')} {getattr(self, flag)} must be 0 or more"
+                )
+        if self.lr <= 0 or not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(
+                f"--lr {self.lr} must be above 0, --min-lr-ratio {self.min_lr_ratio} within 0..1"
+            )
+
+    def refuse_contradictions(self) -> None:
+        """Refuse flags that exclude each other."""
         if self.mlp_only and self.attn_only:
             raise ValueError(
                 "--mlp-only and --attn-only exclude each other; leave out both for all"
             )
         if self.g_only and self.train_norms_only:
             raise ValueError("--g-only and --train-norms-only exclude each other; choose one")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"--ema-decay {self.ema_decay} must be within 0 and 1; try 0.99")
-        self.lengths()
-        if not self.trainable:
-            raise ValueError("--trainable is empty, nothing would move; name weights or scales")
-        if self.lr <= 0 or not 0 <= self.min_lr_ratio <= 1:
+        if self.freeze_mags and self.parts == ("magnitudes",):
             raise ValueError(
-                f"--lr {self.lr} must be above 0, --min-lr-ratio {self.min_lr_ratio} within 0..1"
+                "--freeze-mags leaves nothing of magnitudes to train; drop one of them"
             )
 
     @property

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from qat.cache.read import CacheBatch, TeacherCache, shuffled_batches
 from qat.distill.objective import make_divergence
-from qat.files import canonical_json
+from qat.files import canonical_json, write_json
 from qat.model.surgery import hold_weights
-from qat.tracking.record import read_config, read_summary
+from qat.tracking.record import CONFIG, read_config, read_summary
 from qat.train.config import TrainConfig
 from qat.train.ema import MovingAverage
 from qat.train.schedule import rate_factor
@@ -58,9 +58,15 @@ def finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
     """Return the summary of this very run if it has ended; None if it is to start or go on.
 
     Raises:
-        ValueError: If the folder holds a run of other settings; names the first that differs.
+        ValueError: If the folder holds a run of other settings, whose first difference is named,
+            or something else than a run.
     """
     former = read_config(folder).get("identity")
+    if former is None and (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds a config.json that is no run's: a model or a student lies there; "
+            "choose another --output-dir"
+        )
     if former is None:
         return None
     plain = as_json(identity)
@@ -71,6 +77,11 @@ def finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
             "choose another --output-dir or remove that folder"
         )
     return read_summary(folder) or None
+
+
+def claim_folder(folder: Path, record: dict[str, Any]) -> None:
+    """Say what a run's folder is for before anything is kept there that it may go on from."""
+    write_json(folder / CONFIG, record)
 
 
 def as_json(value: Any) -> Any:

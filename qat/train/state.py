@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.files import atomic_folder, read_json, sha256_of_file, write_json
+from qat.files import atomic_folder, read_json, settle_folder, sha256_of_file, write_json
 from qat.train.ema import MovingAverage
 
 STATE = "state"
@@ -51,7 +51,7 @@ def write_state(
     }
     with atomic_folder(Path(folder) / STATE) as temporary:
         path = temporary / "state.pt"
-        torch.save(
+        save(
             {
                 "trained": trained,
                 "indices": indices,
@@ -64,8 +64,25 @@ def write_state(
         write_json(temporary / "state.json", asdict(progress) | {"sha256": sha256_of_file(path)})
 
 
+def save(values: dict[str, Any], path: Path) -> None:
+    """Write a state file.
+
+    Raises:
+        OSError: If it cannot be written whole.
+    """
+    try:
+        torch.save(values, path)
+    except RuntimeError as error:  # torch's only word for a write that failed
+        why = str(error).splitlines()[0]
+        raise OSError(
+            f"{path.parent.parent} has no room for the state to resume from ({why}); free some "
+            "space and run the same command again"
+        ) from error
+
+
 def has_state(folder: Path) -> bool:
     """Return whether a run left a state to go on from."""
+    settle_folder(Path(folder) / STATE)
     return (Path(folder) / STATE / "state.json").is_file()
 
 

@@ -41,7 +41,7 @@ def choose_trainable(
                 thaw_indices(layer, weight_of(name))
             chosen["weights"].append(layer.latent_weight)
         for part in ("scales", "magnitudes", "codebooks"):
-            if part in parts:
+            if part in parts and not (part == "magnitudes" and "scales" in parts):  # once is enough
                 chosen[part] += parameters_of(layer, part)
     if "norms" in parts:
         chosen["norms"] += norm_parameters(model)

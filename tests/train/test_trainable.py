@@ -1,0 +1,121 @@
+import pytest
+import torch
+
+from qat.model.surgery import quantized_layers
+from qat.train.trainable import (
+    choose_trainable,
+    count_parameters,
+    freeze_magnitudes,
+    make_optimizer,
+    set_training_mode,
+    trained_layers,
+)
+from tests.tiny import TINY_MODELS, tiny_llama, tiny_student
+
+NOTHING = {"weight_of": lambda _name: None}
+BOTH = ("mlp", "attention")
+
+
+def names(student):
+    """Return the names of what trains."""
+    return {name for name, p in student.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_kinds_and_parts_decide_what_trains(family):
+    """By the role of a layer and the part of it; everything else is frozen."""
+    student = tiny_student(family, "q2a4_r2")
+    choose_trainable(student, kinds=("mlp",), parts=("scales", "codebooks"), **NOTHING)
+    found = names(student)
+    assert found
+    assert all(".mlp." in name for name in found)
+    parts = {name.rpartition(".")[2] for name in found}
+    assert parts == {"scale_a", "scale_b", "magnitude", "codebook"}
+    choose_trainable(student, kinds=("attention",), parts=("magnitudes",), **NOTHING)
+    assert {name.rpartition(".")[2] for name in names(student)} == {"magnitude"}
+    assert all("self_attn" in name for name in names(student))
+
+
+def test_latent_weights_start_at_the_full_precision_ones():
+    """Each layer is asked for by its name, and only those of the chosen kind."""
+    student, base = tiny_student(), tiny_llama()
+    asked = []
+
+    def weight_of(name):
+        asked.append(name)
+        return base.get_submodule(name).weight
+
+    before = {n: layer.fake_quantized_weight() for n, layer in quantized_layers(student).items()}
+    chosen = choose_trainable(student, kinds=("mlp",), parts=("weights",), weight_of=weight_of)
+    assert len(asked) == len(chosen["weights"]) == 6
+    assert all(".mlp." in name for name in asked)
+    for name, layer in quantized_layers(student).items():
+        assert torch.equal(layer.fake_quantized_weight(), before[name])
+        if name in asked:
+            distance = (layer.latent_weight - base.get_submodule(name).weight).abs()
+            assert (distance < 1e-5).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_all_norms_train_in_float32(family):
+    """Two or four a block, q and k norms where there are, and the last one."""
+    student = tiny_student(family).bfloat16()
+    chosen = choose_trainable(student, kinds=BOTH, parts=("norms",), **NOTHING)
+    expected = [name for name, _ in student.named_parameters() if "norm" in name]
+    assert len(chosen["norms"]) == len(expected) >= 5
+    assert all(p.dtype == torch.float32 for p in chosen["norms"])
+    assert names(student) == set(expected)
+
+
+def test_nothing_to_train_is_refused():
+    """Group scales have no magnitudes."""
+    with pytest.raises(ValueError, match="--trainable magnitudes finds nothing.*low-rank scales"):
+        choose_trainable(tiny_student(), kinds=BOTH, parts=("magnitudes",), **NOTHING)
+
+
+def test_magnitudes_named_twice_train_once():
+    """They count as scales already; one parameter in two groups ended in torch's own words."""
+    student = tiny_student(scheme="q2_r2")
+    chosen = choose_trainable(student, kinds=BOTH, parts=("scales", "magnitudes"), **NOTHING)
+    make_optimizer(chosen, {"scales": 1e-3, "magnitudes": 1e-4}, 0.0)
+    count = sum(count_parameters(chosen).values())
+    assert count == sum(p.numel() for p in student.parameters() if p.requires_grad)
+
+
+def test_magnitudes_can_be_left_out():
+    """Directions of low-rank scales move, their sizes stay."""
+    student = tiny_student(scheme="q2_r2")
+    chosen = choose_trainable(student, kinds=BOTH, parts=("scales",), **NOTHING)
+    freeze_magnitudes(student, chosen)
+    assert {name.rpartition(".")[2] for name in names(student)} == {"scale_a", "scale_b"}
+    assert len(chosen["scales"]) == 2 * 14
+
+
+def test_each_part_has_its_rate_and_only_weights_decay():
+    """One group a part; scales pulled to zero would shrink the model."""
+    student = tiny_student()
+    chosen = choose_trainable(student, kinds=BOTH, parts=("weights", "scales"), **NOTHING)
+    optimizer = make_optimizer(chosen, {"weights": 1e-4, "scales": 1e-3}, 0.1)
+    found = [(g["lr"], g["peak_lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert found == [(1e-4, 1e-4, 0.1), (1e-3, 1e-3, 0.0)]
+
+
+def test_counts_are_of_numbers():
+    """For the line that a run begins with."""
+    student = tiny_student()
+    chosen = choose_trainable(student, kinds=("mlp",), parts=("weights", "scales"), **NOTHING)
+    assert count_parameters(chosen) == {"weights": 6 * 64 * 128, "scales": 6 * 64 * 128 // 32}
+    assert len(trained_layers(student)) == 6
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_recomputed_activations_change_no_gradient(family):
+    """Gradient checkpointing costs time, not bits."""
+    found = []
+    for is_on in (False, True):
+        student = tiny_student(family)
+        choose_trainable(student, kinds=BOTH, parts=("weights",), **NOTHING)
+        set_training_mode(student, gradient_checkpointing=is_on)
+        student(torch.arange(12).view(2, 6), use_cache=False).logits.square().mean().backward()
+        found.append([p.grad for p in student.parameters() if p.requires_grad])
+    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
