@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from qat.commands.door import run_command, say
@@ -14,81 +16,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def act(config: ConvertQ4ToQ2Config) -> dict[str, Any]:
-    """Load both models, calibrate, fit the MLP layers, measure, write."""
-    from dataclasses import replace
-
-    from qat.commands.students import (
-        already_made,
-        calibrate,
-        calibration_tokens,
-        measure_and_write,
-        open_cache,
-    )
-    from qat.convert.by_blocks import check_weights
-    from qat.convert.q4_to_q2 import (
-        convert_mlp_layers,
-        convert_mlp_layers_by_blocks,
-        mlp_linears,
-        q2_scheme,
-    )
+    """Open the student, fit its MLP layers anew, measure, write."""
+    from qat.commands.students import already_made, measure_and_write, open_cache, write_student
+    from qat.convert.q4_to_q2 import q2_scheme
     from qat.convert.recipe import finished, recipe
     from qat.device import Device
-    from qat.model.checkpoint import read_header
-    from qat.model.load import (
-        checkpoint_folder,
-        load_dense,
-        load_model,
-        load_tokenizer,
-        vocabulary_size,
-    )
-    from qat.model.surgery import check_scheme
+    from qat.model.load import latent_or_base_weights, open_checkpoint, vocabulary_size
     from qat.quant.scheme import Scheme
 
     started = time.perf_counter()
     device = Device.detect(config.device)
     dtype = device.dtype_from_name(config.dtype)
     say(device.describe())
-    source = checkpoint_folder(config.q4_checkpoint)
-    header = read_header(source)
-    base_path, identity = base_of(config, header)
+    opened = open_checkpoint(config.q4_checkpoint, model_id=config.model_id)
+    header = require_student(config, opened)
+    scheme = q2_scheme(Scheme.from_dict(header.scheme), config)
+    base = base_of(config, header)
     cache = open_cache(
-        config.cache_dir, load_tokenizer(source), vocabulary_size(source), identity["weights"]
+        config.cache_dir, opened.text_folder, vocabulary_size(opened.text_folder), base["weights"]
     )
+    fingerprint = cache and cache.fingerprint
     made_by = recipe(
-        "convert-q4-to-q2",
-        config,
-        q4=header.sha256,
-        base=identity["weights"],
-        cache=cache and cache.fingerprint,
+        "convert-q4-to-q2", config, q4=header.sha256, base=base["weights"], cache=fingerprint
     )
     done = finished(config.output, made_by)
     if done is not None:
         return already_made(config.output, done)
-    base = load_dense(base_path, dtype=dtype)
-    scheme = q2_scheme(Scheme.from_dict(header.scheme), config)
-    check_scheme(base, scheme)
-    student, _header = load_model(source, dtype=dtype)
-    linears = mlp_linears(base, student)
-    check_weights(linears, scheme.layer)
-    count = config.num_calibration_sequences(cache.seq_len) if cache is not None else 0
-    if config.fit == "hessian" and cache is not None:
-        batches = calibration_tokens(cache, count, device)
-        base.to(device.torch_device)
-        student.to(device.torch_device)
-        convert_mlp_layers_by_blocks(student, base, linears, scheme.mlp, batches, dtype=dtype)
-        student.to("cpu")
-    else:
-        convert_mlp_layers(
-            student,
-            scheme.mlp,
-            weight_of=lambda name, _layer: linears[name].weight,
-            importance=calibrate(base, linears, cache, count, device),
-        )
+    weight_of = latent_or_base_weights(opened, base)
+    student = convert(config, opened, scheme, base, cache, device, dtype)
     header = replace(
         header,
         scheme=scheme.to_dict(),
-        base_model={"path": base_path, **identity},
-        cache_fingerprint=cache and cache.fingerprint,
+        base_model=base,
+        cache_fingerprint=fingerprint,
         made_by=made_by,
     )
     return measure_and_write(
@@ -96,15 +56,32 @@ def act(config: ConvertQ4ToQ2Config) -> dict[str, Any]:
         header,
         config.output,
         cache=cache if config.eval else None,
-        text_source=source,
+        write=partial(write_student, text_source=opened.text_folder, weight_of=weight_of),
         started=started,
         device=device,
         dtype=dtype,
     )
 
 
-def base_of(config: ConvertQ4ToQ2Config, header: Any) -> tuple[str, dict[str, str]]:
-    """Return the path and identity of the full-precision model to fit to.
+def require_student(config: ConvertQ4ToQ2Config, opened: Any) -> Any:
+    """Return the header of the 4-bit student.
+
+    Raises:
+        ValueError: If the checkpoint is a full-precision model.
+    """
+    if opened.header is None:
+        raise ValueError(
+            f"--q4-checkpoint {config.q4_checkpoint} is a full-precision model; "
+            "`qat init-student` makes a 4-bit student of it"
+        )
+    rank = opened.header.scheme["attention"]["rank"]
+    if config.q4_rank not in (None, rank):
+        say(f"--q4-rank {config.q4_rank}: the checkpoint's attention scales have rank {rank}")
+    return opened.header
+
+
+def base_of(config: ConvertQ4ToQ2Config, header: Any) -> dict[str, str]:
+    """Return path, name and weights' hash of the full-precision model; what is known of one gone.
 
     Raises:
         ValueError: If the path that the 4-bit student names holds other weights by now.
@@ -112,11 +89,66 @@ def base_of(config: ConvertQ4ToQ2Config, header: Any) -> tuple[str, dict[str, st
     from qat.model.load import model_identity
 
     path = config.model_id or header.base_model["path"]
-    identity = model_identity(path)
-    made_from = header.base_model.get("weights", identity["weights"])
-    if config.model_id is None and identity["weights"] != made_from:
+    try:
+        found = {"path": path, **model_identity(path)}
+    except FileNotFoundError:
+        if config.model_id is not None:
+            raise
+        return header.base_model
+    made_from = header.base_model.get("weights", found["weights"])
+    if config.model_id is None and found["weights"] != made_from:
         raise ValueError(
             f"{path} holds other weights than {config.q4_checkpoint} was made from; "
             "give its full-precision model with --model-id"
         )
-    return path, identity
+    return found
+
+
+def convert(
+    config: ConvertQ4ToQ2Config,
+    opened: Any,
+    scheme: Any,
+    base: dict[str, str],
+    cache: Any,
+    device: Any,
+    dtype: Any,
+) -> Any:
+    """Return the converted student, on the CPU."""
+    from qat.commands.students import calibrate, calibration_tokens
+    from qat.convert import q4_to_q2
+    from qat.model.checkpoint import dense_parts_in
+    from qat.model.load import latent_or_base_weights, load_model
+    from qat.quant.scheme import Scheme
+
+    student, header = load_model(opened.path, model_id=config.model_id)
+    schemes = q4_to_q2.layers_to_fit(student, Scheme.from_dict(header.scheme), scheme)
+    weight_of = q4_to_q2.weights_to_fit(student, latent_or_base_weights(opened, base))
+    q4_to_q2.check_weights(schemes, weight_of)
+    model = load_base(base["path"], dtype)
+    count = config.num_calibration_sequences(cache.seq_len) if cache is not None else 0
+    with dense_parts_in(student, dtype):
+        if config.fit == "hessian" and cache is not None:
+            batches = calibration_tokens(cache, count, device)
+            for one in filter(None, (student, model)):
+                one.to(device.torch_device)
+            q4_to_q2.convert_layers_by_blocks(
+                student, model, schemes, batches, weight_of=weight_of, dtype=dtype
+            )
+            student.to("cpu")
+        else:
+            watched = q4_to_q2.matching_layers(model or student, student, schemes)
+            moments = calibrate(model or student, watched, cache, count, device)
+            q4_to_q2.convert_layers(student, schemes, weight_of=weight_of, importance=moments)
+    q4_to_q2.widen_attention(student, scheme.attention)
+    return student
+
+
+def load_base(path: str, dtype: Any) -> Any:
+    """Return the full-precision model at a path, None where it is gone."""
+    from qat.model.load import load_dense
+
+    try:
+        return load_dense(path, dtype=dtype)
+    except FileNotFoundError:
+        say(f"no full-precision model at {path}: fitting to the student's own weights")
+        return None

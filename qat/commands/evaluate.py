@@ -14,18 +14,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def act(config: EvaluateConfig) -> dict[str, Any]:
     """Load, measure, report."""
+    import torch
+
     from qat.device import Device
-    from qat.model.checkpoint import bits_per_weight
-    from qat.model.load import load_model
+    from qat.model.checkpoint import bits_per_weight, dense_parts_in
+    from qat.model.load import load_model, open_checkpoint
 
     device = Device.detect(config.device)
     dtype = device.dtype_from_name(config.dtype)
     say(device.describe())
-    model, _header = load_model(config.checkpoint, model_id=config.model_id, dtype=dtype)
+    is_student = open_checkpoint(config.checkpoint, model_id=config.model_id).header is not None
+    # A student's few dense parts are loaded as they are stored, so that their bits are counted.
+    loaded = torch.float32 if is_student else dtype
+    model, _header = load_model(config.checkpoint, model_id=config.model_id, dtype=loaded)
     sizes = bits_per_weight(model)
-    model.to(device.torch_device)
     measure = on_cache if config.cache_dir else on_text
-    return measure(model, config, device.torch_device, dtype) | sizes
+    with dense_parts_in(model, dtype):
+        model.to(device.torch_device)
+        return measure(model, config, device.torch_device, dtype) | sizes
 
 
 def on_cache(model: Any, config: EvaluateConfig, device: Any, dtype: Any) -> dict[str, Any]:

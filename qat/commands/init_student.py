@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from qat.commands.door import run_command, say
@@ -21,6 +22,7 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
         calibration_tokens,
         measure_and_write,
         open_cache,
+        write_student,
     )
     from qat.convert.by_blocks import check_weights
     from qat.convert.init_student import init_student, init_student_by_blocks
@@ -28,6 +30,7 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
     from qat.device import Device
     from qat.model.checkpoint import CheckpointHeader
     from qat.model.load import (
+        base_weights,
         load_dense,
         load_tokenizer,
         model_folder,
@@ -52,9 +55,9 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
     made_by = recipe(
         "init-student", config, base=base["weights"], cache=cache and cache.fingerprint
     )
-    header = finished(config.output, made_by)
-    if header is not None:
-        return already_made(config.output, header)
+    done = finished(config.output, made_by)
+    if done is not None:
+        return already_made(config.output, done)
     model = load_dense(config.model, dtype=dtype)
     check_scheme(model, scheme)
     linears = quantizable_linears(model, scheme)
@@ -79,7 +82,11 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
         header,
         config.output,
         cache=cache if config.eval else None,
-        text_source=model_folder(config.model),
+        write=partial(
+            write_student,
+            text_source=model_folder(config.model),
+            weight_of=base_weights(config.model, base),
+        ),
         started=started,
         device=device,
         dtype=dtype,

@@ -9,6 +9,8 @@ from qat.quant.scheme import CodebookKind, LayerScheme
 Fit = Literal["hessian", "moments"]
 # Where more no longer pays: a second moment is known from few tokens, a Hessian from many.
 CALIBRATION_TOKENS = {"hessian": 32768, "moments": 4096}
+SEED_SUFFIX = ".pt"
+SEED_MLP_RANK, SEED_ATTENTION_RANK = 32, 8  # of the seeds' preset q2a4, which their trainer takes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,20 +54,29 @@ class ConvertQ4ToQ2Config:
     """Make a student with 2-bit MLP layers out of a 4-bit one; attention keeps its 4 bits."""
 
     q4_checkpoint: Path
-    """The 4-bit student."""
+    """The 4-bit student: native folder, run folder, `.pt` file with its config.json, archive."""
     output: Path
-    """Folder of the 2-bit student."""
+    """Folder of the 2-bit student; a name ending in .pt is written in the seeds' form."""
     model_id: str | None = None
-    """Full-precision model to fit to; the one that the 4-bit student names when not given."""
-    q2_mlp_bits: int = 2
-    """Bits of MLP weights after the conversion."""
+    """Full-precision model; the one that the 4-bit student names when not given. Weights are fitted
+    to the student's latent ones where it has them, else to this model's."""
+    q4_rank: int | None = None
+    """Rank of the 4-bit student's scales, as told to the seeds' script; read from the file."""
+    q2_mlp_lut_size: int = 4
+    """Values in the codebook of MLP weights after the conversion: 4 is 2 bits."""
     q2_mlp_group_size: int | None = None
     """MLP weights of a row that share a scale; 32, with an int codebook of 2 bits 64."""
     q2_mlp_codebook: CodebookKind = "learned"
     """learned, or a fixed one: int is the grid of runtimes (GGUF Q2_0), with scales of either
     sign."""
-    q2_mlp_rank: int = 0
-    """Rank of low-rank MLP scales; 0 = one scale per group."""
+    q2_mlp_rank: int | None = None
+    """Rank of low-rank MLP scales, 0 = one scale per group; 0, for an output in the seeds' form 32
+    unless a group size is given."""
+    q2_attn_lut_size: int | None = None
+    """Values in the codebook of attention weights; those of the 4-bit student when not given."""
+    q2_attn_rank: int | None = None
+    """Rank of attention scales; a larger one than the 4-bit student's changes no weight. The
+    student's own, for an output in the seeds' form 8 if that is larger."""
     eval: bool = False
     """Measure the student on the cache's held-out split."""
     cache_dir: Path | None = None
@@ -86,18 +97,100 @@ class ConvertQ4ToQ2Config:
             require_positive("--calibration-sequences", self.calibration_sequences)
         if self.eval and self.cache_dir is None:
             raise ValueError("--eval needs a cache to measure on; add --cache-dir caches/NAME")
-        if self.output.resolve() == self.q4_checkpoint.resolve():
-            raise ValueError(f"--output {self.output} is the 4-bit student; name another folder")
-        LayerScheme(
-            bits=self.q2_mlp_bits,
-            group_size=self.q2_mlp_group_size or 0,
-            rank=self.q2_mlp_rank,
-        )
+        require_other("--q4-checkpoint", self.q4_checkpoint, self.output)
+        LayerScheme(bits=self.mlp_bits, group_size=self.q2_mlp_group_size or 0, rank=self.mlp_rank)
+        if self.q2_attn_lut_size is not None:
+            bits_of_size("--q2-attn-lut-size", self.q2_attn_lut_size)
+        for flag, rank in (("--q2-attn-rank", self.q2_attn_rank), ("--q4-rank", self.q4_rank)):
+            if rank is not None:
+                require_positive(flag, rank)
+
+    @property
+    def is_seed_form(self) -> bool:
+        """Whether the output is a file of the seeds' form."""
+        return self.output.suffix == SEED_SUFFIX
+
+    @property
+    def mlp_bits(self) -> int:
+        """Bits of MLP weights after the conversion."""
+        return bits_of_size("--q2-mlp-lut-size", self.q2_mlp_lut_size)
+
+    @property
+    def mlp_rank(self) -> int:
+        """Rank of MLP scales after the conversion; 0 = one scale per group."""
+        if self.q2_mlp_rank is not None:
+            return self.q2_mlp_rank
+        has_groups = self.q2_mlp_group_size is not None or self.q2_mlp_codebook == "int"
+        return SEED_MLP_RANK if self.is_seed_form and not has_groups else 0
 
     def num_calibration_sequences(self, seq_len: int) -> int:
         """Return how many sequences of `seq_len` tokens calibrate."""
         given = self.calibration_sequences
         return default_sequences(self.fit, seq_len) if given is None else given
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertV1ToV2Config:
+    """Take the floor from under the scales of a student of the seeds' first form ("V1").
+
+    Weights whose scale lies above the floor stay as they are. Those below it are as good as zero
+    and become what the second form has nearest; their number and cost are reported.
+    """
+
+    v1_checkpoint: Path
+    """The student: `.pt` file with its config.json, a folder or archive with one."""
+    output: Path
+    """Folder of the student; a name ending in .pt is written in the seeds' form."""
+    model_id: str | None = None
+    """Full-precision model: folder or hub name; the one that config.json names when not given."""
+    cache_dir: Path | None = None
+    """Teacher cache: measures the student before and after."""
+    dtype: str = "fp32"
+    """Compute dtype of measuring: fp32, bf16, fp16 or auto."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps, xla or tpu."""
+
+    def __post_init__(self) -> None:
+        require_other("--v1-checkpoint", self.v1_checkpoint, self.output)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapFp16Config:
+    """Round every stored number of a student to float16: scales, codebooks, dense parts."""
+
+    checkpoint: Path
+    """The student: native folder, run folder (its best) or `.pt` file with its config.json."""
+    output: Path
+    """Folder of the student; a name ending in .pt is written in the seeds' form."""
+    model_id: str | None = None
+    """Full-precision model of a `.pt` checkpoint; the one that config.json names when not given."""
+    cache_dir: Path | None = None
+    """Teacher cache: measures what the rounding costs."""
+    dtype: str = "fp32"
+    """Compute dtype of measuring: fp32, bf16, fp16 or auto; others than fp32 hide the cost."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps, xla or tpu."""
+
+    def __post_init__(self) -> None:
+        require_other("--checkpoint", self.checkpoint, self.output)
+
+
+def require_other(flag: str, source: Path, output: Path) -> None:
+    """Refuse an output that is the input."""
+    if output.resolve() == source.resolve():
+        raise ValueError(f"--output {output} is {flag}; name another file or folder")
+
+
+def bits_of_size(flag: str, size: int) -> int:
+    """Return the bits per index of a codebook of so many values.
+
+    Raises:
+        ValueError: If it is no power of two within 4 .. 256; names the flag.
+    """
+    bits = size.bit_length() - 1
+    if not 2 <= bits <= 8 or size != 2**bits:
+        raise ValueError(f"{flag} {size} is not one of 4, 8, .. 256; 4 is 2 bits, 16 is 4 bits")
+    return bits
 
 
 def require_positive(flag: str, value: int) -> None:

@@ -5,6 +5,8 @@ student.safetensors   NAME.indices (bytes), NAME.scale or its factors, NAME.code
 config.json, tokenizer files: the folder needs nothing else to load
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -289,6 +291,23 @@ def dense_targets(model: nn.Module) -> dict[str, Tensor]:
         seen.add(id(tensor))
         targets[key] = tensor
     return targets
+
+
+@contextmanager
+def dense_parts_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Compute in a dtype inside the block; afterwards dense parts are what they were, unrounded.
+
+    Where they were is where they are afterwards, whatever the model is moved to inside.
+    """
+    former = {target: target.data for target in dense_targets(model).values()}
+    for target, values in former.items():
+        if values.is_floating_point():
+            target.data = values.to(dtype)
+    try:
+        yield
+    finally:
+        for target, values in former.items():
+            target.data = values
 
 
 def put(target: Tensor, values: Tensor, name: str) -> None:

@@ -295,7 +295,7 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
 
 
 def latent_or_base_weights(
-    opened: Checkpoint, model_id: str | None = None
+    opened: Checkpoint, base: dict[str, str] | None = None
 ) -> Callable[[str], torch.Tensor | None]:
     """Return a function from a layer's name to the weight that its indices were made from.
 
@@ -303,9 +303,10 @@ def latent_or_base_weights(
 
     Args:
         opened: A student.
-        model_id: Folder or hub name of the base model; the one that the student names if not given.
+        base: Path and identity of its full-precision model; as in its header when not given.
     """
-    of_base = base_weights(model_id or opened.header.base_model["path"], opened.header.base_model)
+    base = base or opened.header.base_model
+    of_base = base_weights(base["path"], base)
     if opened.path.is_dir():
         return of_base
     latent = latent_weights(open_seed_checkpoint(opened.path))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.model.linear import FakeQuantLinear
+from qat.quant.grid import snap_float16
 from qat.quant.scales import LowRank
 
 
@@ -70,15 +71,34 @@ def low_rank_factors(layer: FakeQuantLinear) -> LowRank:
     if layer.scheme.rank:
         return LowRank(layer.scale_a, layer.magnitude, layer.scale_b)
     num_groups = layer.scale.shape[1]
-    groups = torch.eye(num_groups, device=layer.scale.device)
-    members = groups.repeat_interleave(layer.in_features // num_groups, dim=1)  # (G, I)
+    members = group_members(num_groups, layer.in_features).to(layer.scale.device)
     return LowRank(layer.scale.detach().clone(), torch.ones(num_groups), members)
+
+
+def group_members(num_groups: int, num_inputs: int) -> Tensor:
+    """Return the (G, I) table that is one where an input belongs to a group."""
+    return torch.eye(num_groups).repeat_interleave(num_inputs // num_groups, dim=1)
+
+
+def as_group_scales(factors: LowRank) -> Tensor | None:
+    """Return the group scales, (O, G), that factors were made of; None where they were not."""
+    used = factors.magnitude != 0
+    scale_a, magnitude, scale_b = (
+        factors.scale_a[:, used],
+        factors.magnitude[used],
+        factors.scale_b[used],
+    )
+    num_groups, num_inputs = scale_b.shape
+    if not num_groups or num_inputs % num_groups or not (magnitude == 1).all():
+        return None
+    return scale_a if torch.equal(scale_b, group_members(num_groups, num_inputs)) else None
 
 
 def widen(factors: LowRank, rank: int) -> LowRank:
     """Return factors of a larger rank and the same product.
 
-    Added ranks have magnitude zero and fixed unit directions, so that their magnitudes can train.
+    Added ranks have magnitude zero and fixed directions of length one, on the float16 grid, so that
+    their magnitudes can train.
 
     Args:
         factors: Of rank R or less.
@@ -91,7 +111,7 @@ def widen(factors: LowRank, rank: int) -> LowRank:
     columns = torch.randn(len(factors.scale_a), missing, generator=generator)
     rows = torch.randn(missing, factors.scale_b.shape[1], generator=generator)
     return LowRank(
-        torch.cat([factors.scale_a, columns / columns.norm(dim=0)], dim=1),
+        torch.cat([factors.scale_a, snap_float16(columns / columns.norm(dim=0))], dim=1),
         torch.cat([factors.magnitude, torch.zeros(missing)]),
-        torch.cat([factors.scale_b, rows / rows.norm(dim=1, keepdim=True)]),
+        torch.cat([factors.scale_b, snap_float16(rows / rows.norm(dim=1, keepdim=True))]),
     )

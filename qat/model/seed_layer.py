@@ -39,6 +39,7 @@ from qat.quant.scales import LowRank
 
 EPSILON = 1e-6  # added to magnitudes, least norm of a direction
 FLOOR = 1e-8  # of a scale in the first form
+FOLD_TOLERANCE = 2e-6  # float32 norms; a float16 number is 250 times further from the next
 UNIFORM_TOLERANCE = 4e-3  # bfloat16 rounding of a codebook value up to one
 POSITIVE = {"abs": torch.abs, "softplus": nn.functional.softplus}
 ACTIVATIONS = {"identity": lambda magnitude: magnitude, **POSITIVE}
@@ -63,11 +64,23 @@ def read_factors(checkpoint: SeedCheckpoint, name: str) -> LowRank:
         positive = choice(config, "positive_scale_method", "abs", POSITIVE)
         scale_a, scale_b = positive(scale_a), positive(scale_b)
     activation = choice(config, "magnitude_activation", "identity", ACTIVATIONS)
-    return LowRank(
-        scale_a / scale_a.norm(dim=0).clamp_min(EPSILON),
-        activation(magnitude) + EPSILON,
-        scale_b / scale_b.norm(dim=1, keepdim=True).clamp_min(EPSILON),
-    )
+    return unit_directions(scale_a, activation(magnitude) + EPSILON, scale_b)
+
+
+def unit_directions(scale_a: Tensor, magnitude: Tensor, scale_b: Tensor) -> LowRank:
+    """Return factors of the product of unit directions and magnitudes.
+
+    Where A and B are float16 numbers and magnitudes over their norms come out as such, these are
+    what `seed_factors` wrote: they are given back, exactly.
+    """
+    norm_a = scale_a.norm(dim=0).clamp_min(EPSILON)
+    norm_b = scale_b.norm(dim=1).clamp_min(EPSILON)
+    folded = magnitude / (norm_a * norm_b)
+    written = LowRank(scale_a, snap_float16(folded), scale_b)
+    is_near = ((written.magnitude - folded).abs() <= FOLD_TOLERANCE * folded.abs()).all()
+    if is_near and all(torch.equal(snap_float16(factor), factor) for factor in written):
+        return written
+    return LowRank(scale_a / norm_a, magnitude, scale_b / norm_b.unsqueeze(1))
 
 
 def choice(config: dict[str, Any], key: str, default: str, known: dict[str, Any]) -> Any:
@@ -177,40 +190,44 @@ def first_form_indices(weight: Tensor, scale: Tensor, codebook: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def layer_parts(layer: FakeQuantLinear, rank: int, weight: Tensor | None) -> Parts:
-    """Return a layer's tensors under the seeds' names."""
+def layer_parts(
+    layer: FakeQuantLinear, rank: int, weight: Tensor | None, is_float16: bool = False
+) -> Parts:
+    """Return a layer's tensors under the seeds' names.
+
+    Args:
+        layer: A quantized layer.
+        rank: To write its scales with, at least their own.
+        weight: Latent weight, (O, I); the layer's own where not given.
+        is_float16: Whether its numbers are float16 ones, with magnitudes of one: they are then
+            written as they are (baked), and the latent weight is rounded.
+    """
     factors = LowRank(*(layer.stored(f).detach().cpu() for f in low_rank_factors(layer)))
-    is_baked = is_baked_form(layer)
-    scale_a, magnitude, scale_b = (f.float() for f in seed_factors(factors, rank, is_baked))
+    factors = LowRank(*(factor.float() for factor in factors))
+    scale_a, magnitude, scale_b = seed_factors(factors, rank, is_float16)
     moves = layer.latent_weight is not None
     codebook = layer.stored(layer.codebook).detach().cpu().float()
     codebook = codebook.sort().values if moves else codebook
     indices = current_indices(layer).cpu().long()
     if weight is None:
         weight = layer.latent_weight if moves else layer.fake_quantized_weight()
+    weight = weight.detach().cpu().float().contiguous()
     return {
-        LATENT: weight.detach().cpu().float().contiguous(),
+        LATENT: snap_float16(weight) if is_float16 else weight,
         CODEBOOK: codebook.clone(),
         SCALE_A: scale_a.contiguous(),
         SCALE_B: scale_b.contiguous(),
         MAGNITUDE: magnitude.contiguous(),
         VALUES: codebook[indices],
         INDICES: indices,
-        BAKED: torch.tensor(int(is_baked), dtype=torch.int8),
+        BAKED: torch.tensor(int(is_float16), dtype=torch.int8),
     }
-
-
-def is_baked_form(layer: FakeQuantLinear) -> bool:
-    """Return whether a layer's factors hold everything, in float16: magnitudes are one."""
-    scheme = layer.scheme
-    return bool(scheme.rank and scheme.stored_dtype == "float16" and (layer.magnitude == 1).all())
 
 
 def seed_factors(factors: LowRank, rank: int, is_baked: bool) -> LowRank:
     """Return factors of a rank as a file holds them.
 
-    What is not baked is such that the reader's normalizing and its addition to magnitudes give the
-    same product.
+    What is not baked keeps A and B; magnitudes make up for the reader's normalizing and adding.
     """
     if is_baked:
         missing = rank - len(factors.magnitude)
@@ -220,8 +237,5 @@ def seed_factors(factors: LowRank, rank: int, is_baked: bool) -> LowRank:
             nn.functional.pad(factors.scale_b, (0, 0, 0, missing)),
         )
     scale_a, magnitude, scale_b = widen(factors, rank)
-    norm_a = scale_a.norm(dim=0).clamp_min(1e-30)
-    norm_b = scale_b.norm(dim=1).clamp_min(1e-30)
-    return LowRank(
-        scale_a / norm_a, magnitude * norm_a * norm_b - EPSILON, scale_b / norm_b.unsqueeze(1)
-    )
+    norms = scale_a.norm(dim=0).clamp_min(EPSILON) * scale_b.norm(dim=1).clamp_min(EPSILON)
+    return LowRank(scale_a, magnitude * norms - EPSILON, scale_b)

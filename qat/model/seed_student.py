@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qat.files import atomic_file, write_json
 from qat.model.checkpoint import dense_targets, empty_student, put
 from qat.model.linear import FakeQuantLinear
+from qat.model.rankwise import as_group_scales
 from qat.model.seed_format import (
     CODEBOOK,
     CONFIG_NAMES,
@@ -91,14 +92,14 @@ def scheme_of(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> Scheme
             raise ValueError(f"{checkpoint.file} quantizes {name}, which students keep dense")
         scheme = LayerScheme(
             bits=bits_of(name, parts),
-            rank=len(factors[name].magnitude),
+            **sizes_of(factors[name]),
             stored_dtype=dtypes[kind],
             scale_floor=FLOOR if checkpoint.is_first_form else None,
         )
         if schemes.setdefault(kind, scheme) != scheme:
             raise ValueError(
-                f"{checkpoint.file}: {name} has {scheme.bits} bits and rank {scheme.rank}, "
-                f"{firsts[kind]} {schemes[kind].bits} and {schemes[kind].rank}; "
+                f"{checkpoint.file}: {name} has {scheme.bits} bits and scales of rank "
+                f"{scheme.rank}, {firsts[kind]} {schemes[kind].bits} and {schemes[kind].rank}; "
                 "layers of one kind must agree"
             )
         firsts.setdefault(kind, name)
@@ -106,7 +107,8 @@ def scheme_of(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> Scheme
     if lacking:
         raise ValueError(f"{checkpoint.file} has no quantized {lacking[0]} layer; both are needed")
     mlp, attention = schemes["mlp"], schemes["attention"]
-    name = f"q{mlp.bits}a{attention.bits}_r{mlp.rank}_{attention.rank}"
+    size = f"r{mlp.rank}" if mlp.rank else f"g{mlp.group_size}"
+    name = f"q{mlp.bits}a{attention.bits}_{size}"
     return Scheme(name=name, mlp=mlp, attention=attention)
 
 
@@ -121,6 +123,14 @@ def bits_of(name: str, parts: Parts) -> int:
     if count != 2**bits or not 2 <= bits <= 8:
         raise ValueError(f"{name}.{CODEBOOK} has {count} values; students hold 4, 8, .. 256")
     return bits
+
+
+def sizes_of(factors: LowRank) -> dict[str, int]:
+    """Return rank, or group size where the factors are group scales."""
+    groups = as_group_scales(factors)
+    if groups is None:
+        return {"rank": len(factors.magnitude)}
+    return {"group_size": factors.scale_b.shape[1] // groups.shape[1]}
 
 
 def stored_dtypes(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> dict[Any, str]:
@@ -141,8 +151,11 @@ def fill_layer(
     """Put a layer's indices, codebook and factors in place."""
     parts = checkpoint.layers[name]
     codebook = read_codebook(parts)
-    for part, values in factors._asdict().items():
-        put(getattr(layer, part), values, f"{name}.{part}")
+    if layer.scheme.rank:
+        for part, values in factors._asdict().items():
+            put(getattr(layer, part), values, f"{name}.{part}")
+    else:
+        put(layer.scale, as_group_scales(factors), f"{name}.{SCALE_A}")
     put(layer.codebook, codebook, f"{name}.{CODEBOOK}")
     if checkpoint.is_first_form:
         indices = first_form_indices(parts[LATENT].float(), layer.full_scale(), codebook)
@@ -200,8 +213,9 @@ def write_seed_checkpoint(
     file: Path,
     *,
     model_id: str,
-    weight_of: Callable[[str], Tensor | None] = lambda _name: None,
+    weight_of: Callable[[str], Tensor | None] | None = None,
     notes: dict[str, Any] | None = None,
+    is_float16: bool = False,
 ) -> None:
     """Write a student as a V2 checkpoint, `config.json` beside it.
 
@@ -211,11 +225,13 @@ def write_seed_checkpoint(
         model: A student without floored scales.
         file: Ends in .pt; written over.
         model_id: Of the full-precision model, as a later `--model-id`.
-        weight_of: Latent weight by layer name; the student's own weight where it gives None.
+        weight_of: Latent weight by layer name; the student's own weight where there is none.
         notes: What we want to know of it later.
+        is_float16: Whether every number is to be a float16 one, as `snap_student` leaves them.
 
     Raises:
-        ValueError: If the student's scales are floored, or a number is not finite.
+        ValueError: If the student's scales are floored, or a number is not finite, or no float16
+            one where it is to be.
     """
     layers = quantized_layers(model)
     kinds = {name: layer_kind(name) for name in layers}
@@ -231,11 +247,14 @@ def write_seed_checkpoint(
         if owner not in layers or part == "bias":
             state[key] = tensor.detach().cpu().float()
         elif part == "indices":
-            parts = layer_parts(layers[owner], ranks[kinds[owner]], weight_of(owner))
+            weight = weight_of and weight_of(owner)
+            parts = layer_parts(layers[owner], ranks[kinds[owner]], weight, is_float16)
             state |= {f"{owner}.{name}": values for name, values in parts.items()}
     for key, values in state.items():
         if values.is_floating_point() and not torch.isfinite(values).all():
             raise ValueError(f"{key} holds NaN or infinity; train with a lower rate")
+        if is_float16 and not torch.equal(snap_float16(values), values):
+            raise ValueError(f"{key} holds more than float16 does; run `qat snap-fp16`")
     with atomic_file(file) as temporary:
         torch.save(state, temporary)
     schemes = {kinds[name]: layer.scheme for name, layer in layers.items()}
