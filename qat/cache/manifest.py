@@ -96,10 +96,14 @@ class CacheManifest:
         return self.num_sequences * self.identity.seq_len
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all files but the manifest."""
-        head_bytes = self.head.num_bytes if self.head else 0
-        return head_bytes + sum(shard.num_bytes for shard in self.shards)
+    def bytes_per_token(self) -> float:
+        """Bytes of the shards for each token; the head comes once, whatever the length."""
+        return sum(shard.num_bytes for shard in self.shards) / self.num_tokens
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the teacher's output matrix; 0 where the content needs none."""
+        return self.head.num_bytes if self.head else 0
 
 
 def write_manifest(folder: Path, manifest: CacheManifest) -> None:

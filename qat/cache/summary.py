@@ -38,7 +38,6 @@ def summarize_cache(cache: TeacherCache, *, num_sequences: int = 1024) -> dict[s
     for fields, signal in looked_at(cache, num_sequences):
         counted.append(fields["loss_mask"][:, 1:].float().mean().item())
         tails.append(tail_mass(signal))
-    by_field = bytes_by_field(cache)
     return {
         "content": identity.content,
         "fingerprint": manifest.fingerprint,
@@ -52,9 +51,9 @@ def summarize_cache(cache: TeacherCache, *, num_sequences: int = 1024) -> dict[s
         "heldout_sequences": manifest.num_heldout,
         "shards": len(manifest.shards),
         "tokens": manifest.num_tokens,
-        "bytes": manifest.num_bytes,
-        "bytes_per_token": manifest.num_bytes / manifest.num_tokens,
-        "bytes_per_token_by_field": by_field,
+        "bytes_per_token": manifest.bytes_per_token,
+        "bytes_per_token_by_field": bytes_by_field(cache),
+        "head_bytes": manifest.head_bytes,
         "counted_ratio": float(np.mean(counted)),
         "tail_mass": describe(torch.cat(tails)) if tails[0] is not None else None,
     }
@@ -97,13 +96,10 @@ def describe(values: Tensor) -> dict[str, float]:
 
 
 def bytes_by_field(cache: TeacherCache) -> dict[str, float]:
-    """Return the bytes a token that each stored field takes, and the head's share."""
-    stored = cache.stored_bytes()
+    """Return the bytes a token that each stored field takes."""
     num_tokens = cache.manifest.shards[0].num_sequences * cache.seq_len
-    by_field = {name: num_bytes / num_tokens for name, num_bytes in sorted(stored.items())}
-    if cache.manifest.head:
-        by_field["head"] = cache.manifest.head.num_bytes / cache.manifest.num_tokens
-    return by_field
+    stored = sorted(cache.stored_bytes().items())
+    return {name: num_bytes / num_tokens for name, num_bytes in stored}
 
 
 def top_tokens(cache: TeacherCache, sequence_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,7 +55,8 @@ def build(config: BuildCacheConfig) -> dict[str, Any]:
     return {
         "cache": str(folder),
         "tokens": manifest.num_tokens,
-        "bytes_per_token": manifest.num_bytes / manifest.num_tokens,
+        "bytes_per_token": manifest.bytes_per_token,
+        "head_bytes": manifest.head_bytes,
         "tokens_per_second": rates.tokens_per_second,
         "bare_forward_tokens_per_second": rates.bare_forward_tokens_per_second,
         "fingerprint": manifest.fingerprint,

@@ -46,8 +46,8 @@ def convert(config: ConvertCacheConfig) -> dict[str, Any]:
         "cache": str(config.target),
         "content": manifest.identity.content,
         "tokens": manifest.num_tokens,
-        "bytes_per_token": manifest.num_bytes / manifest.num_tokens,
-        "bytes_per_token_before": cache.manifest.num_bytes / manifest.num_tokens,
+        "bytes_per_token": manifest.bytes_per_token,
+        "bytes_per_token_before": cache.manifest.bytes_per_token,
         "fingerprint": manifest.fingerprint,
         "seconds": round(time.perf_counter() - started, 2),
     }

@@ -231,7 +231,7 @@ def test_a_sampled_position_takes_at_most_100_bytes_of_a_large_vocabulary(tmp_pa
     )
     manifest, _ = build_cache(teacher, text_blocks, draft, tmp_path / "c", batch_size=8, device=CPU)
     header_bytes = 1200 * len(manifest.shards)
-    assert (manifest.num_bytes - header_bytes) / manifest.num_tokens <= 100
+    assert manifest.bytes_per_token - header_bytes / manifest.num_tokens <= 100
 
 
 def test_the_manifest_has_no_place_and_no_time(tmp_path, blocks):

@@ -47,7 +47,7 @@ def test_the_closing_line_tells_of_the_cache(sources, tmp_path, capsys):
     flags = ("--thinking", "both", "--top-k", "8", "--num-negatives", "2")
     assert main(arguments(sources, tmp_path, *flags)) == 0
     first = closing(capsys)
-    assert first.keys() == KEYS
+    assert first.keys() >= KEYS
     folder = Path(first["cache"])
     assert folder.parent == tmp_path
     name, _, named_fingerprint = folder.name.rpartition("-")
