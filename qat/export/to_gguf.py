@@ -44,6 +44,9 @@ QUANTIZATION_VERSION = 2
 TYPE_OF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 HEADS = ("model.embed_tokens.weight", "lm_head.weight")
 ROPE_FACTORS = "rope_freqs.weight"
+# Runtimes refuse a file without merges. This one, of two zero bytes, changes no text: what it
+# makes is no token, so it falls back to the bytes.
+NO_MERGES = ["\u0100 \u0100"]
 
 
 class PlannedTensor(NamedTuple):
@@ -288,8 +291,7 @@ def add_tokenizer(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    if vocabulary.merges:
-        writer.add_token_merges(vocabulary.merges)
+    writer.add_token_merges(vocabulary.merges or NO_MERGES)
     for word, index in vocabulary.special_ids.items():
         getattr(writer, f"add_{word}_token_id")(index)
     writer.add_add_bos_token(vocabulary.adds_bos)
