@@ -1,0 +1,117 @@
+"""Blocks that we write, dequantized by ggml's own C code, are the weights of training."""
+
+import ctypes
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from qat.export.gguf_blocks import BLOCK_TYPES, TYPE_OF_GRID, pack_blocks, quantize_q8_0
+from qat.export.gguf_file import read_tensor_records
+from qat.export.to_gguf import export_to_gguf
+from qat.quant.grid import dequantize, fixed_codebook, snap_float16
+from tests.tiny import save_tiny, tiny_llama, tiny_student
+
+pytestmark = pytest.mark.parity
+
+GRIDS = {name: grid for grid, name in TYPE_OF_GRID.items()}
+
+
+@pytest.fixture(scope="module")
+def ggml():
+    """Return libggml's base library."""
+    found = find_spec("libggml")
+    if found is None:
+        pytest.skip("libggml-python is not installed; `make parity` installs it")
+    folder = Path(found.submodule_search_locations[0])
+    library = ctypes.CDLL(str(next(folder.glob("lib*/libggml-base.so"))))
+    library.gguf_init_from_file.restype = ctypes.c_void_p
+    library.gguf_get_tensor_size.restype = ctypes.c_size_t
+    library.gguf_find_tensor.restype = ctypes.c_int64
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    return library
+
+
+def dequantized(ggml, packed, name, count):
+    """Return what C makes of packed bytes."""
+    data = packed.contiguous().numpy()
+    found = torch.empty(count)
+    function = getattr(ggml, f"dequantize_row_{name}")
+    function(
+        ctypes.c_void_p(data.ctypes.data), ctypes.c_void_p(found.data_ptr()), ctypes.c_int64(count)
+    )
+    return found
+
+
+def random_weight(name):
+    kind, bits, group_size = GRIDS[name]
+    indices = torch.randint(2**bits, (16, 8 * group_size), dtype=torch.uint8)
+    scale = snap_float16(torch.randn(16, 8) * 0.05)
+    return indices, scale, fixed_codebook(kind, bits)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_c_gives_the_weights_of_training(ggml, name):
+    """Scales of either sign, every index."""
+    indices, scale, codebook = random_weight(name)
+    packed = pack_blocks(indices, scale, name)
+    found = dequantized(ggml, packed, name, indices.numel()).view(indices.shape)
+    assert torch.equal(found, dequantize(indices, scale, codebook))
+
+
+def requantized(ggml, weight, name):
+    """Return a weight after C fits it anew."""
+    count, kind = weight.numel(), BLOCK_TYPES[name]
+    packed = torch.empty(count // kind.num_weights * kind.num_bytes, dtype=torch.uint8)
+    ggml.ggml_quantize_chunk(
+        ctypes.c_int(kind.number),
+        ctypes.c_void_p(weight.data_ptr()),
+        ctypes.c_void_p(packed.data_ptr()),
+        ctypes.c_int64(0),
+        ctypes.c_int64(weight.shape[0]),
+        ctypes.c_int64(weight.shape[1]),
+        None,
+    )
+    return packed, dequantized(ggml, packed, name, count).view(weight.shape)
+
+
+def test_our_q8_0_is_that_of_c(ggml):
+    """To the byte, for embeddings and heads."""
+    weight = torch.randn(16, 128)
+    weight[3] = 0
+    packed, _found = requantized(ggml, weight, "q8_0")
+    assert torch.equal(quantize_q8_0(weight).flatten(), packed)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q2_0", "iq4_nl"])
+def test_a_converter_that_fits_anew_loses_what_was_trained(ggml, name):
+    """Why blocks are written directly: the same weights through C's quantizer are others."""
+    indices, scale, codebook = random_weight(name)
+    weight = dequantize(indices, scale, codebook)
+    _packed, found = requantized(ggml, weight, name)
+    assert (found - weight).norm() > 0.001 * weight.norm()
+
+
+@pytest.mark.parametrize("scheme", ["gguf-q2_0+gguf-q4_0", "gguf-iq4_nl+gguf-q8_0"])
+def test_c_reads_our_files(ggml, tmp_path, scheme):
+    """Header, keys, tensor types and sizes, Q2_0 among them."""
+    text_source = save_tiny(tmp_path / "base", tiny_llama())
+    path = tmp_path / "out.gguf"
+    export_to_gguf(tiny_student("llama", scheme), path, text_source=text_source)
+
+    class Parameters(ctypes.Structure):
+        _fields_ = [("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p)]
+
+    file = ggml.gguf_init_from_file(str(path).encode(), Parameters(True, None))
+    assert file
+    records = read_tensor_records(path)
+    assert ggml.gguf_get_n_tensors(ctypes.c_void_p(file)) == len(records)
+    for name, record in records.items():
+        kind = BLOCK_TYPES[record.type_name]
+        place = ctypes.c_int64(ggml.gguf_find_tensor(ctypes.c_void_p(file), name.encode()))
+        assert ggml.gguf_get_tensor_type(ctypes.c_void_p(file), place) == kind.number
+        size = ggml.gguf_get_tensor_size(ctypes.c_void_p(file), place)
+        count = torch.Size(record.shape).numel()
+        assert size == count // kind.num_weights * kind.num_bytes
+    ggml.gguf_free(ctypes.c_void_p(file))

@@ -1,0 +1,143 @@
+"""Exported files run in their runtimes and answer as the student does."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from qat.export.parity import compare_with_runtime
+from qat.export.runtimes import open_runtime
+from qat.export.to_compressed_tensors import export_to_compressed_tensors
+from qat.export.to_coreml import export_to_coreml
+from qat.export.to_gguf import export_to_gguf
+from qat.export.to_mlx import export_to_mlx
+from qat.model.surgery import quantized_layers
+from tests.tiny import save_tiny, tiny_llama, tiny_student
+
+pytestmark = pytest.mark.parity
+
+PROMPTS = [[72, 68, 65, 220, 66, 64, 83], list(range(20, 60)), [5]]
+# Kernels round activations to 8 bits a block; weights are exact, so this is their cost alone.
+# Tiny models with spread logits feel it most.
+ACTIVATION_COST_NATS = 0.01
+
+
+@pytest.fixture(scope="module")
+def text_source(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base"), tiny_llama())
+
+
+def need(module, package):
+    if find_spec(module) is None:
+        pytest.skip(f"{package} is not installed; `make parity` installs it")
+
+
+def run(student, path, num_new_tokens=8):
+    name, runtime = open_runtime(path)
+    return name, compare_with_runtime(student, runtime, PROMPTS, num_new_tokens=num_new_tokens)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "scheme", ["gguf-q4_0", "gguf-iq4_nl", "gguf-q8_0", "gguf-iq4_nl+gguf-q4_0"]
+)
+def test_packed_gguf_runs(tmp_path, text_source, family, scheme):
+    """In ik_llama.cpp, which lacks Q2_0."""
+    need("ik_llama_cpp", "ik-llama-cpp-python")
+    student = tiny_student(family, scheme)
+    export_to_gguf(student, tmp_path / "a.gguf", text_source=text_source)
+    _name, found = run(student, tmp_path / "a.gguf")
+    assert found["kl_nats"] < ACTIVATION_COST_NATS
+    assert found["top1_agreement"] > 0.85
+
+
+@pytest.mark.parametrize("scheme", ["gguf-q2_0", "gguf-q2_0+gguf-q4_0", "deploy"])
+def test_gguf_with_q2_0_runs(tmp_path, text_source, scheme):
+    """In llama.cpp of 2026-07 or newer."""
+    need("llama_cpp", "llama-cpp-python 0.3.36 (eleven CPU-minutes to build, so not by CI)")
+    student = tiny_student("llama", scheme)
+    export_to_gguf(student, tmp_path / "a.gguf", text_source=text_source)
+    name, found = run(student, tmp_path / "a.gguf")
+    assert name == "llama.cpp"
+    assert found["kl_nats"] < ACTIVATION_COST_NATS
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_dense_gguf_reference_is_the_student(tmp_path, text_source, family, tied):
+    """Float16 weights: what is left is their rounding; so keys, names and row orders are right."""
+    need("ik_llama_cpp", "ik-llama-cpp-python")
+    student = tiny_student(family, tied=tied)
+    export_to_gguf(student, tmp_path / "a.gguf", text_source=text_source, dtype=torch.float16)
+    _name, found = run(student, tmp_path / "a.gguf")
+    assert found["kl_nats"] < 1e-4
+    assert found["same_answers"] == 1.0
+
+
+def test_the_runtime_splits_text_as_the_tokenizer_does(tmp_path, text_source):
+    """The `pre` that was found is the right one for the runtime, special tokens included."""
+    need("ik_llama_cpp", "ik-llama-cpp-python")
+    from ik_llama_cpp._internals import IkModel
+
+    from qat.export.gguf_vocabulary import PROBE
+    from qat.model.load import load_tokenizer
+
+    export_to_gguf(tiny_student("llama", "gguf-q4_0"), tmp_path / "a.gguf", text_source=text_source)
+    text = f"<|im_start|>user\n{PROBE}<|im_end|>\n"
+    ours = load_tokenizer(text_source)(text).input_ids
+    assert IkModel(str(tmp_path / "a.gguf")).tokenize(text, add_bos=False, special=True) == ours
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("scheme", ["deploy", "mlx-2bit-g64+mlx-4bit-g32", "mlx-4bit-g32"])
+def test_mlx_gives_the_weights_and_the_answers(tmp_path, text_source, family, scheme):
+    """`mx.dequantize` equals training to the bit; logits differ by the order of sums."""
+    need("mlx_lm", "mlx-lm with mlx-cpu")
+    import mlx.core as mx
+    import numpy as np
+
+    student = tiny_student(family, scheme)
+    export_to_mlx(student, tmp_path / "a", text_source=text_source)
+    stored = mx.load(str(tmp_path / "a" / "model.safetensors"))
+    for name, layer in quantized_layers(student).items():
+        found = mx.dequantize(
+            *(stored[f"{name}.{part}"] for part in ("weight", "scales", "biases")),
+            group_size=layer.scheme.group_size,
+            bits=layer.scheme.bits,
+        )
+        found = torch.from_numpy(np.array(found.astype(mx.float32)))
+        assert torch.equal(found, layer.fake_quantized_weight()), name
+    _name, found = run(student, tmp_path / "a")
+    assert found["same_answers"] == 1.0
+    assert found["max_logit_difference"] < 1e-3
+
+
+@pytest.mark.parametrize("scheme", ["deploy", "w4a16-g32", "w2a16-g64", "gguf-q4_0"])
+def test_compressed_tensors_is_the_student(tmp_path, text_source, scheme):
+    """Through plain `from_pretrained`: weights to the bit, logits to the bit."""
+    need("compressed_tensors", "compressed-tensors")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    student = tiny_student("llama", scheme)
+    export_to_compressed_tensors(student, tmp_path / "a", text_source=text_source)
+    _name, found = run(student, tmp_path / "a")
+    assert found["max_logit_difference"] == 0.0
+    if scheme == "deploy":
+        return  # transformers 5.23 dequantizes at once with one grid for all layers only
+    dense = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "a", quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    for name, layer in quantized_layers(student).items():
+        weight = dense.get_submodule(name).weight.float()
+        assert torch.equal(weight, layer.fake_quantized_weight()), name
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize("scheme", ["coreml-lut2+coreml-lut4", "q2a4", "q4a4_r4", "q3a4"])
+def test_core_ml_palettes_read_back(tmp_path, text_source, scheme, dtype):
+    """Per tensor with a scale per row, per group, and low-rank factors."""
+    need("coremltools", "coremltools")
+    student = tiny_student("llama", scheme)
+    report = export_to_coreml(student, tmp_path / "a", text_source=text_source, dtype=dtype)
+    assert report["exact"] is True
+    assert report["tensors_compared"] == len(quantized_layers(student))
