@@ -1,7 +1,10 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+from qat import stores
 from qat.archive import pack_folder, sidecar
 from qat.commands.fetch import FetchConfig, fetch, main
 from qat.commands.push import PushConfig, push
@@ -9,6 +12,7 @@ from qat.registry import read_registry
 from tests.servers import file_server
 from tests.tiny import save_tiny, tiny_cache, tiny_llama
 
+ROOT = Path(__file__).parent.parent.parent
 WORDS = {"L64", "L128", "q4_fp32", "q4_fp16", "q2_init", "q2_best", "q2_0.53"}
 
 
@@ -215,3 +219,16 @@ def test_a_dry_run_writes_nothing(stored, capsys):
     assert values["cache"] == "caches/alpaca_chat_think_both_L64_K64_R128"
     assert list((stored / "work").iterdir()) == []
     assert run(capsys)[0] == 2
+
+
+def test_the_page_quotes_messages_that_are_said():
+    """Each message in the table of speedrun/README.md is one of ours, word for word."""
+    rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "speedrun" / "README.md").read_text(), re.M)
+    messages = rows[rows.index("there is no store; set QAT_STORE") :]
+    files = [*(ROOT / "qat").rglob("*.py"), *(ROOT / "speedrun").glob("*.py")]
+    said = " ".join(file.read_text() for file in [*files, ROOT / "speedrun" / "setup.sh"])
+    said = re.sub(r'"\s+f?"', "", said).replace("{stores.HOW_TO_GIVE}", stores.HOW_TO_GIVE)
+    assert len(messages) > 10
+    for message in messages:
+        for part in re.split(r"\.\.\.", message):
+            assert part.strip(" ,;") in said, message
