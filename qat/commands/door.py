@@ -1,6 +1,7 @@
 """What every command shares: flags from one dataclass, one line of JSON, one line for an error."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError  # loads no torch
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, SafetensorError)
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 BOX_LINES = re.compile(r"[\u2500-\u257f]|^[+|]|[+|]$|-{3,}")  # tyro draws in either alphabet
 
 
@@ -38,6 +40,7 @@ def run_command(
     except USER_ERRORS as error:
         if os.environ.get("QAT_TRACEBACK"):
             raise
+        close_bars()
         say(f"error: {one_line(error)}")
         return 2
     print(json.dumps(closing, allow_nan=False), flush=True)  # noqa: T201 the closing line
@@ -70,11 +73,22 @@ def flag_error(box: str, name: str) -> str:
     return f"{what.rstrip('.')}; `{name} --help` lists the flags"
 
 
+def close_bars() -> None:
+    """End the progress bars that an error cut short, so that it gets a line of its own."""
+    from tqdm import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one line, with its file where the message lacks it."""
+    """Return an error's message on one line, with a remedy where the system gave it."""
     message = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror and error.filename is None:
-        message = f"{error.strerror}; free some space or choose another --output"
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        is_full = error.errno in NO_ROOM or not where
+        remedy = "free some space or choose another --output" if is_full else "check the path"
+        message = f"{where}{error.strerror}; {remedy}"
     if isinstance(error, SafetensorError):  # damaged, or the disk is full: its words tell which
         message = f"{message}; free some space, or make or fetch the damaged file again"
     return message or type(error).__name__

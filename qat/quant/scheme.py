@@ -162,7 +162,7 @@ def scheme_from_name(name: str) -> Scheme:
     if name in PAIRS or name.partition("+")[0] in FORMATS:
         return scheme_of_formats(name)
     match = _NAME.fullmatch(name)
-    if match is None:
+    if match is None or (match["kind"] == "r" and not int(match["size"])):
         raise ValueError(
             f"scheme {name!r} is unknown; write q{{MLP bits}}a{{attention bits}}, with _gN for the "
             "group size or _rN for the rank of the scales and _int before it for the integer grids "

@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from qat import __main__
 from qat.commands.door import one_line, run_command
@@ -50,8 +51,12 @@ def test_the_closing_line_is_the_only_line_on_standard_output(capsys):
     ("error", "expected"),
     [
         (ValueError("--rank 0 is too small;\n give 1 or more"), "--rank 0 is too small; give 1"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "caches/x"), "caches/x"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "caches/x"),
+            "caches/x: No such file; check",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
+        (OSError(errno.ENOSPC, "No space left", "runs/x"), "runs/x: No space left; free some"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "free some space"),
         (SafetensorError("header too small"), "header too small; free some space, or make or"),
         (FloatingPointError("loss is nan at step 3; lower --lr"), "loss is nan at step 3"),
@@ -66,6 +71,18 @@ def test_what_a_user_can_mend_is_one_line_and_code_2(error, expected, capsys, mo
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert expected in err
+
+
+def test_an_error_has_a_line_of_its_own_beside_a_progress_bar(capsys):
+    """The bar that it cut short shared its line."""
+
+    def act(config):
+        for number in tqdm(range(3), desc="fit"):
+            if number == 1:
+                raise ValueError("layer 1: the weight holds NaN")
+
+    assert light(["--color", "red"], act) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: layer 1: the weight holds NaN"
 
 
 @pytest.mark.parametrize(

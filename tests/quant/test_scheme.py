@@ -36,7 +36,7 @@ def test_a_name_is_mlp_bits_then_attention_bits(name, mlp, attention):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "q", "q9", "q1a4", "q2a4_", "q2a4_x3", "Q2A4", "q2a4_g", "q2 a4"]
+    "name", ["", "q", "q9", "q1a4", "q2a4_", "q2a4_x3", "Q2A4", "q2a4_g", "q2 a4", "q4_r0"]
 )
 def test_an_unknown_name_is_refused_with_the_grammar(name):
     """The message shows names that work."""
