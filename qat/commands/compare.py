@@ -4,17 +4,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from qat.commands.door import run_command, say
-from qat.tracking.compare import CompareConfig, compare_runs, markdown_table
-from qat.tracking.sinks import send_comparison
+from qat.tracking.compare import (
+    CompareConfig,
+    compare_runs,
+    make_run,
+    markdown_table,
+    write_comparison,
+)
+from qat.tracking.sinks import read_project, send_comparison
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Write the comparison and show its numbers."""
-    made = compare_runs(config.runs, config.output)
+    if config.runs:
+        made = compare_runs(config.runs, config.output)
+    else:
+        found = read_project(config.wandb_project, config.wandb_group)
+        made = write_comparison([make_run(**run) for run in found], [], config.output)
     for path in made.skipped:
         say(f"left out {path}: no metrics or summary in it")
     say(markdown_table(made.numbers))
-    if config.wandb_project:
+    if config.wandb_project and config.runs:
         table = {"header": made.numbers.header, "rows": made.numbers.rows}
         send_comparison(config.output, config.wandb_project, page=made.page, **table)
     numbers = [dict(zip(made.numbers.header, row, strict=True)) for row in made.numbers.rows]

@@ -6,7 +6,7 @@ Reads run folders only (`record`), so it works without the machine or the projec
 import base64
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,26 @@ class CompareConfig:
     """Put runs side by side: differing settings, final and best numbers, loss curves."""
 
     runs: Positional[tuple[Path, ...]]
-    """Run folders; a folder without metrics or summary is left out with a note."""
+    """Run folders; a folder without metrics or summary is left out with a note. None: the runs of
+    --wandb-project."""
     output: Path = Path("runs/compare")
     """Folder for compare.md, compare.png and compare.html."""
     wandb_project: str | None = None
-    """Also send table, plot and page to this W&B project, as one run."""
+    """With run folders: also send table, plot and page to this W&B project, as one run."""
+    wandb_group: str | None = None
+    """Without run folders: only the project's runs of this group."""
 
     def __post_init__(self) -> None:
         """Refuse a call that names no run."""
-        if not self.runs:
-            raise ValueError("RUN: no folder given; name one or more, such as runs/demo/*")
+        if not self.runs and self.wandb_project is None:
+            raise ValueError(
+                "RUN: no folder given; name one or more, such as runs/demo/*, or --wandb-project"
+            )
+        if self.wandb_group and (self.runs or self.wandb_project is None):
+            raise ValueError(
+                f"--wandb-group {self.wandb_group} chooses among the runs of a project; "
+                "give --wandb-project and no folder"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +101,11 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Comparison:
         FileNotFoundError: If a path is absent.
         ValueError: If no path is a run.
     """
-    runs, skipped = read_runs(folders)
+    return write_comparison(*read_runs(folders), output)
+
+
+def write_comparison(runs: Sequence[Run], skipped: list[Path], output: Path) -> Comparison:
+    """Write the comparison of runs, wherever they were read from."""
     numbers, settings = numbers_table(runs), settings_table(runs)
     output = Path(output)
     plot = plot_curves(runs, output / "compare.png")
@@ -125,12 +139,17 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
 
 def read_run(folder: Path, name: str) -> Run:
     """Return one run; rows of the same step are merged, the later one counts."""
+    return make_run(name, read_config(folder), read_rows(folder), read_summary(folder))
+
+
+def make_run(
+    name: str, config: dict[str, Any], rows: Iterable[dict[str, Any]], summary: dict[str, Any]
+) -> Run:
+    """Return a run of nested settings and of rows that have a `step`."""
     merged: dict[int, dict[str, Any]] = {}
-    for row in read_rows(folder):
+    for row in rows:
         merged.setdefault(row["step"], {}).update(row)
-    return Run(
-        name, flatten(read_config(folder)), dict(sorted(merged.items())), read_summary(folder)
-    )
+    return Run(name, flatten(config), dict(sorted(merged.items())), summary)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ A loop gets one callable, `track(step, values)`. Keys are those that Hugging Fac
 `train/loss`, `train/learning_rate`, `train/grad_norm`, `eval/kl_nats`, ...
 """
 
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from qat.tracking.environment import add_session, describe_environment
 from qat.tracking.record import RunRecord
 
 WANDB_ID = "wandb.json"
+COMPARE = "compare"  # the kind of run that a comparison is sent as
 STEP_KEY = "train/global_step"  # the x axis of the Hugging Face trainer
 
 
@@ -159,12 +161,60 @@ def send_comparison(
     Raises:
         ValueError: If W&B cannot be used.
     """
-    run = start_wandb(project=project, dir=str(folder), name="compare", job_type="compare")
+    run = start_wandb(project=project, dir=str(folder), name=COMPARE, job_type=COMPARE)
     import wandb
 
     table = wandb.Table(columns=list(header), data=[list(row) for row in rows])
     run.log({"compare/numbers": table, "compare/page": wandb.Html(str(page))})
     run.finish()
+
+
+def read_project(project: str, group: str | None = None) -> list[dict[str, Any]]:
+    """Return the runs of a W&B project, oldest first: what `WandbSink` has sent of each.
+
+    Args:
+        project: Its name, with or without the entity before a slash.
+        group: Only runs of this group.
+
+    Returns:
+        Of each run its name, config, rows (with `step`, as metrics.jsonl has them) and summary.
+
+    Raises:
+        ValueError: If W&B cannot be used, or the project has no such run.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("--wandb-project needs wandb: pip install wandb") from error
+    try:
+        found = wandb.Api().runs(
+            project, filters={"group": group} if group else {}, order="+created_at"
+        )
+        runs = [read_wandb_run(run) for run in found if run.job_type != COMPARE]
+    except (wandb.errors.UsageError, wandb.errors.CommError, ValueError) as error:
+        remedy = "check the project's name, and run `wandb login`"
+        raise ValueError(
+            f"--wandb-project {project}: {str(error).rstrip('.')}; {remedy}"
+        ) from error
+    if not runs:
+        raise ValueError(f"--wandb-project {project} has no such runs; check project and group")
+    return runs
+
+
+def read_wandb_run(run: Any) -> dict[str, Any]:
+    """Return one run of W&B's API as plain values; W&B's own keys are left out."""
+    rows = []
+    for row in run.scan_history():
+        values = {key: value for key, value in row.items() if is_ours(key, value)}
+        rows.append({"step": int(row.get(STEP_KEY, row["_step"])), **values})
+    summary = {key: value for key, value in dict(run.summary).items() if is_ours(key, value)}
+    return {"name": run.name, "config": dict(run.config), "rows": rows, "summary": summary}
+
+
+def is_ours(key: str, value: Any) -> bool:
+    """Whether a key of W&B is one that was sent, with a number that counts."""
+    is_own = key.startswith("_") or key == STEP_KEY
+    return not is_own and isinstance(value, int | float) and math.isfinite(value)
 
 
 def start_wandb(**settings: Any) -> Any:
