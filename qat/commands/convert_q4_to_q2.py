@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from qat.commands.door import run_command, say
-from qat.convert.config import ConvertQ4ToQ2Config
+from qat.convert.config import ConvertQ4ToQ2Config, require_other
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +29,7 @@ def act(config: ConvertQ4ToQ2Config) -> dict[str, Any]:
     dtype = device.dtype_from_name(config.dtype)
     say(device.describe())
     opened = open_checkpoint(config.q4_checkpoint, model_id=config.model_id)
+    require_other("--q4-checkpoint", opened.path, config.output)
     header = require_student(config, opened)
     scheme = q2_scheme(Scheme.from_dict(header.scheme), config)
     base = base_of(config, header)

@@ -102,6 +102,7 @@ def reform(
     Raises:
         ValueError: If the checkpoint is no student.
     """
+    from qat.convert.config import require_other
     from qat.convert.recipe import finished, recipe
     from qat.device import Device
     from qat.model.load import latent_or_base_weights, load_model, open_checkpoint, vocabulary_size
@@ -112,6 +113,7 @@ def reform(
     dtype = device.dtype_from_name(config.dtype)
     say(device.describe())
     opened = open_checkpoint(checkpoint, model_id=config.model_id)
+    require_other("the checkpoint that is read", opened.path, config.output)
     header = opened.header
     if header is None:
         raise ValueError(f"{checkpoint} is a full-precision model; `qat {command}` takes a student")
