@@ -33,8 +33,9 @@ def act(config: ExportConfig) -> dict[str, Any]:
         text_source=opened.text_folder,
         dtype=DTYPES[config.dtype] if config.dtype else None,
     )
-    write_card(config, header, report | sizes, opened.path)
-    return report | sizes
+    closing = report | sizes
+    write_card(config, header, closing, opened.path)
+    return closing
 
 
 def exporter_of(config: ExportConfig, header: Any) -> Any:

@@ -49,6 +49,9 @@ COMPRESSED = f"""With the `compressed-tensors` package installed:
 
 {TRANSFORMERS}
 
+Where MLP and attention have different bits, leave `CompressedTensorsConfig(dequantize=True)` out:
+transformers 5.23 then reads all layers with the bits of the first group.
+
 vLLM: `vllm serve PATH`."""
 COREML = """The package holds one linear a layer, its weight as palette, indices and scales.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qat.export.model_folder import (
     dense_parts,
+    holds,
     layers_by_grid,
     lossless_dtype,
     require_integer_grid,
@@ -54,12 +55,11 @@ def export_to_compressed_tensors(
     for name, layer in layers.items():
         require_integer_grid(name, layer, bits=BITS, group_sizes=())
     scales = [layer.full_scale().detach() for layer in layers.values()]
-    needed = lossless_dtype(scales)
     dtype = dtype or lossless_dtype([*scales, *dense_parts(student).values()])
-    if dtype not in (needed, torch.float32):
+    if not all(holds(dtype, scale) for scale in scales):
         raise ValueError(
-            f"--dtype {dtype} rounds the scales, which need {needed}: leave --dtype out, or train "
-            "on w2a16-g64+w4a16-g32, whose scales both 16-bit dtypes hold"
+            f"{dtype} rounds the scales, which need {lossless_dtype(scales)}: leave --dtype out, "
+            "or train on w2a16-g64+w4a16-g32, whose scales both 16-bit dtypes hold"
         )
     return write_folder(
         student,

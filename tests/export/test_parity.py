@@ -1,0 +1,78 @@
+"""The comparison of a runtime with the student: what it counts, on runtimes made up here."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from qat.export.parity import answer_greedily, compare_with_runtime
+from qat.export.runtimes import open_runtime
+from qat.export.to_gguf import export_to_gguf
+from qat.export.to_hf import export_to_hf
+from tests.tiny import save_tiny, tiny_llama, tiny_student
+
+PROMPTS = [[72, 68, 65], [5, 6, 7, 8]]
+
+
+def itself(student):
+    """Return the student as a runtime."""
+    return lambda ids: student(torch.tensor([ids])).logits[0].numpy()
+
+
+def test_a_runtime_that_is_the_student_differs_nowhere():
+    """Zero everywhere, and no token that differs."""
+    student = tiny_student()
+    found = compare_with_runtime(student, itself(student), PROMPTS, num_new_tokens=5)
+    assert found["max_logit_difference"] == found["kl_nats"] == found["kl_nats_worst"] == 0
+    assert found["top1_agreement"] == found["same_answers"] == 1
+    assert found["positions"] == 3 + 4 + 2 * 4
+    assert [row["first_differing_token"] for row in found["rows"]] == [None, None]
+
+
+def test_a_known_change_gives_its_known_distance():
+    """One logit of one position raised by x: KL = log(1 - p + p e^x) - p x by definition."""
+    student = tiny_student()
+    answer, logits = answer_greedily(student, PROMPTS[0], 3)
+    second = int(logits[3].topk(2).indices[1])
+
+    def changed(ids):
+        found = np.array(itself(student)(ids))
+        found[3, second] += 30
+        return found
+
+    row = compare_with_runtime(student, changed, PROMPTS[:1], num_new_tokens=3)["rows"][0]
+    p = float(logits[3].double().softmax(-1)[second])
+    expected = math.log1p(p * math.expm1(30)) - p * 30
+    assert row["kl_nats_worst"] == pytest.approx(expected, rel=1e-4)
+    assert row["kl_nats"] == pytest.approx(expected / 5, rel=1e-4)
+    assert row["max_logit_difference"] == pytest.approx(30, abs=1e-4)
+    assert row["first_differing_token"] == 1  # position 3 chooses the answer's second token
+    assert row["top1_agreement"] == pytest.approx(4 / 5)
+    assert answer[1] != second
+
+
+def test_a_dense_folder_runs_in_transformers(tmp_path):
+    """To the bit: it is the same arithmetic."""
+    text_source = save_tiny(tmp_path / "base", tiny_llama())
+    export_to_hf(tiny_student(), tmp_path / "a", text_source=text_source, dtype=torch.float32)
+    name, runtime = open_runtime(tmp_path / "a")
+    found = compare_with_runtime(tiny_student(), runtime, PROMPTS, num_new_tokens=3)
+    assert name == "transformers"
+    assert found["max_logit_difference"] == 0
+
+
+def test_what_does_not_run_here_is_said(tmp_path, monkeypatch):
+    """A missing path, a folder without a model, a runtime that is not installed."""
+    with pytest.raises(FileNotFoundError, match="run `qat export` first"):
+        open_runtime(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no model that runs here"):
+        open_runtime(tmp_path / "empty")
+    monkeypatch.setattr("qat.export.runtimes.find_spec", lambda name: None)
+    text_source = save_tiny(tmp_path / "base", tiny_llama())
+    for scheme, remedy in (("gguf-q4_0", "ik-llama-cpp-python"), ("gguf-q2_0", "0.3.36")):
+        student = tiny_student("llama", scheme)
+        export_to_gguf(student, tmp_path / f"{scheme}.gguf", text_source=text_source)
+        with pytest.raises(ValueError, match=f"pip install .*{remedy}"):
+            open_runtime(tmp_path / f"{scheme}.gguf")
