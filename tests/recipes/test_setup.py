@@ -301,3 +301,15 @@ python -m qat push runs/sr-002 --store drive || exit 5
     assert "SR-002" in log
     assert "Train Q2 MLP layers" in log
     assert (checkout / "runs" / "sr-002" / "summary.json").is_file(), run.said
+
+
+def test_the_benchmark_runs_on_what_setup_names(run, store, checkout):
+    """The seeds' third command, with sizes that end soon on a CPU."""
+    if not (ROOT / "speedrun" / "benchmark.py").is_file():
+        pytest.skip("speedrun/benchmark.py is not in this checkout")
+    script = """
+source speedrun/setup.sh L64 q4_fp32 || exit 1
+python speedrun/benchmark.py --cache-dir $CACHE_DIR --dtype bf16 --batch-sizes 2 --steps 2 \\
+    --load-model $CHECKPOINT && echo "done"
+"""
+    assert run(script, store)[-1] == "done", run.said
