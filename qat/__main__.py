@@ -14,6 +14,7 @@ COMMANDS = {
     "convert-q4-to-q2": "make a 2-bit student from a 4-bit one",
     "convert-v1-to-v2": "take the floor from under a first-form student's scales",
     "snap-fp16": "round every stored number of a student to float16",
+    "convert": "move a student onto another scheme",
     "train": "distil the teacher into a student",
     "evaluate": "measure a student on held-out text",
     "generate": "answer prompts",
