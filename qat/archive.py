@@ -252,27 +252,6 @@ def require_sha256(part: Path, found: str, wanted: str) -> None:
         raise ArchiveMismatch(f"{part} had sha256 {found}, stated is {wanted}; fetch it again")
 
 
-def fetch_archive(source: str, into: Path, *, name: str | None = None) -> Path:
-    """Return the folder that an archive holds, extracted into a folder.
-
-    A file on this machine is read where it lies; anything else is copied first, resumably, and
-    the copy is removed when its content is there. Errors are those of `copy_archive` and
-    `extract_archive`.
-
-    Args:
-        source: A path, or any URL that fsspec opens.
-        into: Where the folder goes.
-        name: Of the folder; the archive's own when not given.
-    """
-    if "://" not in source:
-        return extract_archive(Path(source), into, name=name)
-    copy = copy_archive(source, into / PurePosixPath(source).name)
-    folder = extract_archive(copy, into, name=name)
-    copy.unlink()
-    sidecar(copy).unlink(missing_ok=True)
-    return folder
-
-
 def extract_archive(archive: Path, into: Path, *, name: str | None = None) -> Path:
     """Extract an archive into a folder of its own; whole, or not at all.
 

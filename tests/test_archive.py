@@ -13,7 +13,6 @@ from qat.archive import (
     archive_stem,
     copy_archive,
     extract_archive,
-    fetch_archive,
     pack_folder,
     sidecar,
     unpacked_bytes,
@@ -223,15 +222,6 @@ def test_a_copy_is_checked_against_the_checksum_beside_its_source(tmp_path):
     assert not target.exists()
     copy_archive(str(source), target)
     assert target.read_bytes() == source.read_bytes()
-
-
-def test_fetching_a_url_leaves_the_folder_alone(folder, tmp_path):
-    """The copied archive and its checksum are gone when their content is there."""
-    packed = tmp_path / "x.tar.lz4"
-    pack_folder(folder, packed)
-    extracted = fetch_archive(packed.as_uri(), tmp_path / "out")
-    assert content(extracted) == content(folder)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["things"]
 
 
 def test_the_disk_is_asked_first(folder, tmp_path, monkeypatch):

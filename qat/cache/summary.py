@@ -135,4 +135,5 @@ def plot_cache(cache: TeacherCache, path: Path, *, num_sequences: int = 256) -> 
     bytes_axes.barh(list(by_field), list(by_field.values()))
     bytes_axes.set(title="bytes a token", xlabel="bytes")
     figure.suptitle(cache.folder.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
