@@ -8,7 +8,7 @@ DEMO_FLAGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check style recipe bench clean
+.PHONY: help setup demo test check style recipe parity bench clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -44,6 +44,11 @@ style: setup  ## mend what lint and format can mend
 
 recipe: setup  ## real commands on tiny models
 	@$(RUN)/python -m pytest -m recipe
+
+parity: setup  ## exported files in their runtimes (installs those)
+	@$(RUN)/python -m pip install -qq -c constraints.txt -e '.[parity]'
+	@$(RUN)/qat fetch smollm2 --output-dir models/smollm2-135m
+	@$(RUN)/python -m pytest -m parity
 
 bench: setup  ## the training step against plain fine-tuning, as JSON
 	@$(RUN)/qat fetch smollm2 --output-dir models/smollm2-135m

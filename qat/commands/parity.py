@@ -17,13 +17,17 @@ def act(config: ParityConfig) -> dict[str, Any]:
     """Load student and runtime, compare, show a table."""
     prompts = read_prompts(config)
 
+    import torch
+
     from qat.export.parity import compare_with_runtime
     from qat.export.runtimes import CONTEXT_TOKENS, open_runtime
     from qat.model.load import load_model, load_tokenizer, open_checkpoint
+    from qat.model.surgery import hold_weights
 
     name, runtime = open_runtime(config.export)
     opened = open_checkpoint(config.checkpoint, model_id=config.model_id)
     student, _header = load_model(config.checkpoint, model_id=config.model_id)
+    hold_weights(student, torch.float32)
     tokenizer = load_tokenizer(opened.text_folder)
     longest = CONTEXT_TOKENS - config.num_new_tokens
     token_ids = [tokenizer(prompt).input_ids[:longest] for prompt in prompts]
