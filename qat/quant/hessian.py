@@ -28,7 +28,7 @@ from qat.quant.grid import dequantize, expand_groups, look_up, midpoints, snap_f
 from qat.quant.scales import nearest_stored_scale
 from qat.quant.scheme import LayerScheme
 
-DAMPING = 0.01  # of the mean diagonal of H; GPTQ's own choice
+DAMPING = 0.1  # of the mean diagonal of H; held-out KL falls by a tenth from 0.01 to it
 CORRECTION = 1.0  # share of the way from W to W*
 REFITTED_BITS = 3  # codebooks of more values are dense enough as the start has them
 START_ROUNDS = 2  # of the fit by second moments: three more change the end by under 0.5%
