@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qat.model.linear import FakeQuantLinear
 from qat.model.surgery import layers_of_kind, quantized_layers, thaw_indices
+from qat.quant.scheme import SIGNED_CODEBOOKS
 
 SCALE_NAMES = ("scale", "scale_a", "scale_b", "magnitude")
 
@@ -58,7 +59,12 @@ def choose_trainable(
 
 
 def parameters_of(layer: FakeQuantLinear, part: str) -> list[nn.Parameter]:
-    """Return a layer's parameters of one part; all scale factors count as scales."""
+    """Return a layer's parameters of one part; all scale factors count as scales.
+
+    The codebooks of runtimes' grids are what their files cannot change, so they stay.
+    """
+    if part == "codebooks" and layer.scheme.codebook in SIGNED_CODEBOOKS:
+        return []
     names = {"scales": SCALE_NAMES, "magnitudes": ("magnitude",), "codebooks": ("codebook",)}[part]
     return [parameter for name, parameter in layer.named_parameters() if name in names]
 
