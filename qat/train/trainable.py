@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from qat.model.linear import FakeQuantLinear
 from qat.model.surgery import layers_of_kind, quantized_layers, thaw_indices
-from qat.quant.scheme import SIGNED_CODEBOOKS
 
+RUNTIME_GRIDS = ("int", "iq4_nl")
 SCALE_NAMES = ("scale", "scale_a", "scale_b", "magnitude")
 
 
@@ -63,7 +63,7 @@ def parameters_of(layer: FakeQuantLinear, part: str) -> list[nn.Parameter]:
 
     The codebooks of runtimes' grids are what their files cannot change, so they stay.
     """
-    if part == "codebooks" and layer.scheme.codebook in SIGNED_CODEBOOKS:
+    if part == "codebooks" and layer.scheme.codebook in RUNTIME_GRIDS:
         return []
     names = {"scales": SCALE_NAMES, "magnitudes": ("magnitude",), "codebooks": ("codebook",)}[part]
     return [parameter for name, parameter in layer.named_parameters() if name in names]
