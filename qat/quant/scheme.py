@@ -27,7 +27,8 @@ StoredDtype = Literal["float16", "bfloat16", "float32"]
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-SIGNED_CODEBOOKS = ("learned", "int", "iq4_nl")
+RUNTIME_CODEBOOKS = ("int", "iq4_nl")  # whose values files of runtimes cannot change
+SIGNED_CODEBOOKS = ("learned", *RUNTIME_CODEBOOKS)
 
 _NAME = re.compile(
     r"q(?P<mlp>[2-8])(?:a(?P<attention>[2-8]))?(?P<int>_int)?(?:_(?P<kind>[gr])(?P<size>\d+))?"
