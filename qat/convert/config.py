@@ -23,7 +23,8 @@ class InitStudentConfig:
     """Folder of the student."""
     scheme: str = "q4a4"
     """MLP bits and attention bits; _gN sets weights per scale, _rN low-rank scales, _int takes
-    the integer grids of runtimes: q2a4_g64, q2a4_int."""
+    the integer grids of runtimes: q2a4_g64, q2a4_int. Or what ships: deploy, or formats for MLP
+    and attention such as gguf-q2_0+gguf-q4_0."""
     cache_dir: Path | None = None
     """Teacher cache: calibrates the fit, measures the student."""
     fit: Fit = "hessian"

@@ -58,11 +58,25 @@ def export_to_mlx(
         output,
         text_source=text_source,
         dtype=dtype or lossless_dtype(list(dense_parts(student).values())),
-        config_changes={"quantization": block, "quantization_config": block},
+        config_changes={
+            "quantization": block,
+            "quantization_config": block,
+            **positions(student.config),
+        },
         write=lambda _name, layer: affine_parts(layer),
         read=lambda _name, layer, parts: read_weight(layer, parts),
         metadata={"format": "mlx"},
     )
+
+
+def positions(config: Any) -> dict[str, Any]:
+    """Return how positions turn heads under mlx-lm's keys: it takes 10000 where they are absent."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if "rope_theta" not in rope:
+        return {}
+    theta = rope.pop("rope_theta")
+    scaling = None if rope.get("rope_type", "default") == "default" else rope
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def quantization_block(layers: dict[str, FakeQuantLinear]) -> dict[str, Any]:

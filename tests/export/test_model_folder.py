@@ -92,6 +92,20 @@ def test_mlx_entries_by_definition(tmp_path, text_source, scheme):
         assert torch.equal(torch.from_numpy(found.astype(np.float32)), trained), name
 
 
+def test_mlx_is_told_how_positions_turn_heads(tmp_path, text_source):
+    """mlx-lm reads rope_theta at the top of config.json and takes 10000 where it is absent."""
+    student = tiny_student("llama", "deploy")
+    student.config.rope_parameters = {"rope_type": "default", "rope_theta": 123456.0}
+    export_to_mlx(student, tmp_path / "a", text_source=text_source)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["rope_theta"] == 123456.0
+    assert config["rope_scaling"] is None
+    student.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    export_to_mlx(student, tmp_path / "b", text_source=text_source)
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
 def test_mlx_scales_are_float16_only_where_no_step_rounds():
     """Two bits times a bfloat16 number do not; four bits, or all of float16's bits, do."""
     scale = torch.randn(64, 4)

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from qat.convert.init_student import init_student
 from qat.export.parity import compare_with_runtime
 from qat.export.runtimes import open_runtime
 from qat.export.to_compressed_tensors import export_to_compressed_tensors
@@ -12,7 +13,8 @@ from qat.export.to_coreml import export_to_coreml
 from qat.export.to_gguf import export_to_gguf
 from qat.export.to_mlx import export_to_mlx
 from qat.model.surgery import quantized_layers
-from tests.tiny import save_tiny, tiny_llama, tiny_student
+from qat.quant.scheme import scheme_from_name
+from tests.tiny import TINY_MODELS, save_tiny, tiny_llama
 
 pytestmark = pytest.mark.parity
 
@@ -25,6 +27,14 @@ ACTIVATION_COST_NATS = 0.01
 @pytest.fixture(scope="module")
 def text_source(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("base"), tiny_llama())
+
+
+def unusual_student(family="llama", scheme="q2a4", **changes):
+    """Return a student whose config has no number that a runtime takes by default."""
+    rope = {"rope_type": "default", "rope_theta": 80000.0}
+    student = TINY_MODELS[family](rope_parameters=rope, rms_norm_eps=3e-3, **changes)
+    init_student(student, scheme_from_name(scheme))
+    return student
 
 
 def need(module, package):
@@ -44,7 +54,7 @@ def run(student, path, num_new_tokens=8):
 def test_packed_gguf_runs(tmp_path, text_source, family, scheme):
     """In ik_llama.cpp, which lacks Q2_0."""
     need("ik_llama_cpp", "ik-llama-cpp-python")
-    student = tiny_student(family, scheme)
+    student = unusual_student(family, scheme)
     export_to_gguf(student, tmp_path / "a.gguf", text_source=text_source)
     _name, found = run(student, tmp_path / "a.gguf")
     assert found["kl_nats"] < ACTIVATION_COST_NATS
@@ -55,7 +65,7 @@ def test_packed_gguf_runs(tmp_path, text_source, family, scheme):
 def test_gguf_with_q2_0_runs(tmp_path, text_source, scheme):
     """In llama.cpp of 2026-07 or newer."""
     need("llama_cpp", "llama-cpp-python 0.3.36 (eleven CPU-minutes to build, so not by CI)")
-    student = tiny_student("llama", scheme)
+    student = unusual_student("llama", scheme)
     export_to_gguf(student, tmp_path / "a.gguf", text_source=text_source)
     name, found = run(student, tmp_path / "a.gguf")
     assert name == "llama.cpp"
@@ -67,7 +77,7 @@ def test_gguf_with_q2_0_runs(tmp_path, text_source, scheme):
 def test_a_dense_gguf_reference_is_the_student(tmp_path, text_source, family, tied):
     """Float16 weights: what is left is their rounding; so keys, names and row orders are right."""
     need("ik_llama_cpp", "ik-llama-cpp-python")
-    student = tiny_student(family, tied=tied)
+    student = unusual_student(family, tied=tied)
     export_to_gguf(student, tmp_path / "a.gguf", text_source=text_source, dtype=torch.float16)
     _name, found = run(student, tmp_path / "a.gguf")
     assert found["kl_nats"] < 1e-4
@@ -82,7 +92,9 @@ def test_the_runtime_splits_text_as_the_tokenizer_does(tmp_path, text_source):
     from qat.export.gguf_vocabulary import PROBE
     from qat.model.load import load_tokenizer
 
-    export_to_gguf(tiny_student("llama", "gguf-q4_0"), tmp_path / "a.gguf", text_source=text_source)
+    export_to_gguf(
+        unusual_student("llama", "gguf-q4_0"), tmp_path / "a.gguf", text_source=text_source
+    )
     text = f"<|im_start|>user\n{PROBE}<|im_end|>\n"
     ours = load_tokenizer(text_source)(text).input_ids
     assert IkModel(str(tmp_path / "a.gguf")).tokenize(text, add_bos=False, special=True) == ours
@@ -96,7 +108,7 @@ def test_mlx_gives_the_weights_and_the_answers(tmp_path, text_source, family, sc
     import mlx.core as mx
     import numpy as np
 
-    student = tiny_student(family, scheme)
+    student = unusual_student(family, scheme)
     export_to_mlx(student, tmp_path / "a", text_source=text_source)
     stored = mx.load(str(tmp_path / "a" / "model.safetensors"))
     for name, layer in quantized_layers(student).items():
@@ -118,7 +130,7 @@ def test_compressed_tensors_is_the_student(tmp_path, text_source, scheme):
     need("compressed_tensors", "compressed-tensors")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    student = tiny_student("llama", scheme)
+    student = unusual_student("llama", scheme)
     export_to_compressed_tensors(student, tmp_path / "a", text_source=text_source)
     _name, found = run(student, tmp_path / "a")
     assert found["max_logit_difference"] == 0.0
@@ -137,7 +149,7 @@ def test_compressed_tensors_is_the_student(tmp_path, text_source, scheme):
 def test_core_ml_palettes_read_back(tmp_path, text_source, scheme, dtype):
     """Per tensor with a scale per row, per group, and low-rank factors."""
     need("coremltools", "coremltools")
-    student = tiny_student("llama", scheme)
+    student = unusual_student("llama", scheme)
     report = export_to_coreml(student, tmp_path / "a", text_source=text_source, dtype=dtype)
     assert report["exact"] is True
     assert report["tensors_compared"] == len(quantized_layers(student))
