@@ -5,7 +5,10 @@ takes a file is read from the file; one that is not installed is named with the 
 """
 
 import ctypes
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,7 +68,8 @@ def llama_cpp_runtime(path: Path) -> Runtime:
     """Return llama.cpp on a file."""
     from llama_cpp import Llama
 
-    model = Llama(str(path), n_ctx=CONTEXT_TOKENS, logits_all=True, verbose=False)
+    with quiet_output():
+        model = Llama(str(path), n_ctx=CONTEXT_TOKENS, logits_all=True, verbose=False)
 
     def logits(token_ids: list[int]) -> np.ndarray:
         model.reset()
@@ -80,8 +84,9 @@ def ik_llama_runtime(path: Path) -> Runtime:
     from ik_llama_cpp import _ctypes_api as api
     from ik_llama_cpp._internals import IkContext, IkModel, make_batch
 
-    model = IkModel(str(path))
-    context = IkContext(model, n_ctx=CONTEXT_TOKENS, flash_attn=False)
+    with quiet_output():
+        model = IkModel(str(path))
+        context = IkContext(model, n_ctx=CONTEXT_TOKENS, flash_attn=False)
 
     def logits(token_ids: list[int]) -> np.ndarray:
         context.kv_cache_clear()
@@ -95,6 +100,20 @@ def ik_llama_runtime(path: Path) -> Runtime:
         return np.stack(rows)
 
     return logits
+
+
+@contextmanager
+def quiet_output() -> Iterator[None]:
+    """Send what C code prints on standard output to standard error: the former is for JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def row_of(pointer: Any, count: int) -> np.ndarray:
