@@ -32,7 +32,6 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
     from qat.model.load import (
         base_weights,
         load_dense,
-        load_tokenizer,
         model_folder,
         model_identity,
         vocabulary_size,
@@ -48,7 +47,7 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
     base = model_identity(config.model)
     cache = open_cache(
         config.cache_dir,
-        load_tokenizer(config.model),
+        model_folder(config.model),
         vocabulary_size(config.model),
         base["weights"],
     )

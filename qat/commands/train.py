@@ -22,20 +22,21 @@ def act(config: TrainConfig) -> dict[str, Any]:
     """Train, or find the run ended; return the closing values."""
     from qat.commands.students import open_cache
     from qat.device import Device
-    from qat.model.checkpoint import read_header
-    from qat.model.load import BEST_NAME, checkpoint_folder, load_tokenizer
+    from qat.model.load import BEST_NAME, load_tokenizer, open_checkpoint
     from qat.train.run import check_lengths, copy_results, finished_run, run_identity
 
     device = Device.detect(config.device)
     say(device.describe())
-    source = checkpoint_folder(config.v2_checkpoint)
-    header = read_header(source)
+    opened = open_checkpoint(config.v2_checkpoint, model_id=config.model_id)
+    if opened.header is None:
+        raise ValueError(f"{opened.path} is no student; `qat init-student` makes one of it")
+    header, source = opened.header, opened.text_folder
     cache = open_cache(config.cache_dir, load_tokenizer(source), None, header.base_model["weights"])
     check_lengths(config, cache.seq_len)
     identity = run_identity(config, header.sha256, cache.fingerprint)
     summary = finished_run(config.output_dir, identity)
     if summary is None:
-        summary = run(config, device, source, header, cache, identity)
+        summary = run(config, device, opened, cache, identity)
     else:
         say(f"{config.output_dir} is this very run, ended: nothing to do")
     if config.gdrive_dir:
@@ -44,11 +45,9 @@ def act(config: TrainConfig) -> dict[str, Any]:
     return {"checkpoint": str(config.output_dir / BEST_NAME), **summary}
 
 
-def run(
-    config: TrainConfig, device: Any, source: Path, header: Any, cache: Any, identity: Any
-) -> dict[str, Any]:
+def run(config: TrainConfig, device: Any, opened: Any, cache: Any, identity: Any) -> dict[str, Any]:
     """Start or resume a run and take it to its end."""
-    from qat.model.load import FINAL_NAME, base_weights, load_model
+    from qat.model.load import FINAL_NAME, latent_or_base_weights, load_model
     from qat.tracking.sinks import open_tracker
     from qat.train.end_to_end import Habits, train_end_to_end
     from qat.train.run import (
@@ -61,9 +60,11 @@ def run(
     from qat.train.state import Progress, has_state, read_state
 
     dtype = device.dtype_from_name(config.dtype)
-    model, _header = load_model(source, dtype=dtype)
+    header, source = opened.header, opened.text_folder
+    model, _header = load_model(config.v2_checkpoint, model_id=config.model_id, dtype=dtype)
     model.to(device.torch_device)
-    weight_of = base_weights(config.model_id or header.base_model["path"], header.base_model)
+    path = config.model_id or header.base_model["path"]
+    weight_of = latent_or_base_weights(opened, {**header.base_model, "path": path})
     claim_folder(config.output_dir, record_of(config, identity))
     seconds = 0.0
     if config.layerwise and not has_state(config.output_dir):

@@ -50,8 +50,8 @@ class CheckpointHeader:
     """What a checkpoint says of itself."""
 
     scheme: dict[str, Any]
-    base_model: dict[str, str]
-    """Path as given, name and weights hash of the full-precision model."""
+    base_model: dict[str, str | None]
+    """Path as given, name and weights hash of the full-precision model; None where not known."""
     cache_fingerprint: str | None = None
     """Cache that calibrated or trained it."""
     made_by: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +79,7 @@ def write_checkpoint(
     """
     with atomic_folder(folder) as temporary:
         save_file(student_tensors(model), temporary / TENSORS_NAME)
+        (temporary / TENSORS_NAME).chmod(0o644)  # safetensors makes its files private
         model.config.save_pretrained(temporary)
         copy_text_files(text_source, temporary)
         written = {

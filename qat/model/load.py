@@ -200,9 +200,11 @@ def open_seed_word(stored: SeedCheckpoint, model_id: str | None) -> Checkpoint:
     """Return what a checkpoint of the seeds stands for, its base model looked up."""
     name, folder = find_base(stored, model_id)
     notes = seed_notes(stored)
+    unknown = {"name": folder.name, "weights": None}  # a config alone is enough to load
+    identity = model_identity(folder) if weight_files(folder) else unknown
     header = CheckpointHeader(
         scheme=seed_scheme(stored).to_dict(),
-        base_model={"path": name, **model_identity(folder)},
+        base_model={"path": name, **identity},
         cache_fingerprint=notes.get("cache_fingerprint"),
         made_by=notes.get("made_by", {}),
         metrics=notes.get("metrics", {}),

@@ -82,7 +82,7 @@ def group_members(num_groups: int, num_inputs: int) -> Tensor:
 
 def as_group_scales(factors: LowRank) -> Tensor | None:
     """Return the group scales, (O, G), that factors were made of; None where they were not."""
-    used = factors.magnitude != 0
+    used = (factors.magnitude != 0) & (factors.scale_b != 0).any(dim=1)
     scale_a, magnitude, scale_b = (
         factors.scale_a[:, used],
         factors.magnitude[used],

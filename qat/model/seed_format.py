@@ -125,9 +125,9 @@ def load_state(file: Path) -> tuple[Parts, dict[str, Any]]:
     try:
         try:
             stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError):  # older than torch's zip form
+        except (RuntimeError, ValueError, OSError):  # older than torch's zip form
             stored = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{file} cannot be read as tensors ({reason}); give a state dict, or fetch it again"

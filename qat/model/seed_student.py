@@ -4,7 +4,7 @@ What a tensor's shape says (bits, ranks) is read from it and not from config.jso
 checkpoints of one folder share.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from qat.model.seed_layer import (
     read_factors,
 )
 from qat.model.surgery import quantized_layers
+from qat.model.torch_file import write_torch_file
 from qat.quant.grid import snap_float16
 from qat.quant.scales import LowRank
 from qat.quant.scheme import LayerScheme, Scheme, layer_kind
@@ -241,23 +242,42 @@ def write_seed_checkpoint(
             raise ValueError(f"{name} floors its scales; run `qat convert-v1-to-v2` first")
         rank = layer.scheme.rank or layer.scale.shape[1]
         ranks[kinds[name]] = max(ranks[kinds[name]], rank)
-    state: Parts = {}
-    for key, tensor in model.state_dict().items():
-        owner, _, part = key.rpartition(".")
-        if owner not in layers or part == "bias":
-            state[key] = tensor.detach().cpu().float()
-        elif part == "indices":
-            weight = weight_of and weight_of(owner)
-            parts = layer_parts(layers[owner], ranks[kinds[owner]], weight, is_float16)
-            state |= {f"{owner}.{name}": values for name, values in parts.items()}
-    for key, values in state.items():
-        if values.is_floating_point() and not torch.isfinite(values).all():
-            raise ValueError(f"{key} holds NaN or infinity; train with a lower rate")
-        if is_float16 and not torch.equal(snap_float16(values), values):
-            raise ValueError(f"{key} holds more than float16 does; run `qat snap-fp16`")
+
+    def parts_of(name: str) -> Parts:
+        weight = weight_of and weight_of(name)
+        return layer_parts(layers[name], ranks[kinds[name]], weight, is_float16)
+
     with atomic_file(file) as temporary:
-        torch.save(state, temporary)
+        write_torch_file(temporary, checked(seed_tensors(model, layers, parts_of), is_float16))
     schemes = {kinds[name]: layer.scheme for name, layer in layers.items()}
     notes = {**(notes or {}), "content": content_fingerprint(file)}
     config = seed_config(schemes["mlp"], schemes["attention"], ranks, model_id, notes)
     write_json(file.parent / CONFIG_NAMES[0], config)
+
+
+def seed_tensors(
+    model: nn.Module, layers: dict[str, FakeQuantLinear], parts_of: Callable[[str], Parts]
+) -> Iterator[tuple[str, Tensor | str]]:
+    """Yield a student's tensors under the seeds' names; for a tied head, the embedding's name."""
+    names: dict[int, str] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        owner, _, part = key.rpartition(".")
+        if owner not in layers or part == "bias":
+            first = names.setdefault(id(tensor), key)
+            yield key, tensor.detach().cpu().float() if first == key else first
+        elif part == "indices":
+            for name, values in parts_of(owner).items():
+                yield f"{owner}.{name}", values
+
+
+def checked(
+    tensors: Iterable[tuple[str, Tensor | str]], is_float16: bool
+) -> Iterator[tuple[str, Tensor | str]]:
+    """Pass tensors on, refused if a number is not finite, or no float16 one where it is to be."""
+    for key, values in tensors:
+        if isinstance(values, Tensor) and values.is_floating_point():
+            if not torch.isfinite(values).all():
+                raise ValueError(f"{key} holds NaN or infinity; train with a lower rate")
+            if is_float16 and not torch.equal(snap_float16(values), values):
+                raise ValueError(f"{key} holds more than float16 does; run `qat snap-fp16`")
+        yield key, values

@@ -1,0 +1,97 @@
+"""A training process killed for real, in the middle of whatever it does, and started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qat.commands import convert_q4_to_q2, init_student, train
+from qat.files import sha256_of_file
+from qat.model.checkpoint import read_checkpoint
+from qat.tracking.record import read_rows
+from tests.tiny import tiny_cache, tiny_llama
+
+pytestmark = pytest.mark.recipe
+ROOT = Path(__file__).parent.parent.parent
+STEPS = 40
+USUAL = ["--device", "cpu", "--dtype", "fp32"]
+TIMES = ("train/seconds", "train/tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """The flags of a run that saves its state at every step, so that a kill hits a write."""
+    folder = tmp_path_factory.mktemp("made")
+    cache = tiny_cache(folder, tiny_llama())
+    quick = ["--cache-dir", str(cache), "--fit", "moments", *USUAL]
+    q4, q2 = str(folder / "q4"), str(folder / "q2")
+    made = [
+        init_student.main(["--model", str(folder / "teacher"), "--output", q4, *quick]),
+        convert_q4_to_q2.main(["--q4-checkpoint", q4, "--output", q2, *quick]),
+    ]
+    assert made == [0, 0]
+    return ["--v2-checkpoint", q2, "--cache-dir", str(cache), "--max-steps", str(STEPS)] + [
+        *("--batch-size", "2", "--log-steps", "1", "--save-steps", "1", "--eval-steps", "5"),
+        *("--trainable", "weights", "scales", "codebooks", "norms", *USUAL),
+    ]
+
+
+def start(flags, folder):
+    """Start a run as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "qat", "train", *flags, "--output-dir", str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill_at(process, folder, step):
+    """Kill a run, as the system does, as soon as its record tells of a step."""
+    deadline = time.monotonic() + 600
+    while process.poll() is None and time.monotonic() < deadline:
+        rows = read_rows(folder)
+        if rows and rows[-1]["step"] >= step:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+
+
+def rows_of(folder):
+    """Return the rows of a run without what the clock says."""
+    return [
+        {name: value for name, value in row.items() if name not in TIMES}
+        for row in read_rows(folder)
+    ]
+
+
+def test_a_killed_run_ends_like_one_that_was_not(flags, tmp_path):
+    """Killed twice with SIGKILL: the same rows, the same bytes of both students."""
+    assert train.main([*flags, "--output-dir", str(tmp_path / "straight")]) == 0
+    folder = tmp_path / "killed"
+    for step in (6, 22):
+        kill_at(start(flags, folder), folder, step)
+        for name in ("best", "final"):  # what was complete is still whole
+            if (folder / name / "checkpoint.json").is_file():
+                read_checkpoint(folder / name)
+    process = start(flags, folder)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-2000:]
+    closing = json.loads(out)
+    assert closing["steps"] == STEPS
+    assert "going on from step" in err
+    assert rows_of(folder) == rows_of(tmp_path / "straight")
+    for name in ("best", "final"):
+        sums = [
+            sha256_of_file(run / name / "student.safetensors")
+            for run in (folder, tmp_path / "straight")
+        ]
+        assert sums[0] == sums[1]
