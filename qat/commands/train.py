@@ -31,12 +31,14 @@ def act(config: TrainConfig) -> dict[str, Any]:
     if opened.header is None:
         raise ValueError(f"{opened.path} is no student; `qat init-student` makes one of it")
     header, source = opened.header, opened.text_folder
-    cache = open_cache(config.cache_dir, load_tokenizer(source), None, header.base_model["weights"])
+    tokenizer, teacher = load_tokenizer(source), header.base_model["weights"]
+    cache = open_cache(config.cache_dir, tokenizer, None, teacher)
+    eval_cache = open_cache(config.eval_cache_dir, tokenizer, None, teacher) or cache
     check_lengths(config, cache.seq_len)
-    identity = run_identity(config, header.sha256, cache.fingerprint)
+    identity = run_identity(config, header.sha256, cache.fingerprint, eval_cache.fingerprint)
     summary = finished_run(config.output_dir, identity)
     if summary is None:
-        summary = run(config, device, opened, cache, identity)
+        summary = run(config, device, opened, cache, eval_cache, identity)
     else:
         say(f"{config.output_dir} is this very run, ended: nothing to do")
     if config.gdrive_dir:
@@ -45,7 +47,9 @@ def act(config: TrainConfig) -> dict[str, Any]:
     return {"checkpoint": str(config.output_dir / BEST_NAME), **summary}
 
 
-def run(config: TrainConfig, device: Any, opened: Any, cache: Any, identity: Any) -> dict[str, Any]:
+def run(
+    config: TrainConfig, device: Any, opened: Any, cache: Any, eval_cache: Any, identity: Any
+) -> dict[str, Any]:
     """Start or resume a run and take it to its end."""
     from qat.model.load import FINAL_NAME, latent_or_base_weights, load_model
     from qat.tracking.sinks import open_tracker
@@ -88,7 +92,7 @@ def run(config: TrainConfig, device: Any, opened: Any, cache: Any, identity: Any
         trainer,
         lambda step: training_batches(cache, config, device.torch_device, start_step=step),
         Habits(**{name: getattr(config, name) for name in Habits.__slots__}),
-        make_hooks(config, trainer, cache, device, track, keep),
+        make_hooks(config, trainer, eval_cache, device, track, keep),
         progress,
     )
     keep(FINAL_NAME, progress.last_eval, progress.step)

@@ -17,6 +17,8 @@ class TrainConfig:
     """The student to train: a native folder or a run."""
     cache_dir: Path
     """Teacher cache to learn from; its held-out split measures."""
+    eval_cache_dir: Path | None = None
+    """Another cache of the same teacher that measures in its place."""
     output_dir: Path
     """Folder of the run: record, best and final student, state to resume from."""
     model_id: str | None = None

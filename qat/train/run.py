@@ -34,6 +34,7 @@ PLACES = {
     "model_id",
     "v2_checkpoint",
     "cache_dir",
+    "eval_cache_dir",
     "save_steps",
     "keep_checkpoints",
     "gdrive_dir",
@@ -41,11 +42,16 @@ PLACES = {
 }
 
 
-def run_identity(config: TrainConfig, checkpoint: str, cache: str) -> dict[str, Any]:
-    """Return what decides a run's numbers: its settings, the student and the cache it reads."""
+def run_identity(
+    config: TrainConfig, checkpoint: str, cache: str, eval_cache: str | None = None
+) -> dict[str, Any]:
+    """Return what decides a run's numbers: its settings, the student, the caches it reads."""
     flags = asdict(config)
     settings = {k: v for k, v in flags.items() if k not in PLACES and not k.startswith("wandb")}
-    return {"settings": settings, "checkpoint": checkpoint, "cache": cache}
+    caches = {"cache": cache}
+    if eval_cache not in (None, cache):
+        caches["eval_cache"] = eval_cache
+    return {"settings": settings, "checkpoint": checkpoint, **caches}
 
 
 def record_of(config: TrainConfig, identity: dict[str, Any]) -> dict[str, Any]:

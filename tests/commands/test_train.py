@@ -336,3 +336,14 @@ def test_results_are_copied_where_asked(run, flags, trained, tmp_path):
     assert json.loads((copied / "summary.json").read_text())["steps"] == 4
     read_checkpoint(copied / "best")
     assert not (copied / "state").exists()
+
+
+def test_another_cache_measures_when_named(run, flags, path, trained, tmp_path):
+    """Numbers of a run are those of the named cache; what it learns from stays the same."""
+    other = tiny_cache(tmp_path, tiny_llama(), seed=5, heldout_ratio=0, num_sequences=4)
+    done = run("train", output_dir=tmp_path / "run", eval_cache_dir=other, eval_steps=2, **flags)
+    assert done.code == 0, done.said
+    alone = run("evaluate", checkpoint=tmp_path / "run" / "final", cache_dir=other)
+    assert rows_of(tmp_path / "run")[-1]["eval/kl_nats"] == alone.closing["kl_nats"]
+    losses = [row["train/loss"] for row in rows_of(tmp_path / "run") if "train/loss" in row]
+    assert losses == [row["train/loss"] for row in rows_of(trained[0]) if "train/loss" in row]

@@ -63,6 +63,8 @@ def test_settings_decide_a_run(changes):
     assert identity(**changes) != identity()
     assert run_identity(config(), "other", "cache") != identity()
     assert run_identity(config(), "student", "other") != identity()
+    assert run_identity(config(), "student", "cache", "other") != identity()
+    assert run_identity(config(), "student", "cache", "cache") == identity()
 
 
 def test_a_run_is_found_by_its_identity(tmp_path):
