@@ -68,6 +68,53 @@ def collect_second_moments(
     return moments
 
 
+def collect_loss_weights(
+    model: nn.Module, linears: Iterable[str], batches: Sequence[Tensor], *, seed: int = 0
+) -> dict[str, list[Tensor]]:
+    """Return how strongly each token's output of each linear moves the end loss, (B, T) a batch.
+
+    The mean over a linear's outputs of the squared gradient of the model's own cross-entropy, on
+    tokens drawn from its own predictions: the diagonal of the Fisher information, which is the
+    curvature of KL(teacher || student) where the student is the teacher.
+
+    Args:
+        model: Causal LM in eval mode.
+        linears: Names of the modules to watch.
+        batches: Token ids, (B, T) each, on the model's device.
+        seed: Of the drawn tokens.
+
+    Source:
+        GuidedQuant, Kim et al. 2025, arXiv:2505.07004, equation 7 with one group of outputs.
+    """
+    weights: dict[str, list[Tensor]] = {name: [] for name in linears}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            output.register_hook(lambda grad: weights[name].append(grad.float().square().mean(-1)))
+
+        return hook
+
+    handles = [model.get_submodule(x).register_forward_hook(watch(x)) for x in weights]
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        for token_ids in tqdm(batches, desc="weigh tokens", unit="batch", leave=False):
+            embedded = model.get_input_embeddings()(token_ids).detach().requires_grad_()
+            logits = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1)
+            drawn = draw(logits, generator)
+            loss = nn.functional.cross_entropy(logits.float(), drawn, reduction="sum")
+            torch.autograd.grad(loss, embedded)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return weights
+
+
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a token id drawn from each row's distribution, (N,) from (N, V)."""
+    probabilities = logits.detach().float().softmax(-1).cpu()
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputStatistics:
     """What a linear's inputs are like: x_q those of the quantized model, x of the dense one."""
@@ -107,6 +154,7 @@ def walk_blocks(
     batches: Sequence[Tensor],
     *,
     reference: nn.Module | None = None,
+    token_weights: dict[str, list[Tensor]] | None = None,
 ) -> Iterator[tuple[list[str], InputStatistics]]:
     """Yield linears that share an input, with its statistics, in the order of the forward pass.
 
@@ -118,6 +166,8 @@ def walk_blocks(
         names: The linears to fit.
         batches: Token ids, (B, T) each, on the model's device.
         reference: The full-precision model; the model itself as it comes when not given.
+        token_weights: How much each token counts for each linear, (B, T) a batch; linears that
+            share an input share the mean. Alike when not given.
 
     Raises:
         ValueError: If there is no batch, a statistic is not finite, or the model's blocks do not
@@ -139,8 +189,12 @@ def walk_blocks(
         inside = blocks.get(name, [])
         dense_inputs = watch_inputs(dense, name, reference_block, inside)
         for group in groups_that_share(dense_inputs):
-            statistics = input_statistics(stream, name, block, group[0], dense_inputs[group[0]])
-            yield [f"{name}.{linear}" for linear in group], statistics
+            shared = [f"{name}.{linear}" for linear in group]
+            weights = token_weights and mean_weights([token_weights[x] for x in shared])
+            statistics = input_statistics(
+                stream, name, block, group[0], dense_inputs[group[0]], weights
+            )
+            yield shared, statistics
             for linear in group:
                 del dense_inputs[linear]
         stream.advance(name, block)
@@ -249,8 +303,22 @@ def groups_that_share(inputs: dict[str, list[Tensor]]) -> list[list[str]]:
     return list(groups.values())
 
 
+def mean_weights(weights: Sequence[list[Tensor]]) -> list[Tensor]:
+    """Return the mean over linears of each batch's token weights, each linear's summing to one."""
+    totals = [sum(float(batch.sum()) for batch in batches) for batches in weights]
+    return [
+        sum(batch / max(total, 1e-30) for batch, total in zip(batches, totals, strict=True))
+        for batches in zip(*weights, strict=True)
+    ]
+
+
 def input_statistics(
-    stream: Stream, name: str, block: nn.Module, linear: str, dense_inputs: list[Tensor]
+    stream: Stream,
+    name: str,
+    block: nn.Module,
+    linear: str,
+    dense_inputs: list[Tensor],
+    weights: list[Tensor] | None = None,
 ) -> InputStatistics:
     """Return the statistics of a linear's inputs in the block as it is now.
 
@@ -261,19 +329,25 @@ def input_statistics(
     width = dense_inputs[0].shape[-1]
     hessian = torch.zeros(width, width, device=dense_inputs[0].device)
     drift = torch.zeros_like(hessian)
-    num_tokens = 0
+    total = 0.0
     for batch, dense in enumerate(dense_inputs):
         x = input_of(module, lambda batch=batch: stream.run(name, block, batch)).flatten(0, -2)
+        change = dense.flatten(0, -2) - x
+        if weights is not None:
+            root = weights[batch].flatten().sqrt().unsqueeze(1)  # (B*T, 1)
+            x, change = x * root, change * root
+            total += float(root.square().sum())
+        else:
+            total += len(x)
         add_gram(hessian, x.float())
         # A difference bears the compute dtype: what its product rounds away is small beside H.
-        drift += (dense.flatten(0, -2) - x).T @ x
-        num_tokens += len(x)
+        drift += change.to(dense.dtype).T @ x.to(dense.dtype)
     if not (torch.isfinite(hessian).all() and torch.isfinite(drift).all()):
         raise ValueError(
             f"{name}.{linear}: inputs hold NaN or infinity during calibration; try --dtype fp32"
         )
     hessian = hessian.triu() + hessian.triu(1).T
-    return InputStatistics(hessian=hessian / num_tokens, drift=drift / num_tokens)
+    return InputStatistics(hessian=hessian / total, drift=drift / total)
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:

@@ -39,6 +39,7 @@ def act(config: FitsConfig) -> dict[str, Any]:
     import torch
 
     from qat.calibration import collect_second_moments
+    from qat.commands.students import loss_weights
     from qat.convert.init_student import init_student, init_student_by_blocks
     from qat.device import Device, peak_rss_bytes
     from qat.distill.teacher import top_k_signal
@@ -59,8 +60,9 @@ def act(config: FitsConfig) -> dict[str, Any]:
         counts = torch.ones(BATCH, 63, dtype=torch.bool)
         signals = [top_k_signal(model(ids).logits[:, :-1], counts, TOP_K) for ids in heldout]
     started, started_cpu = time.perf_counter(), time.process_time()
-    if config.fit == "hessian":
-        init_student_by_blocks(model, scheme, batches, dtype=device.dtype)
+    if config.fit != "moments":
+        weights = loss_weights(config.fit, model, quantizable_linears(model, scheme), batches)
+        init_student_by_blocks(model, scheme, batches, token_weights=weights, dtype=device.dtype)
     else:
         moments = collect_second_moments(model, quantizable_linears(model, scheme), batches)
         init_student(model, scheme, importance=moments)

@@ -26,7 +26,7 @@ def act(config: ConvertConfig) -> dict[str, Any]:
 def refit(config: ConvertConfig, scheme: Any, student: Any) -> dict[str, Any]:
     """Fit the layers whose scheme changes; return how many, and the change in their weights."""
     from qat.cache.read import TeacherCache
-    from qat.commands.students import calibrate, calibration_tokens
+    from qat.commands.students import calibrate, calibration_tokens, loss_weights
     from qat.convert import q4_to_q2
     from qat.convert.to_scheme import layers_to_change, weight_sqnr_db
     from qat.device import Device
@@ -41,11 +41,17 @@ def refit(config: ConvertConfig, scheme: Any, student: Any) -> dict[str, Any]:
     cache = TeacherCache.open(config.cache_dir) if config.cache_dir else None
     count = config.num_calibration_sequences(cache.seq_len) if cache else 0
     with dense_parts_in(student, dtype):
-        if config.fit == "hessian" and cache:
+        if config.fit != "moments" and cache:
             batches = calibration_tokens(cache, count, device)
             student.to(device.torch_device)
             q4_to_q2.convert_layers_by_blocks(
-                student, None, schemes, batches, weight_of=weight_of, dtype=dtype
+                student,
+                None,
+                schemes,
+                batches,
+                weight_of=weight_of,
+                token_weights=loss_weights(config.fit, student, schemes, batches),
+                dtype=dtype,
             )
             student.to("cpu")
         else:

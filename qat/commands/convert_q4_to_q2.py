@@ -115,7 +115,7 @@ def convert(
     dtype: Any,
 ) -> Any:
     """Return the converted student, on the CPU."""
-    from qat.commands.students import calibrate, calibration_tokens
+    from qat.commands.students import calibrate, calibration_tokens, loss_weights
     from qat.convert import q4_to_q2
     from qat.model.checkpoint import dense_parts_in
     from qat.model.load import latent_or_base_weights, load_model
@@ -128,12 +128,18 @@ def convert(
     model = load_base(base["path"], dtype)
     count = config.num_calibration_sequences(cache.seq_len) if cache is not None else 0
     with dense_parts_in(student, dtype):
-        if config.fit == "hessian" and cache is not None:
+        if config.fit != "moments" and cache is not None:
             batches = calibration_tokens(cache, count, device)
             for one in filter(None, (student, model)):
                 one.to(device.torch_device)
             q4_to_q2.convert_layers_by_blocks(
-                student, model, schemes, batches, weight_of=weight_of, dtype=dtype
+                student,
+                model,
+                schemes,
+                batches,
+                weight_of=weight_of,
+                token_weights=loss_weights(config.fit, model or student, schemes, batches),
+                dtype=dtype,
             )
             student.to("cpu")
         else:

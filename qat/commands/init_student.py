@@ -20,6 +20,7 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
         already_made,
         calibrate,
         calibration_tokens,
+        loss_weights,
         measure_and_write,
         open_cache,
         write_student,
@@ -63,10 +64,11 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
     check_weights(linears, scheme.layer)
     say(f"scheme {scheme.name}: {len(linears)} layers of {base['name']}")
     count = config.num_calibration_sequences(cache.seq_len) if cache is not None else 0
-    if config.fit == "hessian" and cache is not None:
+    if config.fit != "moments" and cache is not None:
         batches = calibration_tokens(cache, count, device)
         model.to(device.torch_device)
-        init_student_by_blocks(model, scheme, batches, dtype=dtype)
+        token_weights = loss_weights(config.fit, model, linears, batches)
+        init_student_by_blocks(model, scheme, batches, token_weights=token_weights, dtype=dtype)
         model.to("cpu")
     else:
         init_student(model, scheme, importance=calibrate(model, linears, cache, count, device))

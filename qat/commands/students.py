@@ -58,6 +58,13 @@ def calibration_tokens(cache: Any, count: int, device: Any) -> list[Any]:
     return [batch.to(device.torch_device) for batch in calibration_batches(cache, count)]
 
 
+def loss_weights(fit: str, model: Any, names: Any, batches: list[Any]) -> Any:
+    """Return how much each token counts for each linear of a guided fit; None for the others."""
+    from qat.calibration import collect_loss_weights
+
+    return collect_loss_weights(model, names, batches) if fit == "guided" else None
+
+
 def measure_and_write(
     model: Any,
     header: Any,

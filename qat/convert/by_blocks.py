@@ -31,6 +31,7 @@ def fit_by_blocks(
     *,
     weight_of: Callable[[str], Tensor],
     reference: nn.Module | None = None,
+    token_weights: dict[str, list[Tensor]] | None = None,
     dtype: torch.dtype,
 ) -> None:
     """Put fitted layers in the place of a model's linears, in the order of its forward pass.
@@ -41,13 +42,15 @@ def fit_by_blocks(
         batches: Token ids, (B, T) each, on the model's device.
         weight_of: Returns the full-precision weight, (O, I), of a linear's name.
         reference: The full-precision model; the model itself as it comes when not given.
+        token_weights: How much each token counts for each linear, as `walk_blocks` takes it.
         dtype: Compute dtype of the walk.
 
     Raises:
         ValueError: If a layer cannot be fitted; names the layer.
     """
     progress = tqdm(total=len(schemes), desc="fit", unit="layer")
-    for names, statistics in walk_blocks(model, schemes, batches, reference=reference):
+    walk = walk_blocks(model, schemes, batches, reference=reference, token_weights=token_weights)
+    for names, statistics in walk:
         for name in names:
             progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)
             try:

@@ -6,9 +6,9 @@ from typing import Literal
 
 from qat.quant.scheme import CodebookKind, LayerScheme
 
-Fit = Literal["hessian", "moments"]
+Fit = Literal["hessian", "guided", "moments"]
 # Where more no longer pays: a second moment is known from few tokens, a Hessian from many.
-CALIBRATION_TOKENS = {"hessian": 32768, "moments": 4096}
+CALIBRATION_TOKENS = {"hessian": 32768, "guided": 32768, "moments": 4096}
 SEED_SUFFIX = ".pt"
 SEED_MLP_RANK, SEED_ATTENTION_RANK = 32, 8  # of the seeds' preset q2a4, which their trainer takes
 
@@ -29,10 +29,11 @@ class InitStudentConfig:
     """Teacher cache: calibrates the fit, measures the student."""
     fit: Fit = "hessian"
     """hessian: codes with error feedback against all inputs, block by block, each block fed by the
-    quantized ones before it. moments: each input's mean square, one pass; several times quicker."""
+    quantized ones before it. guided: the same, tokens counted by how strongly they move the end
+    loss. moments: each input's mean square, one pass; several times quicker."""
     calibration_sequences: int | None = None
-    """Training sequences of the cache that calibrate; when not given, as many as make 32768 tokens
-    for hessian, 4096 for moments."""
+    """Training sequences of the cache that calibrate; when not given, as many as make 32768 tokens,
+    for moments 4096."""
     eval: bool = True
     """Measure the student on the cache's held-out split."""
     dtype: str = "auto"
@@ -84,10 +85,11 @@ class ConvertQ4ToQ2Config:
     """Teacher cache: calibrates the fit, measures the student."""
     fit: Fit = "hessian"
     """hessian: codes with error feedback against all inputs, block by block, each block fed by the
-    quantized ones before it. moments: each input's mean square, one pass; several times quicker."""
+    quantized ones before it. guided: the same, tokens counted by how strongly they move the end
+    loss. moments: each input's mean square, one pass; several times quicker."""
     calibration_sequences: int | None = None
-    """Training sequences of the cache that calibrate; when not given, as many as make 32768 tokens
-    for hessian, 4096 for moments."""
+    """Training sequences of the cache that calibrate; when not given, as many as make 32768 tokens,
+    for moments 4096."""
     dtype: str = "auto"
     """Compute dtype: auto, fp32, bf16 or fp16."""
     device: str = "auto"

@@ -41,7 +41,12 @@ def init_student(
 
 
 def init_student_by_blocks(
-    model: nn.Module, scheme: Scheme, batches: Sequence[Tensor], *, dtype: torch.dtype
+    model: nn.Module,
+    scheme: Scheme,
+    batches: Sequence[Tensor],
+    *,
+    token_weights: dict[str, list[Tensor]] | None = None,
+    dtype: torch.dtype,
 ) -> None:
     """Turn a full-precision model into a student in place, each layer fed by quantized ones.
 
@@ -49,6 +54,7 @@ def init_student_by_blocks(
         model: Causal LM; its linears are replaced.
         scheme: How each kind of layer is quantized.
         batches: Token ids, (B, T) each, on the model's device.
+        token_weights: How much each token counts for each linear, as `walk_blocks` takes it.
         dtype: Compute dtype.
 
     Raises:
@@ -61,6 +67,7 @@ def init_student_by_blocks(
         {name: scheme.layer(name) for name in linears},
         batches,
         weight_of=lambda name: linears[name].weight,
+        token_weights=token_weights,
         dtype=dtype,
     )
 

@@ -166,6 +166,7 @@ def convert_layers_by_blocks(
     batches: Sequence[Tensor],
     *,
     weight_of: WeightOf,
+    token_weights: dict[str, list[Tensor]] | None = None,
     dtype: torch.dtype,
 ) -> None:
     """Fit layers of a student to other schemes, in place, each fed by those before it.
@@ -177,9 +178,18 @@ def convert_layers_by_blocks(
         schemes: Of each layer from now on, by name.
         batches: Token ids, (B, T) each, on the device of both models.
         weight_of: Returns the weight to fit, (O, I), for a layer's name.
+        token_weights: How much each token counts for each layer, as `walk_blocks` takes it.
         dtype: Compute dtype.
     """
     if reference is not None:
         matching_layers(reference, student, schemes)
     hold_weights(student, dtype)
-    fit_by_blocks(student, schemes, batches, weight_of=weight_of, reference=reference, dtype=dtype)
+    fit_by_blocks(
+        student,
+        schemes,
+        batches,
+        weight_of=weight_of,
+        reference=reference,
+        token_weights=token_weights,
+        dtype=dtype,
+    )

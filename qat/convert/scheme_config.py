@@ -22,11 +22,12 @@ class ConvertConfig:
     cache_dir: Path | None = None
     """Teacher cache: calibrates the fit, measures the student before and after."""
     fit: Fit = "hessian"
-    """hessian: codes with error feedback against all inputs, block by block. moments: each input's
-    mean square, one pass; several times quicker. Without a cache every weight counts alike."""
+    """hessian: codes with error feedback against all inputs, block by block. guided: the same,
+    tokens counted by how strongly they move the end loss. moments: each input's mean square, one
+    pass; several times quicker. Without a cache every weight counts alike."""
     calibration_sequences: int | None = None
-    """Training sequences of the cache that calibrate; when not given, as many as make 32768 tokens
-    for hessian, 4096 for moments."""
+    """Training sequences of the cache that calibrate; when not given, as many as make 32768 tokens,
+    for moments 4096."""
     dtype: str = "auto"
     """Compute dtype: auto, fp32, bf16 or fp16."""
     device: str = "auto"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qat.calibration import walk_blocks
+from qat.calibration import collect_loss_weights, walk_blocks
 from qat.convert.by_blocks import fit_by_blocks
 from qat.model.surgery import quantizable_linears, quantized_layers
 from qat.quant.fit import fit_weight
@@ -21,7 +21,7 @@ from qat.quant.hessian import (
     refit_scale,
 )
 from qat.quant.scheme import LayerScheme, scheme_from_name
-from tests.tiny import TINY_MODELS
+from tests.tiny import TINY_MODELS, tiny_llama
 
 SCHEMES = {
     "learned 2": LayerScheme(bits=2, group_size=16),
@@ -203,6 +203,42 @@ def test_statistics_are_those_of_the_inputs_really_fed(family):
         torch.testing.assert_close(statistics.hessian, x.T @ x / len(x), atol=1e-4, rtol=1e-3)
         drift = (wanted - x).T @ x / len(x)
         torch.testing.assert_close(statistics.drift, drift, atol=1e-4, rtol=1e-3)
+
+
+def test_weighted_statistics_count_each_token_by_its_weight():
+    """sum w x x^T / sum w; linears of one input take the mean of their shares."""
+    model, dense = tiny_llama(), tiny_llama()
+    batches = list(torch.randint(0, 256, (6, 12)).split(4))
+    names = list(quantizable_linears(model, scheme_from_name("q2a4")))
+    weights = {name: [torch.rand(batch.shape) for batch in batches] for name in names}
+    inputs = inputs_of(dense, names, batches)
+    for group, statistics in walk_blocks(model, names, batches, token_weights=weights):
+        share = [torch.cat([batch.flatten() for batch in weights[name]]) for name in group]
+        weight = sum(one / one.sum() for one in share) / len(share)
+        x = inputs[group[0]]
+        expected = (x * weight.unsqueeze(1)).T @ x
+        torch.testing.assert_close(statistics.hessian, expected, atol=1e-5, rtol=1e-3)
+        assert statistics.drift.abs().max() < 1e-5
+
+
+def test_loss_weights_are_squared_gradients_of_drawn_tokens():
+    """Mean over outputs of (d loss / d output)^2, by autograd on an output that is a leaf."""
+    model = tiny_llama().requires_grad_(False)
+    name, ids = "model.layers.1.mlp.up_proj", torch.randint(0, 256, (2, 6))
+    found = collect_loss_weights(model, [name], [ids], seed=3)[name][0]
+    linear, leaf = model.get_submodule(name), []
+
+    def replace(_module, _inputs, output):
+        leaf.append(output.detach().requires_grad_())
+        return leaf[0]
+
+    linear.register_forward_hook(replace)
+    logits = model(ids).logits.flatten(0, 1)
+    generator = torch.Generator().manual_seed(3)
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+    loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, leaf[0])
+    torch.testing.assert_close(found, gradient.square().mean(-1))
 
 
 def inputs_of(model, names, batches) -> dict[str, torch.Tensor]:
