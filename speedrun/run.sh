@@ -15,15 +15,18 @@ SIZE="${1:-}"
 case "$SIZE" in
 demo)
     : "${TEACHER:=models/smollm2-135m}" "${DATA:=speedrun/data/instructions.jsonl}"
-    : "${THINKING:=none}" "${STEPS:=64}" "${BATCH:=8}" "${FIT:=moments}" "${DEVICE:=cpu}"
+    : "${THINKING:=none}" "${STEPS:=64}" "${BATCH:=8}" "${DEVICE:=cpu}"
+    : "${FIT:=moments}" "${LR:=4e-4}"
     ;;
 colab)
     : "${TEACHER:=Qwen/Qwen3-0.6B}" "${DATA:=tatsu-lab/alpaca}"
-    : "${THINKING:=both}" "${STEPS:=4000}" "${BATCH:=16}" "${FIT:=hessian}" "${DEVICE:=auto}"
+    : "${THINKING:=both}" "${STEPS:=4000}" "${BATCH:=16}" "${DEVICE:=auto}"
+    : "${FIT:=hessian}" "${LR:=1e-4}"
     ;;
 tpu) # one shape throughout, so that each graph is compiled once
     : "${TEACHER:=Qwen/Qwen3-0.6B}" "${DATA:=tatsu-lab/alpaca}"
-    : "${THINKING:=both}" "${STEPS:=4000}" "${BATCH:=24}" "${FIT:=moments}" "${DEVICE:=xla}"
+    : "${THINKING:=both}" "${STEPS:=4000}" "${BATCH:=24}" "${DEVICE:=xla}"
+    : "${FIT:=moments}" "${LR:=4e-4}"
     ;;
 *)
     echo "error: size '$SIZE' is none of demo, colab, tpu; use: speedrun/run.sh demo" >&2
@@ -69,7 +72,8 @@ qat convert-q4-to-q2 --q4-checkpoint "$RUNS/q4" --output "$RUNS/q2_init" --fit "
 
 # 5. Distil the teacher into the MLP layers.
 qat train --v2-checkpoint "$RUNS/q2_init" --cache-dir "$CACHE" --output-dir "$RUNS/q2_mlp_$STEPS" \
-    --mlp-only --max-steps "$STEPS" --batch-size "$BATCH" --device "$DEVICE" ${MORE[@]+"${MORE[@]}"}
+    --mlp-only --lr "$LR" --max-steps "$STEPS" --batch-size "$BATCH" --device "$DEVICE" \
+    ${MORE[@]+"${MORE[@]}"}
 
 # 6. Held-out numbers of what is kept: the best of the run.
 qat evaluate --checkpoint "$RUNS/q2_mlp_$STEPS" --cache-dir "$CACHE" --device "$DEVICE"

@@ -18,6 +18,7 @@ PROMPTS = (
     "Write one sentence about the sea.",
 )
 QUICK_FIT = "moments"  # seconds instead of minutes; the default fit starts 40% closer
+QUICK_LR = 4e-4  # four times the default: it starts further away, and there is no feedback to undo
 COLUMNS = (
     "bits_per_weight",
     "bits_per_weight_mlp",
@@ -103,6 +104,7 @@ def act(config: DemoConfig) -> dict[str, Any]:
             cache_dir=cache_dir,
             output_dir=runs / "q2_mlp",
             mlp_only=True,
+            lr=QUICK_LR,
             max_steps=config.max_steps,
             eval_steps=0,
             save_steps=32,

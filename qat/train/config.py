@@ -63,8 +63,9 @@ class TrainConfig:
     """Sequences of a micro-batch."""
     accumulation_steps: int = 1
     """Micro-batches of a step."""
-    lr: float = 4e-4
-    """Peak learning rate of latent weights."""
+    lr: float = 1e-4
+    """Peak learning rate of latent weights. After a quick fit (--fit moments) 4e-4 gets further in
+    few steps; after the default fit it would undo what error feedback found."""
     scale_lr_ratio: float = 1.0
     """Rate of scales and magnitudes over --lr."""
     codebook_lr_ratio: float = 1.0

@@ -81,7 +81,17 @@ def commands_of(cache):
         "convert-q4-to-q2": ["convert-q4-to-q2", "--q4-checkpoint", "runs/q4", "--eval"]
         + ["--output", "runs/q2_init", *quick],
         "train": ["train", "--v2-checkpoint", "runs/q2_init", "--output-dir", "runs/q2_mlp"]
-        + ["--mlp-only", "--max-steps", "4", "--batch-size", "4", "--log-steps", "1"]
+        + [
+            "--mlp-only",
+            "--lr",
+            "4e-4",
+            "--max-steps",
+            "4",
+            "--batch-size",
+            "4",
+            "--log-steps",
+            "1",
+        ]
         + ["--warmup-steps", "1", *on_cache, *usual],
         "evaluate": ["evaluate", "--checkpoint", "runs/q2_mlp", *on_cache, *usual],
         "evaluate text": ["evaluate", "--checkpoint", "runs/q2_mlp", *text],
