@@ -23,7 +23,13 @@ def act(config: TrainConfig) -> dict[str, Any]:
     from qat.commands.students import open_cache
     from qat.device import Device
     from qat.model.load import BEST_NAME, load_tokenizer, open_checkpoint
-    from qat.train.run import check_lengths, copy_results, finished_run, run_identity
+    from qat.train.run import (
+        check_content,
+        check_lengths,
+        copy_results,
+        finished_run,
+        run_identity,
+    )
 
     device = Device.detect(config.device)
     say(device.describe())
@@ -35,6 +41,7 @@ def act(config: TrainConfig) -> dict[str, Any]:
     cache = open_cache(config.cache_dir, tokenizer, None, teacher)
     eval_cache = open_cache(config.eval_cache_dir, tokenizer, None, teacher) or cache
     check_lengths(config, cache.seq_len)
+    check_content(config, cache.manifest.identity.content)
     identity = run_identity(config, header.sha256, cache.fingerprint, eval_cache.fingerprint)
     summary = finished_run(config.output_dir, identity)
     if summary is None:
@@ -90,7 +97,13 @@ def run(
     keep = partial(keep_student, config, trainer, header, source)
     progress = train_end_to_end(
         trainer,
-        lambda step: training_batches(cache, config, device.torch_device, start_step=step),
+        lambda step: training_batches(
+            cache,
+            config,
+            device.torch_device,
+            start_step=step,
+            vocab_size=model.config.vocab_size,
+        ),
         Habits(**{name: getattr(config, name) for name in Habits.__slots__}),
         make_hooks(config, trainer, eval_cache, device, track, keep),
         progress,

@@ -1,1 +1,1 @@
-"""Distillation: what is known of the teacher (`teacher`), divergences (`kl`), the objective."""
+"""Distillation: `teacher`, the student on a few tokens (`candidates`), `kl`, the objective."""

@@ -8,6 +8,8 @@ sampled one the sum runs over its draws with their weights.
 The other divergences compare the same cells: the K tokens and, for a top-k teacher, the rest as one
 more. Every one of them is zero for a perfect student.
 
+Student logits may be all of them or those of `candidates`, where no signal is dense.
+
 Shape legend: N positions, V vocabulary, K tokens the teacher is known on, C cells.
 """
 
@@ -16,10 +18,13 @@ import math
 import torch
 from torch import Tensor
 
+from qat.distill.candidates import CandidateLogits, in_float32, known_logits, log_partition
 from qat.distill.teacher import LEAST_REST, TeacherSignal
 
+StudentLogits = Tensor | CandidateLogits
 
-def forward_kl(student_logits: Tensor, signal: TeacherSignal) -> Tensor:
+
+def forward_kl(student_logits: StudentLogits, signal: TeacherSignal) -> Tensor:
     """Return KL(teacher || student) of each position in nats.
 
     The teacher is known on K tokens; what it leaves out is one more cell on both sides, which
@@ -38,13 +43,10 @@ def forward_kl(student_logits: Tensor, signal: TeacherSignal) -> Tensor:
         Hinton et al. 2015, arXiv:1503.02531, section 2; one cell for the rest is the coarse-grained
         KL, below the full one by the data-processing inequality (Cover and Thomas, section 2.8).
     """
-    logits = student_logits.float()
     if signal.kind == "conditional":
-        return conditional_kl(logits, signal, temperature=1.0)
-    log_probs = signal.log_probs
-    log_partition = torch.logsumexp(logits, dim=-1, keepdim=True)
-    chosen = logits if signal.token_ids is None else logits.gather(-1, signal.token_ids)
-    student = chosen - log_partition  # (..., K)
+        return conditional_kl(student_logits, signal, temperature=1.0)
+    log_probs, logits = signal.log_probs, in_float32(student_logits)
+    student = known_logits(logits, signal) - log_partition(logits)  # (..., K)
     weights = log_probs.exp() if signal.weights is None else signal.weights
     divergence = (weights * (log_probs - student)).sum(-1)
     if signal.log_tail is None:
@@ -58,21 +60,25 @@ def log_outside(log_probs: Tensor) -> Tensor:
     return torch.log(-torch.expm1(inside))
 
 
-def conditional_kl(logits: Tensor, signal: TeacherSignal, temperature: float) -> Tensor:
+def conditional_kl(
+    student_logits: StudentLogits, signal: TeacherSignal, temperature: float
+) -> Tensor:
     """Return the KL between both softmaxes over the K known tokens, (...).
 
     Args:
-        logits: Student, (..., V), float32.
+        student_logits: (..., V), any float dtype.
         signal: Teacher; log-probabilities up to a constant are enough.
         temperature: Divides both sides' logits.
     """
-    chosen = logits if signal.token_ids is None else logits.gather(-1, signal.token_ids)
+    chosen = known_logits(student_logits, signal)
     teacher = torch.log_softmax(signal.log_probs / temperature, dim=-1)
     student = torch.log_softmax(chosen / temperature, dim=-1)
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 
-def kd_loss(student_logits: Tensor, signal: TeacherSignal, *, temperature: float = 2.0) -> Tensor:
+def kd_loss(
+    student_logits: StudentLogits, signal: TeacherSignal, *, temperature: float = 2.0
+) -> Tensor:
     """Return the seeds' distillation loss of each position, (...): T^2 KL within the K tokens.
 
     It says nothing of the mass outside the K tokens: for comparison with older runs only.
@@ -82,11 +88,10 @@ def kd_loss(student_logits: Tensor, signal: TeacherSignal, *, temperature: float
         signal: The teacher on the same positions.
         temperature: T.
     """
-    divergence = conditional_kl(student_logits.float(), signal, temperature)
-    return divergence * temperature**2
+    return conditional_kl(student_logits, signal, temperature) * temperature**2
 
 
-def cells(student_logits: Tensor, signal: TeacherSignal) -> tuple[Tensor, Tensor]:
+def cells(student_logits: StudentLogits, signal: TeacherSignal) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of teacher and student on the same cells, (..., C) each.
 
     Args:
@@ -96,18 +101,18 @@ def cells(student_logits: Tensor, signal: TeacherSignal) -> tuple[Tensor, Tensor
     Raises:
         ValueError: If the signal is sampled: draws give expectations under the teacher only.
     """
-    logits = student_logits.float()
     if signal.kind == "sampled":
         raise ValueError(
             "a sampled cache gives expectations under the teacher only, which forward-kl needs; "
             "use --loss forward-kl, or a top-k or hidden cache"
         )
+    logits = in_float32(student_logits) if signal.kind == "top-k" else student_logits
+    chosen = known_logits(logits, signal)
     if signal.kind == "conditional":
-        chosen = logits.gather(-1, signal.token_ids)
         return torch.log_softmax(signal.log_probs, -1), torch.log_softmax(chosen, -1)
     if signal.token_ids is None:
-        return signal.log_probs, torch.log_softmax(logits, -1)
-    student = logits.gather(-1, signal.token_ids) - torch.logsumexp(logits, -1, keepdim=True)
+        return signal.log_probs, torch.log_softmax(chosen, -1)
+    student = chosen - log_partition(logits)
     teacher = torch.cat([signal.log_probs, signal.log_tail.unsqueeze(-1)], -1)
     return teacher, torch.cat([student, log_outside(student).unsqueeze(-1)], -1)
 
@@ -122,7 +127,7 @@ def log_mix(left: Tensor, right: Tensor, share: float) -> Tensor:
     return torch.logaddexp(left + math.log(share), right + math.log1p(-share))
 
 
-def reverse_kl(student_logits: Tensor, signal: TeacherSignal) -> Tensor:
+def reverse_kl(student_logits: StudentLogits, signal: TeacherSignal) -> Tensor:
     """Return KL(student || teacher) of each position in nats: it seeks the teacher's modes.
 
     Args:
@@ -139,7 +144,9 @@ def reverse_kl(student_logits: Tensor, signal: TeacherSignal) -> Tensor:
     return kl_of_cells(student, teacher)
 
 
-def jensen_shannon(student_logits: Tensor, signal: TeacherSignal, share: float = 0.5) -> Tensor:
+def jensen_shannon(
+    student_logits: StudentLogits, signal: TeacherSignal, share: float = 0.5
+) -> Tensor:
     """Return the generalized Jensen-Shannon divergence of each position in nats.
 
     Args:
@@ -159,7 +166,7 @@ def jensen_shannon(student_logits: Tensor, signal: TeacherSignal, share: float =
     return share * forward + (1 - share) * reverse
 
 
-def skewed_kl(student_logits: Tensor, signal: TeacherSignal, share: float = 0.1) -> Tensor:
+def skewed_kl(student_logits: StudentLogits, signal: TeacherSignal, share: float = 0.1) -> Tensor:
     """Return KL(teacher || share teacher + (1 - share) student): its gradient is bounded.
 
     Args:
@@ -177,7 +184,7 @@ def skewed_kl(student_logits: Tensor, signal: TeacherSignal, share: float = 0.1)
     return kl_of_cells(teacher, log_mix(teacher, student, share))
 
 
-def confidence_kl(student_logits: Tensor, signal: TeacherSignal) -> Tensor:
+def confidence_kl(student_logits: StudentLogits, signal: TeacherSignal) -> Tensor:
     """Return a mixture of reverse and forward KL by the teacher's confidence at each position.
 
     Where the teacher is sure the student seeks its mode, elsewhere it covers the spread. The
@@ -200,13 +207,12 @@ def confidence_kl(student_logits: Tensor, signal: TeacherSignal) -> Tensor:
     return confidence * reverse + (1 - confidence) * forward
 
 
-def hard_top1(student_logits: Tensor, signal: TeacherSignal) -> Tensor:
+def hard_top1(student_logits: StudentLogits, signal: TeacherSignal) -> Tensor:
     """Return the cross-entropy of the student on the teacher's likeliest token, (...)."""
     best = signal.log_probs.argmax(-1, keepdim=True)
-    if signal.token_ids is not None:
-        best = signal.token_ids.gather(-1, best)
-    logits = student_logits.float()
-    return torch.logsumexp(logits, -1) - logits.gather(-1, best).squeeze(-1)
+    logits = in_float32(student_logits)
+    chosen = known_logits(logits, signal).gather(-1, best)
+    return (log_partition(logits) - chosen).squeeze(-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

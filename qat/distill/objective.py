@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qat.distill.kl import (
+    StudentLogits,
     confidence_kl,
     forward_kl,
     jensen_shannon,
@@ -25,8 +26,8 @@ from qat.distill.teacher import TeacherSignal
 
 CHUNK_TOKENS = 512  # of 49k logits in float32: 100 MB at a time; faster than 2048 on a CPU's cache
 
-Head = Callable[[Tensor], Tensor]
-Divergence = Callable[[Tensor, TeacherSignal], Tensor]
+Head = Callable[[Tensor, TeacherSignal], StudentLogits]
+Divergence = Callable[[StudentLogits, TeacherSignal], Tensor]
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward-kl": forward_kl,
@@ -59,7 +60,7 @@ def make_divergence(name: str, *, temperature: float = 1.0) -> Divergence:
 
 
 def tempered(
-    divergence: Divergence, temperature: float, student_logits: Tensor, signal: TeacherSignal
+    divergence: Divergence, temperature: float, student_logits: StudentLogits, signal: TeacherSignal
 ) -> Tensor:
     """Return a divergence at a temperature, times its square.
 
@@ -99,7 +100,7 @@ class ChunkedLoss(torch.autograd.Function):
             part = signal.map(lambda tensor, rows=rows: tensor[rows])
             with torch.set_grad_enabled(wants_gradient):
                 chunk = hidden[rows].detach().requires_grad_(wants_gradient)
-                loss = (divergence(head(chunk), part) * part.mask).sum() / count
+                loss = (divergence(head(chunk, part), part) * part.mask).sum() / count
             total += loss.detach()
             if wants_gradient:
                 gradient[rows] = torch.autograd.grad(loss, chunk)[0]
@@ -126,9 +127,10 @@ def chunked_loss(
 
     Args:
         hidden: Final hidden states on the T predicted positions, (B, T, H).
-        head: Makes logits (n, V) of hidden states (n, H).
+        head: Makes logits (n, V), or those of candidate tokens, of hidden states (n, H) and the
+            signal's n positions.
         signal: The teacher on the same positions.
-        divergence: Makes (n,) nats of logits (n, V) and a signal's n positions.
+        divergence: Makes (n,) nats of such logits and the signal's n positions.
         chunk_tokens: Positions at a time; bounds memory, does not change the result.
     """
     return ChunkedLoss.apply(hidden.flatten(0, 1), head, signal.flatten(), divergence, chunk_tokens)

@@ -34,6 +34,9 @@ class TeacherSignal:
     """(B, T) float32: log of the mass outside the K tokens; top-k only."""
     weights: Tensor | None = None
     """(B, T, K) float32, sampled only: E_p[f] is estimated by sum_k weights_k f(token_k)."""
+    negative_ids: Tensor | None = None
+    """(B, T, R) int64, the same R tokens at all positions: where a loss without full logits looks
+    at the student beside `token_ids`. None = it looks at the whole vocabulary."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "TeacherSignal":
         """Return the signal with every tensor changed alike."""

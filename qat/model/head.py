@@ -15,6 +15,29 @@ def hidden_states(model: nn.Module, token_ids: Tensor) -> Tensor:
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
     """Return the model's logits, (..., V), for hidden states (..., H)."""
-    logits = model.get_output_embeddings()(hidden)
+    return capped(model, model.get_output_embeddings()(hidden))
+
+
+def logits_at(model: nn.Module, hidden: Tensor, token_ids: Tensor) -> Tensor:
+    """Return the model's logits of some tokens only; the head's other rows are not read.
+
+    Args:
+        model: A causal LM.
+        hidden: Hidden states, (N, H).
+        token_ids: The same tokens for all positions, (R,), or their own for each, (N, K).
+
+    Returns:
+        (N, R) or (N, K).
+    """
+    head = model.get_output_embeddings()
+    rows = head.weight[token_ids]  # (R, H) or (N, K, H)
+    is_shared = token_ids.dim() == 1
+    logits = hidden @ rows.T if is_shared else (rows @ hidden.unsqueeze(-1)).squeeze(-1)
+    bias = getattr(head, "bias", None)
+    return capped(model, logits if bias is None else logits + bias[token_ids])
+
+
+def capped(model: nn.Module, logits: Tensor) -> Tensor:
+    """Return logits squeezed as the model's config says."""
     cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
     return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -6,6 +6,10 @@ from typing import Literal
 
 Part = Literal["weights", "scales", "magnitudes", "codebooks", "norms"]
 Loss = Literal["forward-kl", "reverse-kl", "jensen-shannon", "skewed-kl", "confidence-kl", "kd"]
+COUNTS = (
+    *("max_steps", "batch_size", "accumulation_steps", "log_steps", "eval_samples"),
+    "sampled_negatives",
+)
 SEED_TEMPERATURE = 2.0  # of the seeds' loss, where no other is asked for
 
 
@@ -47,6 +51,11 @@ class TrainConfig:
     """Value that --hard-top1 moves to, in a straight line; stays when not given."""
     hard_full: float = 0.0
     """The seeds' second name for the same cross-entropy: added to --hard-top1."""
+    full_logits: bool = True
+    """Form all of the student's logits. Without, its partition is estimated from the cached tokens
+    and --sampled-negatives drawn ones: less work in the head, a noisier gradient."""
+    sampled_negatives: int = 1024
+    """Tokens drawn for each micro-batch with --no-full-logits."""
     layerwise: bool = False
     """First train each block against the teacher block's output, one after the other."""
     layerwise_sequences: int = 512
@@ -122,7 +131,7 @@ class TrainConfig:
     """Folder that the results are copied to at the end, such as a mounted Drive."""
 
     def __post_init__(self) -> None:
-        for flag in ("max_steps", "batch_size", "accumulation_steps", "log_steps", "eval_samples"):
+        for flag in COUNTS:
             if getattr(self, flag) < 1:
                 raise ValueError(
                     f"--{flag.replace('_', '-')} {getattr(self, flag)} must be 1 or more"

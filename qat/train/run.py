@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.cache.read import CacheBatch, TeacherCache, shuffled_batches
+from qat.distill.candidates import draw_negatives, with_negatives
 from qat.distill.objective import make_divergence
 from qat.files import canonical_json, write_json
 from qat.model.surgery import hold_weights
@@ -106,9 +107,22 @@ def first_difference(former: dict[str, Any], wanted: dict[str, Any]) -> tuple[st
 
 
 def training_batches(
-    cache: TeacherCache, config: TrainConfig, device: torch.device, *, start_step: int
+    cache: TeacherCache,
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    start_step: int,
+    vocab_size: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield micro-batches on the device without end, from the first of a step on."""
+    """Yield micro-batches on the device without end, from the first of a step on.
+
+    Args:
+        cache: Where they are.
+        config: The run's.
+        device: Where they go.
+        start_step: The first step to give.
+        vocab_size: Width of the student's logits; read where negatives are drawn from it.
+    """
     start = start_step * config.accumulation_steps
     batches = shuffled_batches(
         cache, batch_size=config.batch_size, seed=config.seed, start_batch=start
@@ -116,7 +130,11 @@ def training_batches(
     stages = config.lengths()
     for number, batch in enumerate(batches, start=start):
         moved = batch.to(device, non_blocking=True)
-        yield cropped(moved, stages, number // config.accumulation_steps)
+        token_ids, signal = cropped(moved, stages, number // config.accumulation_steps)
+        if not config.full_logits:
+            drawn = draw_negatives(config.seed, number, vocab_size, config.sampled_negatives)
+            signal = with_negatives(signal, drawn)
+        yield token_ids, signal
 
 
 def cropped(batch: CacheBatch, stages: list[tuple[int, int]], step: int) -> Batch:
@@ -135,6 +153,15 @@ def check_lengths(config: TrainConfig, seq_len: int) -> None:
         raise ValueError(
             f"--curriculum reaches length {longest}, the cache has blocks of {seq_len}; "
             f"build a cache with --seq-len {longest}"
+        )
+
+
+def check_content(config: TrainConfig, content: str) -> None:
+    """Refuse candidates where the cache names none."""
+    if not config.full_logits and content == "hidden":
+        raise ValueError(
+            "--no-full-logits needs a cache of token ids, this one is hidden: every logit follows "
+            "from it; leave out the flag, or build a cache with --content top-k or sampled"
         )
 
 

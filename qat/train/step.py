@@ -15,10 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qat.distill.kl import hard_top1
+from qat.distill.candidates import candidate_logits
+from qat.distill.kl import StudentLogits, hard_top1
 from qat.distill.objective import Divergence, chunked_loss
 from qat.distill.teacher import TeacherSignal
-from qat.model.head import hidden_states, logits_of
+from qat.model.head import hidden_states, logits_at, logits_of
 from qat.model.linear import FakeQuantLinear
 from qat.quant.ste import dequantize_gradients, fake_quantize_gradients
 from qat.train.ema import MovingAverage
@@ -141,13 +142,17 @@ class Trainer:
         """Return the highest peak learning rate of any part."""
         return max(group["peak_lr"] for group in self.optimizer.param_groups)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Return logits of hidden states."""
-        return logits_of(self.model, hidden)
+    def head(self, hidden: Tensor, signal: TeacherSignal) -> StudentLogits:
+        """Return all logits of hidden states (N, H), or candidates' where negatives are drawn."""
+        if signal.negative_ids is None:
+            return logits_of(self.model, hidden)
+        known = logits_at(self.model, hidden, signal.token_ids)
+        negatives = logits_at(self.model, hidden, signal.negative_ids[0])
+        return candidate_logits(signal, known, negatives, self.model.config.vocab_size)
 
 
 def with_hard(
-    soft: Divergence, hard_weight: float, logits: Tensor, signal: TeacherSignal
+    soft: Divergence, hard_weight: float, logits: StudentLogits, signal: TeacherSignal
 ) -> Tensor:
     """Return a divergence plus the weighted cross-entropy on the teacher's likeliest token."""
     return soft(logits, signal) + hard_weight * hard_top1(logits, signal)

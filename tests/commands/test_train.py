@@ -128,6 +128,7 @@ def test_a_run_is_the_same_every_time(trained, run, flags, tmp_path):
         {},
         {"accumulation_steps": 2, "ema_decay": 0.5, "trainable": ("weights", "scales", "norms")},
         {"gradient_checkpointing": True, "schedule": "wsd", "train_lut": True, "mlp_only": False},
+        {"full_logits": False, "sampled_negatives": 16, "hard_top1": 0.1},
     ],
 )
 def test_a_run_cut_short_ends_like_one_that_was_not(run, flags, tmp_path, monkeypatch, more):

@@ -9,11 +9,18 @@ from qat.distill.teacher import dense_signal, top_k_signal
 B, T, H, V = 3, 7, 8, 31
 
 
+class Head(nn.Linear):
+    """All logits, whatever the signal asks for."""
+
+    def forward(self, hidden, _signal=None):
+        return super().forward(hidden)
+
+
 def problem(*, all_masked=False):
     """Return hidden states, a head and a signal with some positions that do not count."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(B, T, H, generator=generator)
-    head = nn.Linear(H, V, bias=False)
+    head = Head(H, V, bias=False)
     head.weight.data = torch.randn(V, H, generator=generator)
     mask = torch.rand(B, T, generator=generator) < (0.0 if all_masked else 0.7)
     teacher = 3 * torch.randn(B, T, V, generator=generator)
@@ -76,8 +83,9 @@ def test_logits_of_one_chunk_exist_at_a_time():
     hidden, head, signal = problem()
     seen = []
 
-    def watched(part):
+    def watched(part, signal):
         seen.append(len(part))
+        assert len(signal.mask) == len(part)
         return head(part)
 
     chunked_loss(hidden.requires_grad_(), watched, signal, forward_kl, chunk_tokens=4)

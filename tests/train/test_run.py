@@ -9,6 +9,7 @@ from qat.files import write_json
 from qat.tracking.record import CONFIG, SUMMARY
 from qat.train.config import TrainConfig
 from qat.train.run import (
+    check_content,
     check_lengths,
     claim_folder,
     copy_results,
@@ -102,17 +103,20 @@ def test_a_models_folder_is_no_runs(tmp_path):
 
 @pytest.mark.parametrize("accumulation_steps", [1, 3])
 def test_batches_go_on_where_a_run_stopped(cache, accumulation_steps):
-    """From any step on, the same sequences as without the stop."""
-    plan = config(batch_size=4, accumulation_steps=accumulation_steps, seed=3)
-    device = torch.device("cpu")
-    straight = list(islice(training_batches(cache, plan, device, start_step=0), 30))
+    """From any step on, the same sequences as without the stop, and the same negatives."""
+    plan = config(batch_size=4, accumulation_steps=accumulation_steps, seed=3, full_logits=False)
+    device, size = torch.device("cpu"), {"vocab_size": 5000}
+    straight = list(islice(training_batches(cache, plan, device, start_step=0, **size), 30))
+    drawn = {tuple(signal.negative_ids[0, 0].tolist()) for _, signal in straight}
+    assert len(drawn) == 30
     for step in (1, 4):
-        resumed = training_batches(cache, plan, device, start_step=step)
+        resumed = training_batches(cache, plan, device, start_step=step, **size)
         for (ids, signal), (wanted, expected) in zip(
             islice(resumed, 6), straight[step * accumulation_steps :], strict=False
         ):
             assert torch.equal(ids, wanted)
             assert torch.equal(signal.log_probs, expected.log_probs)
+            assert torch.equal(signal.negative_ids, expected.negative_ids)
 
 
 def test_a_curriculum_cuts_sequences_and_their_signal_alike(cache):
@@ -128,6 +132,15 @@ def test_a_curriculum_longer_than_the_cache_is_refused():
     check_lengths(config(curriculum="8:0,16:5"), 16)
     with pytest.raises(ValueError, match="reaches length 32, the cache has blocks of 16.*seq-len"):
         check_lengths(config(curriculum="8:0,32:5"), 16)
+
+
+def test_candidates_need_token_ids():
+    """A hidden cache names none; its full logits are what it is for."""
+    check_content(config(), "hidden")
+    for content in ("top-k", "sampled", "conditional"):
+        check_content(config(full_logits=False), content)
+    with pytest.raises(ValueError, match="--no-full-logits needs a cache of token ids.*--content"):
+        check_content(config(full_logits=False), "hidden")
 
 
 def test_rates_are_shares_of_one():

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from qat.distill.candidates import draw_negatives, with_negatives
 from qat.distill.kl import forward_kl, masked_mean
 from qat.distill.teacher import dense_signal, top_k_signal
 from qat.model.head import hidden_states, logits_of
@@ -12,7 +13,7 @@ from qat.quant.fit import fit_weight
 from qat.quant.scheme import LayerScheme
 from qat.train.step import Trainer, form_weights, pull_gradients
 from qat.train.trainable import choose_trainable, make_optimizer, trained_layers
-from tests.tiny import TINY_MODELS, tiny_llama, tiny_student
+from tests.tiny import TINY_MODELS, VOCAB_SIZE, tiny_llama, tiny_student
 
 PARTS = ("weights", "scales", "codebooks", "norms")
 KINDS = ("mlp", "attention")
@@ -270,6 +271,23 @@ def test_the_hard_loss_is_added_with_its_weight():
     expected = (soft + 0.3 * hard)[signal.mask].mean()
     loss, _ = trainer.step([(token_ids, signal)], 1.0, 0.3)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_all_tokens_as_negatives_change_nothing():
+    """R = V: the loss and every gradient of full logits."""
+    student = tiny_student()
+    trainer = make_trainer(student)
+    token_ids, signal = batch()
+    results = []
+    for asked in (signal, with_negatives(signal, draw_negatives(0, 0, VOCAB_SIZE, VOCAB_SIZE))):
+        form_weights(trainer.layers, torch.float32)
+        loss = trainer.accumulate([(token_ids, asked)], 0.3)
+        pull_gradients(trainer.layers)
+        results.append((loss.item(), gradients(student)))
+        student.zero_grad(set_to_none=True)
+    (loss, expected), (found, candidates) = results
+    assert found == pytest.approx(loss, rel=1e-5)
+    assert_same_gradients(candidates, expected, 1e-5)
 
 
 def test_the_head_used_is_the_models_own():
