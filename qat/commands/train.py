@@ -58,6 +58,7 @@ def run(
     config: TrainConfig, device: Any, opened: Any, cache: Any, eval_cache: Any, identity: Any
 ) -> dict[str, Any]:
     """Start or resume a run and take it to its end."""
+    from qat.model.checkpoint import bits_per_weight
     from qat.model.load import FINAL_NAME, latent_or_base_weights, load_model
     from qat.tracking.sinks import open_tracker
     from qat.train.end_to_end import Habits, train_end_to_end
@@ -109,7 +110,8 @@ def run(
         progress,
     )
     keep(FINAL_NAME, progress.last_eval, progress.step)
-    summary = summary_of(progress)
+    leave_seed_files(config, opened, weight_of)
+    summary = summary_of(progress) | bits_per_weight(model)
     track.finish(summary)
     return summary
 
@@ -156,6 +158,32 @@ def keep_student(
     header = replace(header, metrics={**values, "step": step})
     with trainer.averaged():
         write_checkpoint(trainer.model, header, config.output_dir / name, text_source=source)
+
+
+def leave_seed_files(config: TrainConfig, opened: Any, weight_of: Any) -> None:
+    """Write the run's students in the seeds' form as well, or say why not."""
+    from time import strftime
+
+    from qat.convert.fp16_snap import snap_student
+    from qat.model.load import BEST_NAME, FINAL_NAME
+    from qat.quant.scheme import Scheme
+    from qat.train.seed_files import BEST_FILE, TIME_FORMAT, why_no_seed_files, write_seed_files
+
+    scheme = Scheme.from_dict(opened.header.scheme)
+    why = why_no_seed_files(scheme, came_in_theirs=opened.path.is_file())
+    if why is not None:
+        say(f"no {BEST_FILE}: {why}")
+        return
+    names = write_seed_files(
+        config.output_dir,
+        best=BEST_NAME,
+        last=FINAL_NAME,
+        model_id=config.model_id or opened.header.base_model["path"],
+        time=strftime(TIME_FORMAT),
+        weight_of=weight_of,
+        snap=partial(snap_student, bake=True),
+    )
+    say(f"in the seeds' form: {', '.join(names)}")
 
 
 def make_hooks(

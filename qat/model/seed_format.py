@@ -209,7 +209,6 @@ def seed_config(
     attention: LayerScheme,
     ranks: dict[str, int],
     model_id: str,
-    notes: dict[str, Any],
 ) -> dict[str, Any]:
     """Return config.json of a V2 checkpoint, with a preset's name where sizes are a preset's.
 
@@ -218,7 +217,6 @@ def seed_config(
         attention: Scheme of attention layers.
         ranks: Of both kinds, as written.
         model_id: Of the full-precision model.
-        notes: What we want to know of it later.
     """
     sizes = (2**mlp.bits, ranks["mlp"], 2**attention.bits, ranks["attention"])
     preset = next((name for name, preset in PRESETS.items() if preset == sizes), None)
@@ -235,5 +233,4 @@ def seed_config(
         "group_size": mlp.group_size,
         "force_positive_scales": False,
         "magnitude_activation": "identity",
-        OUR_KEY: notes,
     }

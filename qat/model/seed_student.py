@@ -21,6 +21,7 @@ from qat.model.seed_format import (
     CONFIG_NAMES,
     INDICES,
     LATENT,
+    OUR_KEY,
     SCALE_A,
     Parts,
     SeedCheckpoint,
@@ -220,14 +221,56 @@ def write_seed_checkpoint(
 ) -> None:
     """Write a student as a V2 checkpoint, `config.json` beside it.
 
+    Args:
+        model: A student without floored scales.
+        file: Ends in .pt; written over.
+        model_id: Of the full-precision model, as a later `--model-id`.
+        weight_of: As in `write_seed_state`.
+        notes: What we want to know of it later.
+        is_float16: As in `write_seed_state`.
+    """
+    write_seed_state(model, file, weight_of=weight_of, is_float16=is_float16)
+    notes = {**(notes or {}), "content": content_fingerprint(file)}
+    config = {**config_of_student(model, model_id), OUR_KEY: notes}
+    write_json(file.parent / CONFIG_NAMES[0], config)
+
+
+def config_of_student(model: nn.Module, model_id: str) -> dict[str, Any]:
+    """Return config.json of a student in the seeds' form, without notes of ours.
+
+    Args:
+        model: The student.
+        model_id: Of the full-precision model, as a later `--model-id`.
+    """
+    layers = quantized_layers(model)
+    schemes = {layer_kind(name): layer.scheme for name, layer in layers.items()}
+    return seed_config(schemes["mlp"], schemes["attention"], common_ranks(layers), model_id)
+
+
+def common_ranks(layers: dict[str, FakeQuantLinear]) -> dict[Any, int]:
+    """Return the largest rank of each kind of layer; group scales count as ranks."""
+    ranks: dict[Any, int] = {}
+    for name, layer in layers.items():
+        rank = layer.scheme.rank or layer.scale.shape[1]
+        ranks[layer_kind(name)] = max(ranks.get(layer_kind(name), 0), rank)
+    return ranks
+
+
+def write_seed_state(
+    model: nn.Module,
+    file: Path,
+    *,
+    weight_of: Callable[[str], Tensor | None] | None = None,
+    is_float16: bool = False,
+) -> None:
+    """Write a student's tensors as a V2 checkpoint has them.
+
     Group scales are written as low-rank ones, exactly. Ranks of one kind are made equal.
 
     Args:
         model: A student without floored scales.
         file: Ends in .pt; written over.
-        model_id: Of the full-precision model, as a later `--model-id`.
         weight_of: Latent weight by layer name; the student's own weight where there is none.
-        notes: What we want to know of it later.
         is_float16: Whether every number is to be a float16 one, as `snap_student` leaves them.
 
     Raises:
@@ -235,24 +278,17 @@ def write_seed_checkpoint(
             one where it is to be.
     """
     layers = quantized_layers(model)
-    kinds = {name: layer_kind(name) for name in layers}
-    ranks = dict.fromkeys(kinds.values(), 0)
     for name, layer in layers.items():
         if layer.scheme.scale_floor is not None:
             raise ValueError(f"{name} floors its scales; run `qat convert-v1-to-v2` first")
-        rank = layer.scheme.rank or layer.scale.shape[1]
-        ranks[kinds[name]] = max(ranks[kinds[name]], rank)
+    ranks = common_ranks(layers)
 
     def parts_of(name: str) -> Parts:
         weight = weight_of and weight_of(name)
-        return layer_parts(layers[name], ranks[kinds[name]], weight, is_float16)
+        return layer_parts(layers[name], ranks[layer_kind(name)], weight, is_float16)
 
     with atomic_file(file) as temporary:
         write_torch_file(temporary, checked(seed_tensors(model, layers, parts_of), is_float16))
-    schemes = {kinds[name]: layer.scheme for name, layer in layers.items()}
-    notes = {**(notes or {}), "content": content_fingerprint(file)}
-    config = seed_config(schemes["mlp"], schemes["attention"], ranks, model_id, notes)
-    write_json(file.parent / CONFIG_NAMES[0], config)
 
 
 def seed_tensors(

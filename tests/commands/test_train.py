@@ -1,4 +1,5 @@
 import json
+import re
 import resource
 import shutil
 from contextlib import contextmanager
@@ -8,9 +9,11 @@ import torch
 
 from qat.files import read_json, write_json
 from qat.model.checkpoint import read_checkpoint, read_header
+from qat.model.load import load_model
 from qat.model.surgery import quantized_layers
 from qat.tracking.record import read_rows, read_summary
-from tests.tiny import tiny_cache, tiny_llama, tiny_tokenizer
+from tests.seeds import make_v2
+from tests.tiny import tiny_cache, tiny_llama, tiny_qwen3, tiny_tokenizer
 
 USUAL = {"mlp_only": True, "max_steps": 4, "batch_size": 2, "log_steps": 1, "warmup_steps": 1}
 TIMES = ("train/seconds", "train/tokens_per_second")
@@ -99,6 +102,54 @@ def test_the_numbers_are_those_of_evaluate(trained, run, path):
     folder, done = trained
     found = run("evaluate", checkpoint=folder, cache_dir=path.cache).closing
     assert found["kl_nats"] == pytest.approx(done.closing["best_kl_nats"], rel=1e-6)
+    for name in ("bits_per_weight", "bits_per_weight_mlp", "bits_per_weight_model"):
+        assert done.closing[name] == found[name] > 2
+
+
+def test_groups_are_not_written_in_the_seeds_form(trained):
+    """Said in one line; no file of theirs and no word of theirs in the run's record."""
+    folder, done = trained
+    lines = [line for line in done.said.splitlines() if "best_state_dict.pt" in line]
+    assert len(lines) == 1
+    assert "the seeds' form holds low-rank scales, this student has groups" in lines[0]
+    assert not list(folder.glob("*.pt"))
+    assert "lut_bits" not in read_json(folder / "config.json")
+
+
+def test_a_run_on_a_file_of_the_seeds_leaves_such_files(run, flags, tmp_path):
+    """Best, last and last in float16 under their names, the same weights as the native folders."""
+    start = make_v2(tmp_path).write(tmp_path / "start")
+    cache = tiny_cache(tmp_path / "cache", tiny_qwen3())
+    folder = tmp_path / "run"
+    given = {**flags, "v2_checkpoint": start, "cache_dir": cache, "output_dir": folder}
+    done = run("train", **given)
+    assert done.code == 0, done.said
+    best, half, single = sorted(file.name for file in folder.glob("*.pt"))
+    assert best == "best_state_dict.pt"
+    assert re.fullmatch(r"v2_q2a4_r6_fp16_\d{8}_\d{6}\.pt", half)
+    assert re.fullmatch(r"v2_q2a4_r6_fp32_\d{8}_\d{6}\.pt", single)
+    for name, native, tolerance in (
+        (best, "best", 2e-6),
+        (single, "final", 2e-6),
+        (half, "final", 2e-3),
+    ):
+        wanted = weights_of(folder / native)
+        student, _ = load_model(folder / name)
+        for layer, weight in wanted.items():
+            found = student.get_submodule(layer).fake_quantized_weight()
+            assert (found - weight).abs().max() <= tolerance * weight.abs().max(), (name, layer)
+    numbers = [v for v in torch.load(folder / half).values() if v.is_floating_point()]
+    assert all(torch.equal(values.half().float(), values) for values in numbers)
+    config = read_json(folder / "config.json")
+    assert config["version"] == "v2"
+    assert (config["mlp_lut_bits"], config["mlp_scale_rank"], config["attn_scale_rank"]) == (
+        2,
+        6,
+        3,
+    )
+    again = run("train", **given)
+    assert again.closing == done.closing
+    assert len(list(folder.glob("*.pt"))) == 3
 
 
 def test_a_finished_run_is_found(trained, run, flags):
@@ -302,6 +353,33 @@ def test_a_run_that_breaks_out_ends_in_one_line(refused, flags, tmp_path):
     message = refused("train", output_dir=tmp_path / "run", **changed)
     assert "at step" in message
     read_checkpoint(tmp_path / "run" / "best")
+
+
+@pytest.mark.recipe
+def test_a_run_that_breaks_out_goes_back_at_half_the_rate(run, refused, flags, tmp_path):
+    """The least rate, of those doubled, that stops a run: with --on-nan rollback it ends well.
+
+    A rate that no halving mends ends after three times, in one line and with a student that loads.
+    """
+    usual = {**flags, "constant_lr": True, "clip_grad_norm": 0.0, "warmup_steps": 0}
+    usual |= {"max_steps": 6, "eval_steps": 0, "save_steps": 1}
+    rates = (1.0 * 4**power for power in range(12))
+    broken = next(
+        lr
+        for lr in rates
+        if run("train", **{**usual, "lr": lr, "output_dir": tmp_path / f"stop_{lr:g}"}).code == 2
+    )
+    stopped = {**usual, "lr": broken, "output_dir": tmp_path / f"stop_{broken:g}"}
+    assert re.search(r"loss is \S+ at step \d", refused("train", **stopped))
+    back = {**usual, "lr": broken, "on_nan": "rollback", "output_dir": tmp_path / "back"}
+    done = run("train", **back)
+    assert done.code == 0, done.said
+    assert 1 <= done.closing["rollbacks"] <= 3
+    assert re.search(r"loss is \S+ at step \d.*: back to step \d at half the rate", done.said)
+    lost = {**usual, "lr": 1e30, "on_nan": "rollback", "output_dir": tmp_path / "lost"}
+    message = refused("train", **lost)
+    assert "at step" in message
+    read_checkpoint(tmp_path / "lost" / "best")
 
 
 def test_a_damaged_state_says_how_to_start_over(run, refused, flags, trained, tmp_path):
