@@ -109,17 +109,19 @@ def best_partition(points: np.ndarray, counts: np.ndarray, num_centers: int) -> 
     mass = np.concatenate([[0.0], np.cumsum(counts)])
     first = np.concatenate([[0.0], np.cumsum(counts * points)])
     second = np.concatenate([[0.0], np.cumsum(counts * points**2)])
-    spans = mass[None, :] - mass[:, None]  # (M + 1, M + 1): weight of bins i .. j - 1
+    places = np.arange(num_points + 1)
+    spans = mass[:, None] - mass[None, :]  # (M + 1, M + 1): row j, column i, weight of i .. j - 1
     with np.errstate(divide="ignore", invalid="ignore"):
-        moments = (first[None, :] - first[:, None]) ** 2 / spans
-    cost = second[None, :] - second[:, None] - moments
-    cost[np.tril_indices(num_points + 1)] = np.inf  # an interval holds at least one bin
-    best = cost[0].copy()
+        moments = (first[:, None] - first[None, :]) ** 2 / spans
+    cost = second[:, None] - second[None, :] - moments
+    cost[places[None, :] >= places[:, None]] = np.inf  # an interval holds at least one bin
+    best = cost[:, 0].copy()
     starts = np.zeros((num_centers, num_points + 1), dtype=np.int64)
+    candidates = np.empty_like(cost)
     for center in range(1, num_centers):
-        candidates = best[:, None] + cost
-        starts[center] = candidates.argmin(axis=0)
-        best = candidates[starts[center], np.arange(num_points + 1)]
+        np.add(cost, best, out=candidates)
+        starts[center] = candidates.argmin(axis=1)  # along rows, several times as fast as across
+        best = candidates[places, starts[center]]
     centers = np.empty(num_centers)
     end = num_points
     for center in reversed(range(num_centers)):

@@ -54,7 +54,7 @@ def brute_force_cost(points, counts, num_centers):
 
 @pytest.mark.parametrize("weighting", WEIGHTS)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("count", "bits"), [(9000, 2), (9000, 4), (700, 3)])
+@pytest.mark.parametrize(("count", "bits"), [(5000, 2), (5000, 4), (700, 3)])
 def test_within_half_a_percent_of_exact(family, weighting, count, bits):
     """Binning costs next to nothing, with more points than bins and with fewer."""
     draw = np.random.default_rng([count, bits])
