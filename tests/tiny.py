@@ -90,19 +90,23 @@ def _make(model_type, config_type, *, tied, seed, **changes):
     return model.eval().requires_grad_(False)
 
 
-def tiny_student(family: str = "llama", scheme: str = "q2a4", **changes):
+def tiny_student(family: str = "llama", scheme: str = "q2a4", *, tied: bool = True, **changes):
     """Return a quantized tiny model, uncalibrated; `changes` go to its config."""
-    return copy.deepcopy(_student(family, scheme, tuple(changes.items())))
+    from qat.quant.scheme import scheme_from_name
+
+    found = scheme_from_name(scheme)
+    kinds = (found.mlp, found.attention)  # a name has synonyms
+    return copy.deepcopy(_student(family, kinds, tied, tuple(changes.items())))
 
 
 @cache
-def _student(family, scheme, changes):
-    """Fit a student once a process."""
+def _student(family, kinds, tied, changes):
+    """Fit a student once a process: most of what a test of one costs."""
     from qat.convert.init_student import init_student
-    from qat.quant.scheme import scheme_from_name
+    from qat.quant.scheme import Scheme
 
-    student = TINY_MODELS[family](**dict(changes))
-    init_student(student, scheme_from_name(scheme))
+    student = TINY_MODELS[family](tied=tied, **dict(changes))
+    init_student(student, Scheme(name="tiny", mlp=kinds[0], attention=kinds[1]))
     return student
 
 

@@ -8,13 +8,12 @@ from safetensors.torch import load_file
 
 from qat.commands.snap_fp16 import main
 from qat.convert.fp16_snap import snap_student
-from qat.convert.init_student import init_student
 from qat.model.checkpoint import CheckpointHeader, bits_per_weight, write_checkpoint
 from qat.model.load import load_model
 from qat.model.surgery import quantized_layers
 from qat.quant.scheme import scheme_from_name
 from tests.seeds import make_v1, make_v2
-from tests.tiny import save_tiny, tiny_llama
+from tests.tiny import save_tiny, tiny_llama, tiny_student
 
 
 def on_grid(tensor):
@@ -81,8 +80,7 @@ def test_their_form_holds_float16_numbers_only(tmp_path, made, capsys):
 def test_what_lies_on_the_grid_stays(tmp_path, scheme, capsys):
     """Our own students are float16 from the start: not a bit changes, in a native folder."""
     base = save_tiny(tmp_path / "base", tiny_llama())
-    student = tiny_llama()
-    init_student(student, scheme_from_name(scheme))
+    student = tiny_student("llama", scheme)
     for tensor in student.parameters():
         tensor.data = tensor.data.half().float()
     header = CheckpointHeader(
@@ -127,8 +125,7 @@ def test_overflow_is_refused(tmp_path, made, capsys):
 
 def test_the_count_is_of_numbers_that_changed():
     """A scale between two float16 numbers counts, one below the least of them is lost."""
-    student = tiny_llama()
-    init_student(student, scheme_from_name("q2a4"))
+    student = tiny_student()
     for tensor in student.parameters():
         tensor.data = tensor.data.half().float()
     student.model.norm.weight.data[:3] = torch.tensor([1 + 2**-13, 1e-9, 1.0])

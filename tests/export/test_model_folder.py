@@ -150,6 +150,7 @@ def export_packed(tmp_path, text_source):
     return tmp_path / "a"
 
 
+@pytest.mark.recipe
 def test_without_the_plugin_nothing_loads(tmp_path, text_source):
     """No model of random weights: an error that names the import. The tokenizer still loads."""
     folder = export_packed(tmp_path, text_source)

@@ -9,22 +9,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qat.commands.export import main
-from qat.convert.init_student import init_student
 from qat.export import to_hf
 from qat.export.checks import equal_bits
 from qat.export.to_hf import export_to_hf
 from qat.model.checkpoint import CheckpointHeader, write_checkpoint
 from qat.model.surgery import quantized_layers, thaw_indices
 from qat.quant.scheme import scheme_from_name
-from tests.tiny import TINY_MODELS, save_tiny, tiny_llama, tiny_tokenizer
+from tests.tiny import TINY_MODELS, save_tiny, tiny_llama, tiny_student, tiny_tokenizer
 
 TOKEN_IDS = torch.arange(12).view(2, 6)
-
-
-def tiny_student(family="llama", scheme="q2a4", **changes):
-    student = TINY_MODELS[family](**changes)
-    init_student(student, scheme_from_name(scheme))
-    return student
 
 
 @pytest.fixture

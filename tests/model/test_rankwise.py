@@ -5,13 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qat.convert.init_student import init_student
 from qat.model.linear import FakeQuantLinear
 from qat.model.rankwise import RankwiseLinear, as_group_scales, low_rank_factors, widen
 from qat.model.surgery import quantized_layers, swap
 from qat.quant.scales import LowRank
-from qat.quant.scheme import LayerScheme, scheme_from_name
-from tests.tiny import tiny_llama
+from qat.quant.scheme import LayerScheme
+from tests.tiny import tiny_student
 
 OUTPUTS, INPUTS, RANK = 24, 32, 5
 
@@ -57,8 +56,7 @@ def test_gradients_are_the_same():
 
 def test_a_whole_model_gives_the_same_logits():
     """Swapping every layer changes no logit beyond float32 rounding."""
-    student = tiny_llama()
-    init_student(student, scheme_from_name("q2a4_r4"))
+    student = tiny_student("llama", "q2a4_r4")
     token_ids = torch.arange(12).view(2, 6)
     wanted = student(token_ids).logits
     for name, layer in quantized_layers(student).items():

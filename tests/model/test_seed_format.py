@@ -7,7 +7,6 @@ import lz4.frame
 import pytest
 import torch
 
-from qat.convert.init_student import init_student
 from qat.files import read_json
 from qat.model.checkpoint import (
     CheckpointHeader,
@@ -19,9 +18,9 @@ from qat.model.load import checkpoint_path, latent_or_base_weights, load_model, 
 from qat.model.seed_format import content_fingerprint, open_seed_checkpoint, seed_notes
 from qat.model.seed_student import write_seed_checkpoint
 from qat.model.surgery import quantized_layers
-from qat.quant.scheme import Scheme, scheme_from_name
+from qat.quant.scheme import Scheme
 from tests.seeds import make_v1, make_v2, v2_scale
-from tests.tiny import save_tiny, tiny_llama, tiny_qwen3
+from tests.tiny import save_tiny, tiny_llama, tiny_qwen3, tiny_student
 
 TOKEN_IDS = torch.arange(12).view(2, 6)
 GATE = "model.layers.0.mlp.gate_proj"
@@ -394,13 +393,20 @@ def test_another_models_base_is_refused(tmp_path):
 
 
 def fitted(scheme="q2a4_r4", **changes):
-    student = tiny_llama(**changes)
-    init_student(student, scheme_from_name(scheme))
-    return student
+    return tiny_student("llama", scheme, **changes)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("scheme", ["q2a4_r4", "q4a4_r6", "q2a4", "q2a4_g64", "q4a2_g16"])
+@pytest.mark.parametrize(
+    ("scheme", "tied"),
+    [
+        ("q2a4_r4", True),
+        ("q2a4_r4", False),
+        ("q4a4_r6", True),
+        ("q2a4", True),
+        ("q2a4_g64", True),
+        ("q4a2_g16", True),
+    ],
+)
 def test_our_students_survive_their_form(tmp_path, scheme, tied):
     """Float16 factors and group scales come back to the bit, at the same bits per weight."""
     base = save_tiny(tmp_path / "base", tiny_llama(tied=tied))

@@ -48,7 +48,7 @@ def test_more_bits_are_nearer_to_the_model(family):
     wanted = TINY_MODELS[family]()(TOKEN_IDS).logits
     errors = [
         float((tiny_student(family, scheme)(TOKEN_IDS).logits - wanted).norm() / wanted.norm())
-        for scheme in ("q2", "q4", "q6")
+        for scheme in ("q2_int", "q4_int", "q6_int")
     ]
     assert errors[2] < 0.1
     assert errors == sorted(errors, reverse=True)

@@ -46,7 +46,7 @@ def folder(tmp_path):
     """A run of a preset's sizes, ended."""
     base = save_tiny(tmp_path / "base", tiny_llama())
     for name in ("best", "final"):
-        save_student(tmp_path / name, tiny_student("llama", "q4a4_r4"), base, scheme="q4a4_r4")
+        save_student(tmp_path / name, tiny_student("llama", "q4_r4"), base, scheme="q4_r4")
     write_json(tmp_path / CONFIG, {"lr": 1e-3, "model_id": None, "identity": {"cache": "x"}})
     return tmp_path
 

@@ -35,7 +35,7 @@ def take_step(student, optimizer, ema=None):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-@pytest.mark.parametrize("scheme", ["q2a4", "q4_r2"])
+@pytest.mark.parametrize("scheme", ["q2a4", "q4_r4"])
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, scheme, decay):
     """Two steps, a state, two more: the same bits in another process that read the state."""
     run = make_run(scheme, decay)

@@ -24,7 +24,7 @@ def names(student):
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_kinds_and_parts_decide_what_trains(family):
     """By the role of a layer and the part of it; everything else is frozen."""
-    student = tiny_student(family, "q2a4_r2")
+    student = tiny_student(family, "q4_r4")
     choose_trainable(student, kinds=("mlp",), parts=("scales", "codebooks"), **NOTHING)
     found = names(student)
     assert found
@@ -75,7 +75,7 @@ def test_nothing_to_train_is_refused():
 
 def test_magnitudes_named_twice_train_once():
     """They count as scales already; one parameter in two groups ended in torch's own words."""
-    student = tiny_student(scheme="q2_r2")
+    student = tiny_student(scheme="q4_r4")
     chosen = choose_trainable(student, kinds=BOTH, parts=("scales", "magnitudes"), **NOTHING)
     make_optimizer(chosen, {"scales": 1e-3, "magnitudes": 1e-4}, 0.0)
     count = sum(count_parameters(chosen).values())
@@ -84,7 +84,7 @@ def test_magnitudes_named_twice_train_once():
 
 def test_magnitudes_can_be_left_out():
     """Directions of low-rank scales move, their sizes stay."""
-    student = tiny_student(scheme="q2_r2")
+    student = tiny_student(scheme="q4_r4")
     chosen = choose_trainable(student, kinds=BOTH, parts=("scales",), **NOTHING)
     freeze_magnitudes(student, chosen)
     assert {name.rpartition(".")[2] for name in names(student)} == {"scale_a", "scale_b"}
