@@ -21,7 +21,7 @@ demo)
 colab)
     : "${TEACHER:=Qwen/Qwen3-0.6B}" "${DATA:=tatsu-lab/alpaca}"
     : "${THINKING:=both}" "${STEPS:=4000}" "${BATCH:=16}" "${DEVICE:=auto}"
-    : "${FIT:=hessian}" "${LR:=1e-4}"
+    : "${FIT:=hessian}" "${LR:=2e-4}"
     ;;
 tpu) # one shape throughout, so that each graph is compiled once
     : "${TEACHER:=Qwen/Qwen3-0.6B}" "${DATA:=tatsu-lab/alpaca}"

@@ -18,7 +18,7 @@ PROMPTS = (
     "Write one sentence about the sea.",
 )
 QUICK_FIT = "moments"  # seconds instead of minutes; the default fit starts 40% closer
-QUICK_LR = 4e-4  # four times the default: it starts further away, and there is no feedback to undo
+QUICK_LR = 4e-4  # twice the default: it starts further away, and there is no feedback to undo
 COLUMNS = (
     "bits_per_weight",
     "bits_per_weight_mlp",

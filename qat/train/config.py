@@ -72,7 +72,7 @@ class TrainConfig:
     """Sequences of a micro-batch."""
     accumulation_steps: int = 1
     """Micro-batches of a step."""
-    lr: float = 1e-4
+    lr: float = 2e-4
     """Peak learning rate of latent weights. After a quick fit (--fit moments) 4e-4 gets further in
     few steps; after the default fit it would undo what error feedback found."""
     scale_lr_ratio: float = 1.0
