@@ -110,14 +110,17 @@ def best_partition(points: np.ndarray, counts: np.ndarray, num_centers: int) -> 
     first = np.concatenate([[0.0], np.cumsum(counts * points)])
     second = np.concatenate([[0.0], np.cumsum(counts * points**2)])
     places = np.arange(num_points + 1)
-    spans = mass[:, None] - mass[None, :]  # (M + 1, M + 1): row j, column i, weight of i .. j - 1
+    # (M + 1, M + 1) each, row j and column i for bins i .. j - 1. In place, as each further table
+    # costs its page faults.
+    spans, moments, cost = (sums[:, None] - sums[None, :] for sums in (mass, first, second))
     with np.errstate(divide="ignore", invalid="ignore"):
-        moments = (first[:, None] - first[None, :]) ** 2 / spans
-    cost = second[:, None] - second[None, :] - moments
+        moments *= moments
+        moments /= spans
+    cost -= moments
     cost[places[None, :] >= places[:, None]] = np.inf  # an interval holds at least one bin
     best = cost[:, 0].copy()
     starts = np.zeros((num_centers, num_points + 1), dtype=np.int64)
-    candidates = np.empty_like(cost)
+    candidates = spans  # whose memory serves all centers
     for center in range(1, num_centers):
         np.add(cost, best, out=candidates)
         starts[center] = candidates.argmin(axis=1)  # along rows, several times as fast as across
