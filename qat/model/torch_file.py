@@ -23,6 +23,8 @@ STORAGES = {  # what stands for a dtype in a file
     torch.int8: torch.CharStorage,
 }
 
+WRITER = "inline_container"  # the file of torch that tells of a write that failed, in its only word
+
 
 class Storage:
     """A record's content, pickled as the words that torch writes for it."""
@@ -61,7 +63,24 @@ def write_torch_file(path: Path, tensors: Iterable[tuple[str, Tensor | str]]) ->
         path: Written over; not atomic.
         tensors: Names and tensors of float32, int64 or int8, made as they are asked for; a name in
             a tensor's place is that of an earlier one which is the same.
+
+    Raises:
+        OSError: If it cannot be written whole.
     """
+    try:
+        write_records(path, tensors)
+    except RuntimeError as error:
+        if WRITER not in str(error):
+            raise
+        why = str(error).partition("\n")[0]
+        raise OSError(
+            f"{path.parent} has no room for a .pt file ({why}); free some space and run the same "
+            "command again"
+        ) from error
+
+
+def write_records(path: Path, tensors: Iterable[tuple[str, Tensor | str]]) -> None:
+    """Write each tensor's numbers as they come, and last what refers to them."""
     records: OrderedDict[str, Record] = OrderedDict()
     with torch.serialization._open_zipfile_writer(str(path)) as writer:
         for name, tensor in tensors:

@@ -1,5 +1,6 @@
 """A file written tensor by tensor is the file that torch writes."""
 
+import resource
 import weakref
 import zipfile
 
@@ -48,3 +49,14 @@ def test_one_tensor_at_a_time(tmp_path):
     write_torch_file(tmp_path / "state.pt", tensors())
     assert len(given) == 5
     assert torch.load(tmp_path / "state.pt", weights_only=True)["3"][0] == 3
+
+
+def test_a_full_disk_ends_in_one_line(tmp_path):
+    """torch reports a failed write as RuntimeError, which ended in a traceback."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r"has no room for a \.pt file .* free some space"):
+            write_torch_file(tmp_path / "state.pt", {"a": torch.zeros(5000)}.items())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
