@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "answer prompts",
     "export": "write a student in another program's format",
     "parity": "compare an exported file in its runtime with the student",
+    "benchmark": "the largest batch that fits, and the fastest one",
     "bench": "training steps against plain fine-tuning, as ratios",
     "log-run": "write a run into the speedrun log",
     "compare": "put runs side by side",

@@ -1,9 +1,12 @@
-"""Flags of `qat bench`."""
+"""Flags of `qat bench` and `qat benchmark`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+DEFAULT_MODEL = "models/smollm2-135m"
+DEFAULT_LENGTH = 64
+GB = 10**9
 Case = Literal["plain", "fake-quant", "rank-by-rank", "formed"]
 
 
@@ -11,11 +14,11 @@ Case = Literal["plain", "fake-quant", "rank-by-rank", "formed"]
 class BenchConfig:
     """Measure training steps against plain fine-tuning, each case in a process of its own."""
 
-    model_id: str = "models/smollm2-135m"
+    model_id: str = DEFAULT_MODEL
     """Model whose shape is measured; weights do not matter."""
     tokens_per_step: int = 2048
     """Tokens of a step in the comparison with plain fine-tuning."""
-    seq_len: int = 64
+    seq_len: int = DEFAULT_LENGTH
     """Tokens of a sequence."""
     steps: int = 3
     """Timed steps of a process, after one that warms up."""
@@ -39,3 +42,94 @@ class BenchConfig:
                 f"--model-id {self.model_id} is no folder; run `qat fetch smollm2 --output-dir "
                 "models/smollm2-135m` or name one"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkConfig:
+    """Measure training steps by batch size, and find the largest batch that fits.
+
+    Every batch runs in a process of its own: steps, one evaluation, one state to resume from.
+    Measured batches are kept, so the same command goes on where it was stopped.
+    """
+
+    cache_dir: Path | None = None
+    """Teacher cache whose sequences are trained on; random tokens when not given."""
+    find_max_batch: bool = False
+    """Search the largest batch that fits, in place of --batch-sizes."""
+    batch_sizes: str = "8,16"
+    """Sequences of a step, sizes joined by commas."""
+    steps: int = 3
+    """Timed steps of a batch, after two that warm up."""
+    mode: Literal["mlp", "e2e"] = "mlp"
+    """Train MLP layers only, or attention layers as well."""
+    seq_len: int | None = None
+    """Tokens of a sequence; the cache's, or 64 without one, when not given."""
+    model_id: str | None = None
+    """Full-precision model whose shape is measured; when not given the cache's teacher, or
+    SmolLM2-135M without a cache."""
+    load_model: str | None = None
+    """Student to measure; one of random indices is made of --model-id when not given."""
+    save_model: Path | None = None
+    """Where to write the student that was made, for --load-model."""
+    skip_baseline: bool = False
+    """Leave out the steps that keep all activations."""
+    skip_checkpointing: bool = False
+    """Leave out the steps with gradient checkpointing."""
+    gradient_checkpointing: bool = True
+    """--no-gradient-checkpointing is the same as --skip-checkpointing."""
+    memory_limit: float | None = None
+    """GB (10**9 bytes) that a batch may hold: of a GPU's memory, else resident in the host's."""
+    probe_seconds: float = 3600.0
+    """Longest that one batch may take."""
+    output_dir: Path | None = None
+    """Folder of measured batches, plot and log entry; runs/benchmark_KEY when not given, KEY
+    standing for device, model, dtype, length, mode, versions and limits."""
+    probe: int | None = None
+    """Measure one batch size in this process: what the others are started with; 0 describes."""
+    dtype: str = "auto"
+    """Compute dtype: auto, fp32, bf16 or fp16."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps, xla or tpu."""
+
+    def __post_init__(self) -> None:
+        if not all(size.isdigit() and int(size) for size in self.batch_sizes.split(",")):
+            raise ValueError(
+                f"--batch-sizes {self.batch_sizes} must be whole numbers joined by commas, such "
+                "as 8,16"
+            )
+        if not self.configurations and self.probe is None:
+            raise ValueError(
+                "--skip-baseline and --skip-checkpointing leave nothing to measure; drop one"
+            )
+        if self.load_model and self.save_model:
+            raise ValueError(
+                f"--save-model {self.save_model} writes a student that was made here; "
+                "drop --load-model or it"
+            )
+        if self.steps < 1 or (self.seq_len is not None and self.seq_len < 2):
+            raise ValueError(
+                f"--steps {self.steps} must be 1 or more, --seq-len {self.seq_len} 2 or more"
+            )
+        for flag in ("memory_limit", "probe_seconds"):
+            value = getattr(self, flag)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{flag.replace('_', '-')} {value} must be above 0")
+
+    @property
+    def configurations(self) -> dict[str, bool]:
+        """Return what is measured, and whether activations are recomputed in it."""
+        wanted = {
+            "baseline": not self.skip_baseline,
+            "checkpointing": self.gradient_checkpointing and not self.skip_checkpointing,
+        }
+        return {name: name == "checkpointing" for name in wanted if wanted[name]}
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return --batch-sizes, each once."""
+        return list(dict.fromkeys(int(size) for size in self.batch_sizes.split(",")))
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """Return --memory-limit in bytes."""
+        return None if self.memory_limit is None else int(self.memory_limit * GB)

@@ -32,19 +32,18 @@ def random_batch(
 
 
 def time_steps(step: Callable[[], object], num_steps: int, wait: Callable[[], None]) -> list[float]:
-    """Return the seconds of each step after one that warms up.
+    """Return the seconds of each step; the first ones of a process warm up.
 
     Args:
         step: Takes one.
-        num_steps: How many are timed.
+        num_steps: How many.
         wait: Returns when the device has done all its work.
     """
     seconds = []
-    for number in range(num_steps + 1):
+    for _ in range(num_steps):
         wait()
         start = time.perf_counter()
         step()
         wait()
-        if number:
-            seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
     return seconds

@@ -1,0 +1,98 @@
+"""Probes in processes of their own, each result a file, so that a search can be stopped.
+
+A process gives all its memory back whatever happened in it, and one that is killed harms no other.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qat.device import says_out_of_memory
+from qat.files import fingerprint, read_json, write_json
+
+SCRATCH = ".probe."
+TAIL_LINES = 20  # of what a process said: its last words, not a warning at its start
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probes:
+    """Measures batch sizes of one kind of training on one device, each once."""
+
+    folder: Path
+    """Where results lie."""
+    identity: dict[str, Any]
+    """All that decides a result but for batch and configuration."""
+    words: Callable[[int, bool], Sequence[str]]
+    """Command line, after python, for a batch size with or without gradient checkpointing."""
+    max_seconds: float
+
+    def measure(self, configuration: str, batch: int) -> dict[str, Any]:
+        """Return the row of a batch size, from its file where it was measured before.
+
+        Raises:
+            ValueError: If it fails for another reason than memory.
+        """
+        identity = {**self.identity, "configuration": configuration, "batch": batch}
+        path = self.folder / "probes" / f"{configuration}_{batch}_{fingerprint(identity)}.json"
+        if path.is_file():
+            return read_json(path)["row"]
+        words = self.words(batch, configuration == "checkpointing")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f"{SCRATCH}*"):  # by a search that was killed
+            shutil.rmtree(left)
+        try:
+            result = run_fresh(words, self.max_seconds, self.folder)
+        except ValueError as error:
+            raise ValueError(f"batch {batch} ({configuration}) failed: {error}") from error
+        row = {"configuration": configuration, "batch": batch, **result}
+        write_json(path, {"identity": identity, "row": row})
+        return row
+
+
+def run_fresh(
+    words: Sequence[str], max_seconds: float, scratch: Path | None = None
+) -> dict[str, Any]:
+    """Return the closing values of a command in a process of its own.
+
+    Args:
+        words: Command line, after python.
+        max_seconds: Longest that it may take.
+        scratch: Folder for its temporary files, which are removed also where it was killed.
+
+    Returns:
+        Values with "status" OOM and "why" where memory was too small.
+
+    Raises:
+        ValueError: If it failed otherwise, with its last words.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=SCRATCH) as temporary:
+        try:
+            done = subprocess.run(
+                [sys.executable, *words],
+                capture_output=True,
+                text=True,
+                timeout=max_seconds,
+                env={**os.environ, "TMPDIR": temporary},
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(f"no end in {max_seconds:g} s; raise --probe-seconds") from error
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    last = [line.strip() for line in done.stderr.splitlines() if line.strip()][-TAIL_LINES:]
+    if done.returncode in KILLED:
+        return {"status": "OOM", "why": "killed by the system"}
+    if says_out_of_memory("\n".join(last)):
+        why = next(line for line in reversed(last) if says_out_of_memory(line))
+        return {"status": "OOM", "why": why}
+    word = last[-1] if last else f"exit code {done.returncode}"
+    raise ValueError(word.removeprefix("error: "))
