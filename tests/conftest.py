@@ -1,4 +1,4 @@
-"""What every test stands on: one seed, one dtype, one thread, no network."""
+"""What every test stands on: one seed, one dtype, one thread, no network, no wait for the disk."""
 
 import os
 import socket
@@ -9,6 +9,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of tiny things, threads that wait are most of it
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that tests can say `tests.tiny`
 
 import torch  # noqa: E402 the variables above are read at import
@@ -23,6 +24,14 @@ def same_start():
     yield
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def disk_that_answers_at_once():
+    """Leave out the waits that only a power cut needs: up to 50 ms each, hundreds of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _handle: None)
+        yield
 
 
 @pytest.fixture(autouse=True)
