@@ -28,7 +28,7 @@ def same_start():
 
 @pytest.fixture(autouse=True, scope="session")
 def disk_that_answers_at_once():
-    """Leave out the waits that only a power cut needs: up to 50 ms each, hundreds of them."""
+    """Leave out waits that only a power cut needs: 2 to 50 ms each, thousands of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _handle: None)
         yield

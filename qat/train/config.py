@@ -54,7 +54,7 @@ class TrainConfig:
     full_logits: bool = True
     """Form all of the student's logits. Without, its partition is estimated from the cached tokens
     and --sampled-negatives drawn ones: less work in the head, a noisier gradient."""
-    sampled_negatives: int = 1024
+    sampled_negatives: int = 4096
     """Tokens drawn for each micro-batch with --no-full-logits."""
     layerwise: bool = False
     """First train each block against the teacher block's output, one after the other."""
