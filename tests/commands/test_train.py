@@ -324,7 +324,7 @@ def test_a_run_of_other_settings_is_left_alone(refused, flags, trained):
     folder, _ = trained
     before = (folder / "config.json").read_bytes()
     changed = {**flags, "lr": 1e-3, "save_steps": 2, "eval_steps": 2}
-    assert "holds a run with lr 0.0004, this one has 0.001" in refused(
+    assert "holds a run with lr 0.0002, this one has 0.001" in refused(
         "train", output_dir=folder, **changed
     )
     assert (folder / "config.json").read_bytes() == before

@@ -81,7 +81,7 @@ def test_a_run_is_found_by_its_identity(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 1e-5}, "holds a run with lr 0.0004, this one has 1e-05; choose another"),
+        ({"lr": 1e-5}, "holds a run with lr 0.0002, this one has 1e-05; choose another"),
         ({"trainable": ("norms",)}, "holds a run with trainable"),
     ],
 )
