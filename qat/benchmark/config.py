@@ -12,7 +12,10 @@ Case = Literal["plain", "fake-quant", "rank-by-rank", "formed"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchConfig:
-    """Measure training steps against plain fine-tuning, each case in a process of its own."""
+    """Measure what training, a cache and a conversion cost, each in a process of its own.
+
+    Steps are compared with plain fine-tuning, a cache with the teacher's bare forward pass.
+    """
 
     model_id: str = DEFAULT_MODEL
     """Model whose shape is measured; weights do not matter."""
@@ -24,6 +27,10 @@ class BenchConfig:
     """Timed steps of a process, after one that warms up."""
     repeats: int = 2
     """Processes of each case, in turn; the median of all their steps counts."""
+    data: Path = Path("speedrun/data/instructions.jsonl")
+    """Text of the cache that is built, which calibrates the conversion."""
+    num_sequences: int = 512
+    """Sequences of that cache."""
     case: Case | None = None
     """Measure one case in this process: what the others are started with."""
     dtype: str = "auto"
@@ -42,6 +49,8 @@ class BenchConfig:
                 f"--model-id {self.model_id} is no folder; run `qat fetch smollm2 --output-dir "
                 "models/smollm2-135m` or name one"
             )
+        if not self.data.is_file():
+            raise ValueError(f"--data {self.data} is no file; name a text or jsonl file")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

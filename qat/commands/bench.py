@@ -1,10 +1,12 @@
-"""`qat bench`: training steps as ratios, each case in a fresh process."""
+"""`qat bench`: steps and caches as ratios, a conversion in seconds, each in a fresh process."""
 
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -12,6 +14,7 @@ from qat.benchmark.config import BenchConfig
 from qat.commands.door import run_command, say
 
 RANK_BATCH = 4  # sequences: what the seeds trained with
+CALIBRATION = 64  # sequences: what conversions are compared on
 CASES = ("plain", "fake-quant", "rank-by-rank", "formed")
 
 
@@ -39,6 +42,7 @@ def act(config: BenchConfig) -> dict[str, Any]:
         "step_time_over_plain": seconds["fake-quant"] / seconds["plain"],
         "rate_over_rank_by_rank": seconds["rank-by-rank"] / seconds["formed"],
         "peak_memory_over_plain": peak["fake-quant"] / peak["plain"],
+        **cache_and_conversion(config),
         "seconds": seconds,
         "peak_bytes": peak,
         "tokens_per_step": config.tokens_per_step,
@@ -48,20 +52,54 @@ def act(config: BenchConfig) -> dict[str, Any]:
 def in_fresh_process(config: BenchConfig, case: str) -> dict[str, Any]:
     """Return what a process measures for one case, the memory of its own included."""
     flags = {
-        "--model-id": config.model_id,
-        "--tokens-per-step": config.tokens_per_step,
-        "--seq-len": config.seq_len,
-        "--steps": config.steps,
-        "--dtype": config.dtype,
-        "--device": config.device,
-        "--case": case,
+        "model-id": config.model_id,
+        "tokens-per-step": config.tokens_per_step,
+        "seq-len": config.seq_len,
+        "steps": config.steps,
+        "dtype": config.dtype,
+        "device": config.device,
+        "data": config.data,
+        "case": case,
     }
-    words = [str(word) for pair in flags.items() for word in pair]
+    return fresh_command("bench", flags)
+
+
+def cache_and_conversion(config: BenchConfig) -> dict[str, float]:
+    """Build a cache, make a 4-bit student and convert it to 2 bits, as one would by hand."""
+    place = {"dtype": config.dtype, "device": config.device}
+    with tempfile.TemporaryDirectory() as folder:
+        text = {"data": config.data, "seq-len": config.seq_len, "output-dir": folder}
+        count = {"num-sequences": config.num_sequences}
+        cache = fresh_command("build-cache", {"teacher": config.model_id, **text, **count, **place})
+        ratio = cache["tokens_per_second"] / cache["bare_forward_tokens_per_second"]
+        say(f"cache: {cache['tokens_per_second']:.0f} tokens/s, {ratio:.2f} of the bare forward's")
+        q4 = Path(folder) / "q4"
+        fit = {"cache-dir": cache["cache"], "calibration-sequences": CALIBRATION, **place}
+        student = {"model": config.model_id, "output": q4, "fit": "moments", **fit}
+        fresh_command("init-student", student, "--no-eval")
+        seconds = {}
+        for name in ("moments", "hessian"):
+            flags = {"q4-checkpoint": q4, "output": Path(folder) / name, "fit": name, **fit}
+            seconds[name] = fresh_command("convert-q4-to-q2", flags)["seconds"]
+            say(f"conversion, {name}: {seconds[name]:.1f} s")
+    return {
+        "conversion_seconds": seconds["moments"],
+        "default_conversion_seconds": seconds["hessian"],
+        "cache_over_bare_forward": ratio,
+    }
+
+
+def fresh_command(command: str, flags: dict[str, Any], *more: str) -> dict[str, Any]:
+    """Return the closing values of a command in a process of its own."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(
-        [sys.executable, "-m", "qat", "bench", *words], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "qat", command, *words, *more],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
-        raise ValueError(f"case {case} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise ValueError(f"{command} failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

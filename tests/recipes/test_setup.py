@@ -273,10 +273,6 @@ def test_a_python_with_nothing_gets_everything(tmp_path):
     assert "torch is not installed" in said
 
 
-@pytest.mark.xfail(
-    "open_checkpoint" not in (ROOT / "qat" / "commands" / "train.py").read_text(),
-    reason="qat train does not read the .pt file that the conversion writes",
-)
 def test_the_seeds_commands_run_word_for_word(run, store, checkout):
     """Setup, convert, train, on what setup has named; then the log has its entry."""
     script = f"""
@@ -309,8 +305,6 @@ python -m qat push runs/sr-002 --store drive || exit 5
 
 def test_the_benchmark_runs_on_what_setup_names(run, store, checkout):
     """The seeds' third command, with sizes that end soon on a CPU."""
-    if not (ROOT / "speedrun" / "benchmark.py").is_file():
-        pytest.skip("speedrun/benchmark.py is not in this checkout")
     script = """
 source speedrun/setup.sh L64 q4_fp32 || exit 1
 python speedrun/benchmark.py --cache-dir $CACHE_DIR --dtype bf16 --batch-sizes 2 --steps 2 \\
