@@ -34,7 +34,33 @@ def act(config: ParityConfig) -> dict[str, Any]:
     say(f"{config.export} in {name} against {config.checkpoint}, {len(prompts)} prompts")
     found = compare_with_runtime(student, runtime, token_ids, num_new_tokens=config.num_new_tokens)
     show(prompts, found.pop("rows"))
-    return {"runtime": name, "prompts": len(prompts), **found}
+    return {"runtime": name, "prompts": len(prompts), **found, **held_out(config, student, runtime)}
+
+
+def held_out(config: ParityConfig, student: Any, runtime: Any) -> dict[str, Any]:
+    """Return how far both are from the teacher's word; empty without a cache."""
+    if config.cache_dir is None:
+        return {}
+    import torch
+
+    from qat.cache.read import TeacherCache
+    from qat.evaluate.on_cache import evaluate_on_cache
+    from qat.export.runtimes import RuntimeModel
+
+    cache = TeacherCache.open(config.cache_dir)
+    measured = [
+        evaluate_on_cache(
+            model,
+            cache,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            num_sequences=config.num_sequences,
+        )
+        for model in (student, RuntimeModel(runtime))
+    ]
+    for name in ("kl_nats", "perplexity", "top1_agreement"):
+        say(f"held-out {name}: {measured[0][name]:.4f} in PyTorch, {measured[1][name]:.4f} there")
+    return {"heldout_student": measured[0], "heldout_runtime": measured[1]}
 
 
 def read_prompts(config: ParityConfig) -> list[str]:

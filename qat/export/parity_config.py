@@ -20,13 +20,17 @@ class ParityConfig:
     """Prompts compared."""
     num_new_tokens: int = 16
     """Tokens of each greedy answer."""
+    cache_dir: Path | None = None
+    """Teacher cache: held-out numbers of the runtime beside those of the student."""
+    num_sequences: int = 64
+    """Held-out sequences measured; those of PyTorch are in float32."""
     model_id: str | None = None
     """Full-precision model of a `.pt` checkpoint: folder or hub name; the one its config names."""
 
     def __post_init__(self) -> None:
         """Refuse counts below one."""
-        if self.num_prompts < 1 or self.num_new_tokens < 1:
-            raise ValueError(
-                f"--num-prompts {self.num_prompts} and --num-new-tokens {self.num_new_tokens} "
-                "must be at least 1"
-            )
+        for flag in ("num_prompts", "num_new_tokens", "num_sequences"):
+            if getattr(self, flag) < 1:
+                raise ValueError(
+                    f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1"
+                )

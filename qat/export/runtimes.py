@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from qat.export.gguf_file import read_tensor_records
 from qat.files import read_json
@@ -21,6 +24,19 @@ from qat.files import read_json
 Runtime = Callable[[list[int]], np.ndarray]
 
 CONTEXT_TOKENS = 512  # of the GGUF runtimes: prompts and answers of a parity check are short
+
+
+class RuntimeModel(nn.Module):
+    """A runtime called as a causal LM is, so that what measures a student measures it as well."""
+
+    def __init__(self, runtime: Runtime):
+        super().__init__()
+        self.runtime = runtime
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        """Return logits, (B, T, V), of token ids, (B, T), one sequence after the other."""
+        rows = [torch.from_numpy(self.runtime(row.tolist())) for row in input_ids]
+        return SimpleNamespace(logits=torch.stack(rows))
 
 
 def open_runtime(path: Path) -> tuple[str, Runtime]:
@@ -133,7 +149,6 @@ def mlx_runtime(path: Path) -> Runtime:
 
 def transformers_runtime(path: Path, config: dict[str, Any]) -> Runtime:
     """Return transformers on a folder, with the plugin or compressed-tensors where it asks."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     import qat.export.plugin  # noqa: F401 makes the packed folders' model type known

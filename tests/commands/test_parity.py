@@ -8,6 +8,7 @@ import torch
 from qat.commands.parity import main, read_prompts
 from qat.export.parity_config import ParityConfig
 from qat.export.to_hf import export_to_hf
+from qat.model.checkpoint import read_checkpoint
 from tests.tiny import save_student, save_tiny, tiny_llama, tiny_student
 
 
@@ -26,6 +27,22 @@ def test_an_export_against_its_student(tmp_path, capsys):
     assert closing["prompts"] == 2
     assert closing["max_logit_difference"] == closing["kl_nats"] == 0
     assert any(line.startswith("the cat sees ") for line in said.err.splitlines())
+
+
+def test_a_cache_tells_the_distance_from_the_teacher(path, tmp_path, capsys):
+    """What transformers makes of a plain folder is as far from the teacher as the student is."""
+    export_to_hf(
+        read_checkpoint(path.q2)[0], tmp_path / "out", text_source=path.q2, dtype=torch.float32
+    )
+    (tmp_path / "prompts.txt").write_text("the cat sees\n")
+    flags = ["--checkpoint", path.q2, "--export", tmp_path / "out", "--num-new-tokens", 3]
+    flags += ["--prompts", tmp_path / "prompts.txt", "--cache-dir", path.cache]
+    assert main([str(flag) for flag in flags]) == 0
+    closing = json.loads(capsys.readouterr().out)
+    assert closing["heldout_runtime"]["kl_nats"] == pytest.approx(
+        closing["heldout_student"]["kl_nats"], rel=1e-5
+    )
+    assert closing["heldout_student"]["tokens"] > 0
 
 
 def test_prompts_are_drawn_by_the_seed(tmp_path):
