@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qat.device import run_recorded
+
 GRAM_PANEL = 384  # columns of a product: spares most of the lower triangle, still wide
 
 
@@ -54,6 +56,7 @@ def collect_second_moments(
             last.clear()
             model(input_ids=token_ids, use_cache=False, logits_to_keep=1)
             num_tokens += token_ids.numel()
+            run_recorded(token_ids.device)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,14 +10,15 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from qat.packages import accelerator_mismatches, installed_version
 
@@ -104,12 +105,27 @@ class Device:
         Args:
             wait: Return only when all work is done, as a clock needs it.
         """
-        if self.kind == "xla":
-            import torch_xla
-
-            torch_xla.sync(wait=wait)
+        if is_traced(self.torch_device):
+            run_recorded(self.torch_device, wait=wait)
         elif wait and self.kind != "cpu":
             torch.accelerator.synchronize(self.torch_device)
+
+    def place(self, model: nn.Module) -> None:
+        """Move a model here; its parameters stay the objects they are, so ties hold."""
+        move_model(model, self.torch_device)
+
+    @contextmanager
+    def hosting(self, model: nn.Module) -> Iterator[None]:
+        """Have a model here inside the block, and on the CPU afterwards."""
+        self.place(model)
+        try:
+            yield
+        finally:
+            move_model(model, torch.device("cpu"))
+
+    def eager(self) -> "Device":
+        """Return where work of ever new shapes runs: here, or on the CPU if this one compiles."""
+        return Device.detect("cpu") if is_traced(self.torch_device) else self
 
     def compile(self, step: Callable) -> Callable:
         """Return the step, on XLA as one traced graph; elsewhere the step itself."""
@@ -125,7 +141,9 @@ class Device:
             return peak_rss_bytes()
         if self.kind == "cuda":
             return torch.cuda.max_memory_allocated(self.torch_device)
-        return xla_memory(self.torch_device).get("peak_bytes_used") if self.kind == "xla" else None
+        if self.kind == "xla":
+            return xla_memory(self.torch_device).get("peak_bytes_used", of_host(peak_rss_bytes))
+        return None
 
     def total_bytes(self) -> int | None:
         """Return the memory that a program may use."""
@@ -135,7 +153,9 @@ class Device:
             return torch.cuda.get_device_properties(self.torch_device).total_memory
         if self.kind == "mps":
             return torch.mps.recommended_max_memory()
-        return xla_memory(self.torch_device).get("bytes_limit") if self.kind == "xla" else None
+        if self.kind == "xla":
+            return xla_memory(self.torch_device).get("bytes_limit", of_host(host_bytes))
+        return None
 
     def limit_memory(self, limit_bytes: int) -> None:
         """Let this process hold no more than a limit, on a GPU of the GPU's memory.
@@ -177,17 +197,8 @@ class Device:
         return says_out_of_memory(str(error))
 
     def checkpoint_function(self) -> Callable[..., Any]:
-        """Return `run(function, *args)` that recomputes `function` in the backward pass.
-
-        XLA's own is reentrant and takes no keyword arguments: some input must require grad.
-        """
-        if self.kind == "xla":
-            from torch_xla.utils.checkpoint import checkpoint
-
-            return checkpoint
-        from torch.utils.checkpoint import checkpoint
-
-        return partial(checkpoint, use_reentrant=False)
+        """Return `run(function, *args)` that recomputes `function` in the backward pass."""
+        return checkpoint_function(self.torch_device)
 
 
 def open_device(kind: Kind, name: str, reason: str) -> Device:
@@ -195,11 +206,69 @@ def open_device(kind: Kind, name: str, reason: str) -> Device:
     if kind == "xla":
         import torch_xla
 
+        # No folder for compiled programs is named: torch_xla 2.9.0 writes them and cannot read them
+        # back (pytorch/xla#9094), with a warning each. XLA_PERSISTENT_CACHE_PATH is heeded.
         index = name.partition(":")[2]
         torch_device = torch_xla.device(int(index)) if index else torch_xla.device()
     else:
         torch_device = torch.device(name)
     return Device(kind, torch_device, reason, default_dtype(kind))
+
+
+def is_traced(device: torch.device) -> bool:
+    """Whether a device records operations and runs them as one compiled program at each sync.
+
+    There a look at a value cuts the program in two, and a number that Python holds may become a
+    constant of it, so that another number is another program.
+    """
+    return device.type == "xla"
+
+
+def run_recorded(device: torch.device, *, wait: bool = False) -> None:
+    """Run what a traced device has recorded; elsewhere the work is under way already."""
+    if is_traced(device):
+        import torch_xla
+
+        torch_xla.sync(wait=wait)
+
+
+def checkpoint_function(device: torch.device) -> Callable[..., Any]:
+    """Return `run(function, *args)` that recomputes `function` in the backward pass.
+
+    XLA's own is reentrant and takes no keyword arguments: some input must require grad.
+    """
+    if is_traced(device):
+        from torch_xla.utils.checkpoint import checkpoint
+
+        return checkpoint
+    from torch.utils.checkpoint import checkpoint
+
+    return partial(checkpoint, use_reentrant=False)
+
+
+def as_operand(value: float, device: torch.device) -> float | Tensor:
+    """Return a number that differs from step to step in a form that leaves the program as it is."""
+    return torch.tensor(value).to(device) if is_traced(device) else value
+
+
+def optimizer_settings(device: torch.device) -> dict[str, bool]:
+    """Return how an optimizer does its work: fused where torch has that, traced where it must."""
+    return {"fused": device.type in ("cpu", "cuda"), "capturable": is_traced(device)}
+
+
+def move_model(model: nn.Module, torch_device: torch.device) -> None:
+    """Move a model; parameters stay the objects they are also where torch would make others.
+
+    Between two kinds of tensor torch makes each parameter anew, a tied one twice.
+    """
+    settings = torch.__future__
+    former = settings.get_swap_module_params_on_conversion()
+    devices = {torch_device, *(parameter.device for parameter in model.parameters())}
+    settings.set_swap_module_params_on_conversion(any(map(is_traced, devices)))
+    try:
+        model.to(torch_device)
+    finally:
+        settings.set_swap_module_params_on_conversion(former)
 
 
 def best_kind() -> tuple[Kind, str]:
@@ -282,6 +351,11 @@ def xla_memory(device: torch.device) -> dict[str, int]:
         return xla_model.get_memory_info(device)
     except RuntimeError:
         return {}
+
+
+def of_host(count: Callable[[], int]) -> int | None:
+    """Return a count of the host's memory where XLA runs in it, None where it has its own."""
+    return count() if os.environ.get("PJRT_DEVICE") == "CPU" else None
 
 
 def host_bytes() -> int:

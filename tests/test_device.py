@@ -137,11 +137,11 @@ def test_a_step_on_the_cpu_needs_neither_compile_nor_wait():
 
 @pytest.fixture
 def fake_xla(monkeypatch):
-    """Stand in for torch_xla: records calls, keeps its tensors on the meta device."""
+    """Stand in for torch_xla: records calls and makes no tensors."""
     calls = []
     xla, utils, checkpoint = (ModuleType(name) for name in ("torch_xla", "utils", "checkpoint"))
     core, xla_model = ModuleType("core"), ModuleType("xla_model")
-    xla.device = lambda index=None: torch.device("meta")
+    xla.device = lambda index=None: torch.device("xla")
     xla.sync = lambda wait=False: calls.append(("sync", wait))
     xla.compile = lambda step: ("compiled", step)
     checkpoint.checkpoint = lambda function, *args: function(*args)
@@ -172,14 +172,42 @@ def test_xla_goes_through_the_functions_of_its_last_release(fake_xla):
     assert (device.peak_bytes(), device.total_bytes()) == (7, 32)
 
 
-def test_xla_without_memory_counters_says_none(fake_xla):
-    """The CPU client keeps no counters; that is no reason to fail."""
+def test_a_place_that_compiles_leaves_odd_shapes_to_the_cpu(fake_xla):
+    """Fits and answers have other shapes each time; other devices keep them."""
+    assert Device.detect("xla").eager().kind == "cpu"
+    cpu = Device.detect("cpu")
+    assert cpu.eager() is cpu
+
+
+def test_a_model_comes_back_to_the_cpu_also_after_an_error():
+    """Who hosts a model gives it back, ties and all."""
+    device, model = Device.detect("cpu"), torch.nn.Linear(2, 2)
+    with pytest.raises(KeyError), device.hosting(model):
+        raise KeyError
+    assert model.weight.device.type == "cpu"
+    assert not torch.__future__.get_swap_module_params_on_conversion()
+
+
+def test_the_cpu_gets_numbers_as_they_are():
+    """Only a traced step takes its rates as tensors; the optimizer follows."""
+    cpu = torch.device("cpu")
+    assert module.as_operand(0.1, cpu) == 0.1
+    assert module.optimizer_settings(cpu) == {"fused": True, "capturable": False}
+    assert module.optimizer_settings(torch.device("xla")) == {"fused": False, "capturable": True}
+
+
+def test_xla_without_memory_counters_counts_the_host_or_says_none(fake_xla, monkeypatch):
+    """The CPU client keeps no counters, and its memory is the host's; others' is not known."""
 
     def refuse(device):
         raise RuntimeError("UNIMPLEMENTED")
 
     fake_xla.memory.get_memory_info = refuse
-    assert Device.detect("xla").peak_bytes() is None
+    device, cpu = Device.detect("xla"), Device.detect("cpu")
+    assert device.total_bytes() == cpu.total_bytes()
+    assert 0 < device.peak_bytes() <= cpu.peak_bytes()
+    monkeypatch.setenv("PJRT_DEVICE", "TPU")
+    assert (device.peak_bytes(), device.total_bytes()) == (None, None)
 
 
 def test_a_tpu_is_found_through_torch_accelerator_only(monkeypatch):

@@ -227,7 +227,7 @@ def teacher_word(teacher: nn.Module, content: str) -> Callable[[Tensor], Tensor]
 
 def run_word(job: Job, token_ids: Tensor) -> Tensor:
     """Return what the teacher says after each token but the last of a block."""
-    with torch.inference_mode():
+    with torch.no_grad():
         return job.say_word(token_ids[:, :-1].to(job.device.torch_device, torch.int64))
 
 
@@ -249,7 +249,7 @@ def pack_batch(job: Job, rows: Tensor) -> Fields:
     """
     padded = torch.cat([rows, rows[-1:].expand(job.batch_size - len(rows))])
     word = run_word(job, job.blocks.token_ids[padded])
-    with torch.inference_mode():
+    with torch.no_grad():
         if job.identity.content == "hidden":
             fields = pack_hidden(word, job.channel_scale)
         else:

@@ -112,7 +112,8 @@ def measure(config: BenchConfig) -> dict[str, Any]:
 
     device = Device.detect(config.device)
     dtype = device.dtype_from_name(config.dtype)
-    model = load_dense(config.model_id, dtype=dtype).to(device.torch_device)
+    model = load_dense(config.model_id, dtype=dtype)
+    device.place(model)
     by_rank = config.case in ("rank-by-rank", "formed")
     batch_size = RANK_BATCH if by_rank else config.tokens_per_step // config.seq_len
     batch = random_batch(model.config.vocab_size, batch_size, config.seq_len, device.torch_device)

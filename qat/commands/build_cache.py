@@ -38,7 +38,8 @@ def build(config: BuildCacheConfig) -> dict[str, Any]:
     else:
         blocks = read_blocks(config.data, tokenizer, text_plan(config, tokenizer))
         say(f"{len(blocks)} blocks of {config.seq_len} tokens, {blocks.num_heldout} held out")
-        teacher = load_dense(config.teacher, dtype=dtype).to(device.torch_device)
+        teacher = load_dense(config.teacher, dtype=dtype)
+        device.place(teacher)
         manifest, rates = build_cache(
             teacher,
             blocks,

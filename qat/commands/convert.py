@@ -42,18 +42,18 @@ def refit(config: ConvertConfig, scheme: Any, student: Any) -> dict[str, Any]:
     count = config.num_calibration_sequences(cache.seq_len) if cache else 0
     with dense_parts_in(student, dtype):
         if config.fit != "moments" and cache:
-            batches = calibration_tokens(cache, count, device)
-            student.to(device.torch_device)
-            q4_to_q2.convert_layers_by_blocks(
-                student,
-                None,
-                schemes,
-                batches,
-                weight_of=weight_of,
-                token_weights=loss_weights(config.fit, student, schemes, batches),
-                dtype=dtype,
-            )
-            student.to("cpu")
+            place = device.eager()
+            batches = calibration_tokens(cache, count, place)
+            with place.hosting(student):
+                q4_to_q2.convert_layers_by_blocks(
+                    student,
+                    None,
+                    schemes,
+                    batches,
+                    weight_of=weight_of,
+                    token_weights=loss_weights(config.fit, student, schemes, batches),
+                    dtype=dtype,
+                )
         else:
             layers = quantized_layers(student)
             watched = {name: layers[name] for name in schemes}

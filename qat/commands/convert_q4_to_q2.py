@@ -129,19 +129,20 @@ def convert(
     count = config.num_calibration_sequences(cache.seq_len) if cache is not None else 0
     with dense_parts_in(student, dtype):
         if config.fit != "moments" and cache is not None:
-            batches = calibration_tokens(cache, count, device)
-            for one in filter(None, (student, model)):
-                one.to(device.torch_device)
-            q4_to_q2.convert_layers_by_blocks(
-                student,
-                model,
-                schemes,
-                batches,
-                weight_of=weight_of,
-                token_weights=loss_weights(config.fit, model or student, schemes, batches),
-                dtype=dtype,
-            )
-            student.to("cpu")
+            place = device.eager()
+            batches = calibration_tokens(cache, count, place)
+            if model is not None:
+                place.place(model)
+            with place.hosting(student):
+                q4_to_q2.convert_layers_by_blocks(
+                    student,
+                    model,
+                    schemes,
+                    batches,
+                    weight_of=weight_of,
+                    token_weights=loss_weights(config.fit, model or student, schemes, batches),
+                    dtype=dtype,
+                )
         else:
             watched = q4_to_q2.matching_layers(model or student, student, schemes)
             moments = calibrate(model or student, watched, cache, count, device)

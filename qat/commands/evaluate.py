@@ -29,9 +29,8 @@ def act(config: EvaluateConfig) -> dict[str, Any]:
     model, _header = load_model(config.checkpoint, model_id=config.model_id, dtype=loaded)
     sizes = bits_per_weight(model)
     measure = on_cache if config.cache_dir else on_text
-    with dense_parts_in(model, dtype):
-        model.to(device.torch_device)
-        return measure(model, config, device.torch_device, dtype) | sizes
+    with dense_parts_in(model, dtype), device.hosting(model):
+        return measure(model, config, device, dtype) | sizes
 
 
 def on_cache(model: Any, config: EvaluateConfig, device: Any, dtype: Any) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def on_cache(model: Any, config: EvaluateConfig, device: Any, dtype: Any) -> dic
     return evaluate_on_cache(
         model,
         cache,
-        device=device,
+        device=device.torch_device,
         dtype=dtype,
         num_sequences=config.num_sequences,
         batch_size=config.batch_size,
@@ -61,9 +60,14 @@ def on_text(model: Any, config: EvaluateConfig, device: Any, dtype: Any) -> dict
     teacher = None
     if config.teacher:
         teacher, _header = load_model(config.teacher, dtype=dtype)
-        teacher.to(device)
+        device.place(teacher)
     return evaluate_on_text(
-        model, teacher, blocks, device=device, dtype=dtype, batch_size=config.batch_size
+        model,
+        teacher,
+        blocks,
+        device=device.torch_device,
+        dtype=dtype,
+        batch_size=config.batch_size,
     )
 
 

@@ -24,7 +24,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 
     if config.data is not None:
         read_rows(config.data)
-    device = Device.detect(config.device)
+    device = Device.detect(config.device).eager()  # every token is another shape
     dtype = device.dtype_from_name(config.dtype)
     say(device.describe())
     opened = open_checkpoint(config.checkpoint, model_id=config.model_id)

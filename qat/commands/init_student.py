@@ -65,11 +65,11 @@ def act(config: InitStudentConfig) -> dict[str, Any]:
     say(f"scheme {scheme.name}: {len(linears)} layers of {base['name']}")
     count = config.num_calibration_sequences(cache.seq_len) if cache is not None else 0
     if config.fit != "moments" and cache is not None:
-        batches = calibration_tokens(cache, count, device)
-        model.to(device.torch_device)
-        token_weights = loss_weights(config.fit, model, linears, batches)
-        init_student_by_blocks(model, scheme, batches, token_weights=token_weights, dtype=dtype)
-        model.to("cpu")
+        place = device.eager()
+        batches = calibration_tokens(cache, count, place)
+        with place.hosting(model):
+            token_weights = loss_weights(config.fit, model, linears, batches)
+            init_student_by_blocks(model, scheme, batches, token_weights=token_weights, dtype=dtype)
     else:
         init_student(model, scheme, importance=calibrate(model, linears, cache, count, device))
     header = CheckpointHeader(

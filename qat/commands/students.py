@@ -44,10 +44,9 @@ def calibrate(model: Any, linears: Any, cache: Any, count: int, device: Any) -> 
     if cache is None:
         say("no --cache-dir: every weight counts alike, which costs most of a 2-bit student")
         return None
-    model.to(device.torch_device)
     batches = (batch.to(device.torch_device) for batch in calibration_batches(cache, count))
-    moments = collect_second_moments(model, linears, batches)
-    model.to("cpu")
+    with device.hosting(model):
+        moments = collect_second_moments(model, linears, batches)
     return {name: moment.cpu() for name, moment in moments.items()}
 
 
@@ -176,11 +175,9 @@ def measure(model: Any, cache: Any, device: Any, dtype: Any) -> dict[str, Any]:
 
     if cache is None:
         return {}
-    with dense_parts_in(model, dtype):
-        model.to(device.torch_device)
+    with dense_parts_in(model, dtype), device.hosting(model):
         values = evaluate_on_cache(model, cache, device=device.torch_device, dtype=dtype)
         release_weights(model)
-        model.to("cpu")
     return values
 
 

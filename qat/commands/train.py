@@ -74,7 +74,7 @@ def run(
     dtype = device.dtype_from_name(config.dtype)
     header, source = opened.header, opened.text_folder
     model, _header = load_model(config.v2_checkpoint, model_id=config.model_id, dtype=dtype)
-    model.to(device.torch_device)
+    device.place(model)
     path = config.model_id or header.base_model["path"]
     weight_of = latent_or_base_weights(opened, {**header.base_model, "path": path})
     claim_folder(config.output_dir, record_of(config, identity))
@@ -131,10 +131,11 @@ def layer_by_layer(
     from qat.train.run import peak_rates
 
     teacher = load_dense(config.model_id or header.base_model["path"], dtype=dtype)
+    device.place(teacher)
     return layerwise_stage(
         config,
         model,
-        teacher.to(device.torch_device),
+        teacher,
         cache,
         weight_of=weight_of,
         rates=peak_rates(replace(config, lr=config.layerwise_lr)),

@@ -27,7 +27,7 @@ class Tally:
     counts: list[int] = field(default_factory=list)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate_batches(
     model: nn.Module, batches: Iterable[tuple[Tensor, TeacherSignal]], *, description: str
 ) -> dict[str, float | int | None]:
@@ -52,16 +52,25 @@ def evaluate_batches(
 def add(tally: Tally, logits: Tensor, labels: Tensor, signal: TeacherSignal) -> None:
     """Add a batch: logits (B, T, V), labels (B, T)."""
     mask = signal.mask
-    tally.kl += float((forward_kl(logits, signal) * mask).sum())
-    tally.kd += float((kd_loss(logits, signal) * mask).sum())
+    kl = (forward_kl(logits, signal) * mask).sum()
+    kd = (kd_loss(logits, signal) * mask).sum()
     best = signal.log_probs.argmax(-1, keepdim=True)  # (B, T, 1)
     if signal.token_ids is not None:
         best = signal.token_ids.gather(-1, best)
-    tally.agree += float(((logits.argmax(-1) == best.squeeze(-1)) * mask).sum())
+    agree = ((logits.argmax(-1) == best.squeeze(-1)) * mask).sum()
     nll = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-    tally.nll += (nll * mask).sum(1).tolist()
-    tally.counts += mask.sum(1).tolist()
-    tally.tokens += int(mask.sum())
+    # One look at the device a batch; float32 counts a batch's tokens exactly.
+    sums = torch.stack([kl, kd, agree.float()])
+    values = torch.cat([sums, (nll * mask).sum(1), mask.sum(1).float()]).tolist()
+    tally.kl, tally.kd, tally.agree = (
+        former + value
+        for former, value in zip((tally.kl, tally.kd, tally.agree), values[:3], strict=True)
+    )
+    num_sequences = len(mask)
+    tally.nll += values[3 : 3 + num_sequences]
+    counts = [int(count) for count in values[3 + num_sequences :]]
+    tally.counts += counts
+    tally.tokens += sum(counts)
 
 
 def summary(tally: Tally) -> dict[str, float | int | None]:

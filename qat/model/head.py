@@ -3,14 +3,37 @@
 A loss that needs logits of a few positions at a time then never holds tokens x vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from qat.device import is_traced
 
 
 def hidden_states(model: nn.Module, token_ids: Tensor) -> Tensor:
     """Return the final hidden states of a batch, (B, L, H), after the last norm."""
     decoder = model.get_decoder()
-    return decoder(input_ids=token_ids, use_cache=False).last_hidden_state
+    masks = causal_masks(decoder.config, token_ids) if is_traced(token_ids.device) else None
+    return decoder(input_ids=token_ids, attention_mask=masks, use_cache=False).last_hidden_state
+
+
+def causal_masks(config: Any, token_ids: Tensor) -> Any:
+    """Return the masks that a decoder would make for full blocks, in the form it takes them in.
+
+    Without any given, transformers looks at the positions' values to choose among its own.
+    """
+    from transformers.masking_utils import create_masks_for_generate
+
+    num_positions = token_ids.shape[1]
+    return create_masks_for_generate(
+        config,
+        torch.empty(1, num_positions, 0, device=token_ids.device),
+        attention_mask=None,
+        past_key_values=None,
+        # True everywhere; with it a mask is made also where the kernel has its own.
+        and_mask_function=lambda _batch, _head, query, _key: query >= 0,
+    )
 
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:

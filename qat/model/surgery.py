@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from qat.device import run_recorded
 from qat.model.linear import FakeQuantLinear
 from qat.quant.grid import nearest_indices
 from qat.quant.scales import stored_scale
@@ -86,8 +87,11 @@ def layers_of_kind(model: nn.Module, kind: str) -> dict[str, FakeQuantLinear]:
 @torch.no_grad()
 def hold_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Form each quantized weight once, in the compute dtype, for every later forward."""
-    for layer in quantized_layers(model).values():
+    layers = quantized_layers(model)
+    for layer in layers.values():
         layer.held_weight = layer.fake_quantized_weight().to(dtype)
+    if layers:
+        run_recorded(next(iter(layers.values())).held_weight.device)
 
 
 def release_weights(model: nn.Module) -> None:
@@ -130,10 +134,11 @@ def thaw_indices(layer: FakeQuantLinear, weight: torch.Tensor | None = None) -> 
     latent = at_values = layer_values(values, scale)
     if weight is not None:
         low, high = codebook_range(codebook)
-        normalized = normalize(weight.float(), scale).clamp(low, high)
+        weight = weight.to(scale.device, torch.float32)
+        normalized = normalize(weight, scale).clamp(low, high)
         latent = torch.where(torch.isfinite(normalized), layer_values(normalized, scale), at_values)
         moved = nearest_indices(normalize(latent, scale), codebook) != layer.indices
-        latent[moved] = at_values[moved]
+        latent = torch.where(moved, at_values, latent)
     layer.latent_weight = nn.Parameter(latent)
 
 

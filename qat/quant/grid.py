@@ -11,6 +11,8 @@ Shape legend: O out, I in, G groups of a row, C = 2**bits codebook values.
 import torch
 from torch import Tensor
 
+from qat.device import is_traced
+
 FLOAT16_MAX = 65504.0
 COUNTED = 16  # codebook values up to which compares beat a binary search, twice on a CPU
 # Of ggml, kvalues_iq4nl in ggml-common.h.
@@ -60,10 +62,15 @@ def nearest_indices(values: Tensor, codebook: Tensor) -> Tensor:
     thresholds = midpoints(codebook)
     if len(codebook) > COUNTED:
         return torch.bucketize(values, thresholds, out_int32=True).to(torch.uint8)
-    count = (values > thresholds[0]).view(torch.uint8)
+    count = as_bytes(values > thresholds[0])
     for threshold in thresholds[1:]:
-        count.add_((values > threshold).view(torch.uint8))
+        count.add_(as_bytes(values > threshold))
     return count
+
+
+def as_bytes(claims: Tensor) -> Tensor:
+    """Return booleans as uint8 0 and 1: the same bytes, a copy only where views have one dtype."""
+    return claims.to(torch.uint8) if is_traced(claims.device) else claims.view(torch.uint8)
 
 
 def look_up(codebook: Tensor, indices: Tensor) -> Tensor:

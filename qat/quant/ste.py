@@ -17,6 +17,7 @@ LSQ, Esser et al. 2020, arXiv:1902.08153, equation 3.
 import torch
 from torch import Tensor
 
+from qat.device import is_traced
 from qat.quant.grid import (
     dequantize,
     look_up,
@@ -176,8 +177,13 @@ def dequantize_gradients(
 
 
 def row_chunks(weight: Tensor) -> list[slice]:
-    """Return slices of rows that hold about `ROWS_AT_ONCE` weights each."""
+    """Return slices of rows that hold about `ROWS_AT_ONCE` weights each.
+
+    One slice where the work is traced: a program grows with every chunk, and is tiled anyway.
+    """
     num_rows = max(1, ROWS_AT_ONCE // weight.shape[1])
+    if is_traced(weight.device):
+        num_rows = weight.shape[0]
     return [slice(start, start + num_rows) for start in range(0, weight.shape[0], num_rows)]
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qat.device import as_operand, run_recorded
 from qat.model.linear import FakeQuantLinear
 from qat.train.step import form_weights, pull_gradients
 
@@ -194,10 +195,11 @@ def train_block(
             pull_gradients(layers)
             nn.utils.clip_grad_norm_(parameters, plan.clip_grad_norm or float("inf"))
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * plan.rate(step, num_steps)
+                group["lr"] = as_operand(group["peak_lr"] * plan.rate(step, num_steps), device)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total += loss.detach()
+            run_recorded(device)
             step += 1
         means.append(float(total) / batches_an_epoch)
     return means[0], means[-1]

@@ -5,7 +5,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from qat.train.state import Progress
@@ -48,6 +51,19 @@ class Hooks:
     """Writes the state to resume from."""
     restore: Callable[[], Progress | None]
     """Puts the last state back; None where there is none to go back to."""
+
+
+class Report:
+    """What a step tells, fetched from the device when it is asked for, in one look."""
+
+    def __init__(self, loss: Tensor, norm: Tensor):
+        self.tensors = (loss, norm)
+
+    @cached_property
+    def values(self) -> tuple[float, float]:
+        """Loss and gradient norm."""
+        loss, norm = torch.stack(self.tensors).tolist()
+        return loss, norm
 
 
 def train_end_to_end(
@@ -106,7 +122,7 @@ def take_steps(
     progress = progress or Progress()
     bar = tqdm(total=habits.max_steps, initial=progress.step, desc="train", unit="step")
     clock = Clock(progress)
-    loss = None
+    report = None
     while True:
         is_last = progress.step == habits.max_steps
         if not is_resumed:  # a state is saved after the step's evaluation
@@ -114,7 +130,7 @@ def take_steps(
             if is_last or progress.step == 0 or is_due(progress.step, habits.eval_steps):
                 look(progress, hooks)
             if progress.step and (is_last or is_due(progress.step, habits.save_steps)):
-                check(progress, float(loss))
+                check(progress, report.values[0])
                 if habits.save_steps:
                     hooks.save(progress)
             clock.go_on()
@@ -123,14 +139,15 @@ def take_steps(
         is_resumed = False
         rate, hard_weight = hooks.rate(progress), hooks.hard_weight(progress.step)
         micro_batches = [next(batches) for _ in range(habits.accumulation_steps)]
-        loss, norm = trainer.step(micro_batches, rate, hard_weight)
+        report = Report(*trainer.step(micro_batches, rate, hard_weight))
         progress.step += 1
         progress.tokens_seen += sum(token_ids.numel() for token_ids, _ in micro_batches)
         progress.seconds = clock.seconds()
         bar.update()
         if is_due(progress.step, habits.log_steps) or progress.step == habits.max_steps:
-            check(progress, float(loss))
-            values = clock.log_values(progress, float(norm), trainer.peak_rate() * rate)
+            loss, norm = report.values
+            check(progress, loss)
+            values = clock.log_values(progress, norm, trainer.peak_rate() * rate)
             hooks.track(progress.step, values)
             speed = f"{values['train/tokens_per_second']:.0f}"
             bar.set_postfix(loss=f"{progress.last_loss:.4f}", tokens_per_second=speed)

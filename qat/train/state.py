@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.files import atomic_folder, read_json, settle_folder, sha256_of_file, write_json
 from qat.train.ema import MovingAverage
@@ -55,13 +55,22 @@ def write_state(
             {
                 "trained": trained,
                 "indices": indices,
-                "optimizer": optimizer.state_dict(),
+                "optimizer": on_cpu(optimizer.state_dict()),
                 "generator": torch.get_rng_state(),
                 "ema": [average.cpu() for average in ema.averages] if ema else [],
             },
             path,
         )
         write_json(temporary / "state.json", asdict(progress) | {"sha256": sha256_of_file(path)})
+
+
+def on_cpu(value: Any) -> Any:
+    """Return nested values with every tensor on the CPU, where any machine can read it."""
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(item) for item in value]
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def save(values: dict[str, Any], path: Path) -> None:
@@ -109,7 +118,9 @@ def read_state(
     buffers = dict(model.named_buffers())
     for name, tensor in state["indices"].items():
         buffers[name].copy_(tensor)
-    optimizer.load_state_dict(state["optimizer"])
+    # Rates follow from the step, and how the optimizer works from the device, which may be another.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
     torch.set_rng_state(state["generator"])
     for average, tensor in zip(ema.averages if ema else [], state["ema"], strict=True):
         average.copy_(tensor)

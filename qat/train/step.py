@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from qat.device import as_operand
 from qat.distill.candidates import candidate_logits
 from qat.distill.kl import StudentLogits, hard_top1
 from qat.distill.objective import Divergence, chunked_loss
@@ -98,7 +99,7 @@ class Trainer:
         limit = self.clip_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * rate
+            group["lr"] = as_operand(group["peak_lr"] * rate, loss.device)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
@@ -118,7 +119,8 @@ class Trainer:
         """Add up the gradients of micro-batches; return the mean loss."""
         divergence = self.divergence
         if hard_weight is not None:
-            divergence = partial(with_hard, self.divergence, hard_weight)
+            weight = as_operand(hard_weight, batches[0][0].device)
+            divergence = partial(with_hard, self.divergence, weight)
         counts = torch.stack([signal.mask.sum() for _, signal in batches])
         shares = counts / counts.sum().clamp_min(1)
         total = torch.zeros((), device=counts.device)
@@ -152,7 +154,7 @@ class Trainer:
 
 
 def with_hard(
-    soft: Divergence, hard_weight: float, logits: StudentLogits, signal: TeacherSignal
+    soft: Divergence, hard_weight: float | Tensor, logits: StudentLogits, signal: TeacherSignal
 ) -> Tensor:
     """Return a divergence plus the weighted cross-entropy on the teacher's likeliest token."""
     return soft(logits, signal) + hard_weight * hard_top1(logits, signal)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from qat.device import checkpoint_function, optimizer_settings
 from qat.model.linear import FakeQuantLinear
 from qat.model.surgery import layers_of_kind, quantized_layers, thaw_indices
 
@@ -125,13 +126,14 @@ def make_optimizer(
         }
         for part, parameters in chosen.items()
     ]
-    kind = next(iter(chosen.values()))[0].device.type
-    return torch.optim.AdamW(groups, fused=kind in ("cpu", "cuda"))
+    device = next(iter(chosen.values()))[0].device
+    return torch.optim.AdamW(groups, **optimizer_settings(device))
 
 
 def set_training_mode(model: nn.Module, *, gradient_checkpointing: bool) -> None:
     """Prepare a model for steps: recomputed activations where asked, no cache of keys."""
     if gradient_checkpointing:
         model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        function = checkpoint_function(next(model.parameters()).device)
+        model._set_gradient_checkpointing(True, function)
         model.enable_input_require_grads()
