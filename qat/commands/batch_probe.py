@@ -107,7 +107,8 @@ def measure(config: BenchmarkConfig, device: Any) -> dict[str, Any]:
         curriculum=f"{length(config, cache)}:0",
     )
     dtype = device.dtype_from_name(config.dtype)
-    model = load_student(config, word, dtype).to(device.torch_device)
+    model = load_student(config, word, dtype)
+    device.place(model)
     trainer = make_trainer(settings, model, dtype, weight_of=lambda _layer: None, sync=device.sync)
     batches = batches_of(settings, cache, model.config.vocab_size, device.torch_device)
 

@@ -189,7 +189,7 @@ def test_training_lowers_the_loss(scheme):
     trainer = make_trainer(student, ("weights", "scales"), lr=3e-3)
     repeated = batch()
     losses = [trainer.step([repeated], 1.0)[0].item() for _ in range(20)]
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_the_step_uses_the_share_of_each_peak_rate():
