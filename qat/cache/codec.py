@@ -23,9 +23,9 @@ from qat.distill.teacher import TeacherSignal, log_rest
 Fields = dict[str, Tensor]
 LARGEST_GROUP = 64
 SMALLEST_GROUP = 8  # below it the two-step search saves nothing
-# Float32 logits held at a time. On the CPU below 1 MB: larger buffers go back to the system after
-# each use, and their page faults cost three times the arithmetic (measured, glibc).
-CHUNK_BYTES_CPU = 800_000
+# Float32 logits held at a time. On the CPU near 1 MB: much larger buffers go back to the system
+# after each use, and their page faults cost three times the arithmetic (measured, glibc).
+CHUNK_BYTES_CPU = 1_600_000
 CHUNK_BYTES = 2**29
 LOWEST_LOG_PROB = -80.0  # e^-80 is zero beside any other mass; infinity would poison a mean
 INT8_LARGEST = 127
@@ -45,7 +45,8 @@ def pack_top_k(logits: Tensor, top_k: int) -> Fields:
     """
 
     def pack(part: Tensor, _: None) -> Fields:
-        log_probs, token_ids = largest(torch.log_softmax(part.float(), dim=-1), top_k)
+        _, token_ids = largest(part, top_k)
+        log_probs = torch.log_softmax(part, dim=-1, dtype=torch.float32).gather(-1, token_ids)
         log_tail = as_half(log_rest(log_probs))
         return {"token_ids": token_ids, "log_probs": as_half(log_probs), "log_tail": log_tail}
 
@@ -71,7 +72,7 @@ def pack_sampled(logits: Tensor, top_k: int, offsets: Tensor, num_draws: int) ->
 
     def pack(part: Tensor, offset: Tensor) -> Fields:
         values = part.float()
-        kept, token_ids = largest(values, top_k)
+        kept, token_ids = largest(part, top_k)
         mass = (values - kept[:, :1]).exp_()  # (n, V), the likeliest id has 1
         kept_mass = mass.gather(-1, token_ids).sum(dim=-1, keepdim=True)
         draw_ids, tail_mass = draw_systematic(mass.scatter_(-1, token_ids, 0), offset, num_draws)
@@ -214,19 +215,23 @@ def largest(values: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Return the `top_k` largest values of each row and their ids, by falling value.
 
     The K largest lie in the K groups with the largest maxima, so a search among group maxima
-    and one among those groups replace a search of the whole row, which is far slower.
+    and one among those groups replace a search of the whole row, which is far slower. Maxima are
+    taken in the logits' own dtype: half as many bytes to read in bfloat16.
 
     Args:
-        values: (n, V).
+        values: (n, V), any float dtype.
         top_k: K, at most V.
+
+    Returns:
+        (n, K) float32 and (n, K) int64.
     """
     size = group_size(values.shape[-1])
     if size < SMALLEST_GROUP or top_k * size >= values.shape[-1]:
-        return values.topk(top_k, dim=-1)
+        return values.float().topk(top_k, dim=-1)
     groups = values.unflatten(-1, (-1, size))  # (n, G, S)
-    chosen = groups.amax(dim=-1).topk(top_k, dim=-1, sorted=False).indices  # (n, K)
+    chosen = groups.amax(dim=-1).float().topk(top_k, dim=-1, sorted=False).indices  # (n, K)
     inside = groups.gather(1, chosen.unsqueeze(-1).expand(-1, -1, size))  # (n, K, S)
-    kept, positions = inside.flatten(1).topk(top_k, dim=-1)
+    kept, positions = inside.flatten(1).float().topk(top_k, dim=-1)
     token_ids = chosen.gather(1, positions // size) * size + positions % size
     return kept, token_ids
 
