@@ -79,9 +79,8 @@ def search_scale(
     for candidate in candidates:
         scale = stored_scale(candidate)
         values = nearest_values(weight, scale, codebook)
-        along, square = group_sums(weight, values, importance, num_groups)
-        scale = nearest_stored_scale(along / square.clamp_min(1e-30), scale, is_signed=is_signed)
-        error = (scale * square - 2 * along) * scale  # less sum h w^2, equal for all candidates
+        scale = fit_group_scale(weight, values, importance, scale, is_signed=is_signed)
+        error = group_error(weight, nearest_values(weight, scale, codebook), scale, importance)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
@@ -99,13 +98,10 @@ def nearest_values(weight: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     return look_up(codebook, nearest_indices(normalized, codebook))
 
 
-def group_sums(
-    weight: Tensor, values: Tensor, importance: Tensor, num_groups: int
-) -> tuple[Tensor, Tensor]:
-    """Return sum h w c and sum h c^2 of each group, (O, G) each."""
-    weighted = values * importance
-    shape = (weight.shape[0], num_groups, -1)
-    return (weighted * weight).view(shape).sum(-1), (weighted * values).view(shape).sum(-1)
+def group_error(weight: Tensor, values: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
+    """Return the importance-weighted squared error of each group, (O, G)."""
+    error = weight - values * expand_groups(scale, weight.shape[1])
+    return (error.square() * importance).view(*scale.shape, -1).sum(-1)
 
 
 def fit_group_scale(
@@ -128,7 +124,12 @@ def fit_group_scale(
         former: Scale that the values were chosen with, (O, G).
         is_signed: Whether a scale may be negative.
     """
-    along, square = group_sums(weight, values, importance, former.shape[1])
+    num_groups = former.shape[1]
+    weighted = (values * importance).view(weight.shape[0], num_groups, -1)
+    grouped_weight = weight.view(weight.shape[0], num_groups, -1)
+    grouped_values = values.view(weight.shape[0], num_groups, -1)
+    along = (weighted * grouped_weight).sum(-1)
+    square = (weighted * grouped_values).sum(-1)
     return nearest_stored_scale(along / square.clamp_min(1e-30), former, is_signed=is_signed)
 
 
