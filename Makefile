@@ -57,7 +57,7 @@ bench: setup  ## the training step against plain fine-tuning, as JSON
 	@$(RUN)/qat bench
 
 xla: xla-setup  ## the same commands on XLA, in a venv of its own (7 GB)
-	@PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -m xla
+	@PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -m xla tests/xla
 
 xla-setup: $(XLA_STAMP)
 	@:

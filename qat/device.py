@@ -248,7 +248,10 @@ def checkpoint_function(device: torch.device) -> Callable[..., Any]:
 
 def as_operand(value: float, device: torch.device) -> float | Tensor:
     """Return a number that differs from step to step in a form that leaves the program as it is."""
-    return torch.tensor(value).to(device) if is_traced(device) else value
+    if not is_traced(device):
+        return value
+    # Moved as a vector: XLA makes a constant of a scalar that is 0 or 1.
+    return torch.tensor([value]).to(device).squeeze(0)
 
 
 def optimizer_settings(device: torch.device) -> dict[str, bool]:

@@ -63,6 +63,7 @@ def commands_of(device):
     train += ["--batch-size", "4", "--log-steps", "1", "--warmup-steps", "1", *on_cache]
     text = ["--text", "words.txt", "--seq-len", "16", "--teacher", "teacher", *usual]
     return {
+        "doctor": ["doctor", "--device", device],
         "build-cache": ["build-cache", "--teacher", "teacher", "--data", "records.jsonl"]
         + ["--seq-len", "16", "--top-k", "8", "--batch-size", "4", "--output-dir", "caches"]
         + ["--name", "words", *usual],
@@ -98,6 +99,18 @@ def walked(tmp_path_factory):
     again[again.index("runs/plain")] = "runs/again"
     found["again"] = run_all({"train": again}, folder / "xla")
     return folder, found
+
+
+def test_the_doctor_finds_nothing_wrong(walked):
+    """The venv of this tier holds a pair that fits; XLA on the CPU has the host's memory."""
+    _, found = walked
+    seen = {device: found[device][0]["doctor"] for device in ("cpu", "xla")}
+    assert [(name, values["kind"]) for name, values in seen.items()] == [
+        ("cpu", "cpu"),
+        ("xla", "xla"),
+    ]
+    assert all(values["ok"] and not values["mismatches"] for values in seen.values())
+    assert seen["xla"]["memory_bytes"] == seen["cpu"]["memory_bytes"] > 0
 
 
 def losses_of(run):
