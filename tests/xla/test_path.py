@@ -160,3 +160,13 @@ def test_a_second_process_needs_no_program_that_the_first_did_not_keep(walked):
     assert unreadable + counters["PersistentCacheHit"] > 0
     runs = folder / "xla" / "runs"
     assert losses_of(runs / "again") == losses_of(runs / "plain")
+
+
+def test_the_benchmark_tells_compiling_from_stepping(walked):
+    """Both configurations run in processes of their own; what compiles is not in the step."""
+    folder, _ = walked
+    words = ["benchmark", "--model-id", "teacher", "--batch-sizes", "2", "--seq-len", "16"]
+    words += ["--output-dir", "runs/benchmark", "--device", "xla", "--dtype", "fp32"]
+    found = run_all({"benchmark": words}, folder / "xla")[0]["benchmark"]
+    assert [row["status"] for row in found["rows"]] == ["OK", "OK"]
+    assert all(row["warm_up_seconds"] > 5 * row["step_seconds"] for row in found["rows"])
