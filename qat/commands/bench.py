@@ -68,9 +68,9 @@ def cache_and_conversion(config: BenchConfig) -> dict[str, float]:
     """Build a cache, make a 4-bit student and convert it to 2 bits, as one would by hand."""
     place = {"dtype": config.dtype, "device": config.device}
     with tempfile.TemporaryDirectory() as folder:
-        text = {"data": config.data, "seq-len": config.seq_len, "output-dir": folder}
-        count = {"num-sequences": config.num_sequences}
-        cache = fresh_command("build-cache", {"teacher": config.model_id, **text, **count, **place})
+        text = {"data": config.data, "seq-len": config.seq_len}
+        text |= {"num-sequences": config.num_sequences, "output-dir": folder}
+        cache = fresh_command("build-cache", {"teacher": config.model_id, **text, **place})
         ratio = cache["tokens_per_second"] / cache["bare_forward_tokens_per_second"]
         say(f"cache: {cache['tokens_per_second']:.0f} tokens/s, {ratio:.2f} of the bare forward's")
         q4 = Path(folder) / "q4"
