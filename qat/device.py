@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qat.memory import end_above, host_bytes, keep_freed_memory, peak_rss_bytes
 from qat.packages import accelerator_mismatches, installed_version
 
 Kind = Literal["cpu", "cuda", "mps", "xla", "tpu"]
@@ -35,10 +35,6 @@ OUT_OF_MEMORY = re.compile(
 )
 # The same words about a kernel's scratch memory: a smaller batch does not help.
 KERNEL_MEMORY = re.compile(r"\bvmem\b", re.IGNORECASE)
-
-# getrusage of a child starts at its parent's peak, /proc counts from the program's start.
-HIGH_WATER = re.compile(r"^VmHWM:\s+(\d+) kB", re.MULTILINE)
-WATCH_SECONDS = 0.01  # at 2 to 5 GB a second of fresh pages, 50 MB late at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +208,8 @@ def open_device(kind: Kind, name: str, reason: str) -> Device:
         torch_device = torch_xla.device(int(index)) if index else torch_xla.device()
     else:
         torch_device = torch.device(name)
+        if kind == "cpu":
+            keep_freed_memory()
     return Device(kind, torch_device, reason, default_dtype(kind))
 
 
@@ -230,6 +228,17 @@ def run_recorded(device: torch.device, *, wait: bool = False) -> None:
         import torch_xla
 
         torch_xla.sync(wait=wait)
+
+
+def numbers_at_once(device: torch.device) -> int:
+    """Return how many numbers a chain of elementwise operations takes at once.
+
+    On a CPU few enough for its last cache, on a GPU enough to fill it, and all where the work is
+    traced: a program grows with every chunk, and is tiled anyway.
+    """
+    if is_traced(device):
+        return sys.maxsize
+    return 2**19 if device.type == "cpu" else 2**24
 
 
 def checkpoint_function(device: torch.device) -> Callable[..., Any]:
@@ -359,33 +368,3 @@ def xla_memory(device: torch.device) -> dict[str, int]:
 def of_host(count: Callable[[], int]) -> int | None:
     """Return a count of the host's memory where XLA runs in it, None where it has its own."""
     return count() if os.environ.get("PJRT_DEVICE") == "CPU" else None
-
-
-def host_bytes() -> int:
-    """Return the host's memory, or the control group's share of it where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        path = Path(limit)
-        text = path.read_text().strip() if path.is_file() else ""
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
-
-
-def peak_rss_bytes() -> int:
-    """Return the most memory that this process has held, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file() and (found := HIGH_WATER.search(status.read_text())):
-        return int(found[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
-def end_above(limit_bytes: int) -> None:
-    """End the process, saying why, once it has held more than a limit."""
-    while (held := peak_rss_bytes()) <= limit_bytes:
-        time.sleep(WATCH_SECONDS)
-    os.write(2, f"out of memory: held {held:,} bytes, the limit is {limit_bytes:,}\n".encode())
-    os._exit(1)  # other threads are amidst a step

@@ -41,9 +41,10 @@ def act(config: FitsConfig) -> dict[str, Any]:
     from qat.calibration import collect_second_moments
     from qat.commands.students import loss_weights
     from qat.convert.init_student import init_student, init_student_by_blocks
-    from qat.device import Device, peak_rss_bytes
+    from qat.device import Device
     from qat.distill.teacher import top_k_signal
     from qat.evaluate.kl import evaluate_batches
+    from qat.memory import peak_rss_bytes
     from qat.model.checkpoint import bits_per_weight
     from qat.model.load import load_dense, load_tokenizer
     from qat.model.surgery import hold_weights, quantizable_linears

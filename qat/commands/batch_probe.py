@@ -89,8 +89,8 @@ def probe(config: BenchmarkConfig) -> dict[str, Any]:
 def measure(config: BenchmarkConfig, device: Any) -> dict[str, Any]:
     """Train as `qat train` does for a few steps, evaluate, write a state; return the cost."""
     from qat.benchmark.throughput import flops_per_token, measure_steps
-    from qat.device import peak_rss_bytes
     from qat.evaluate.kl import evaluate_batches
+    from qat.memory import peak_rss_bytes
     from qat.model.surgery import hold_weights
     from qat.train.config import TrainConfig
     from qat.train.run import make_trainer
@@ -133,12 +133,12 @@ def load_student(config: BenchmarkConfig, word: str, dtype: Any) -> Any:
     """Return the student that is measured, on the CPU."""
     from qat.model.load import load_dense, load_model
     from qat.quant.scheme import scheme_from_name
-    from qat.train.baselines import random_student
+    from qat.train.baselines import round_linears
 
     if config.load_model:
         return load_model(config.load_model, model_id=config.model_id, dtype=dtype)[0]
     model = load_dense(word, dtype=dtype)
-    random_student(model, scheme_from_name(SCHEME))
+    round_linears(model, scheme_from_name(SCHEME))
     return model
 
 

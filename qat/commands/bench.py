@@ -106,7 +106,8 @@ def fresh_command(command: str, flags: dict[str, Any], *more: str) -> dict[str, 
 def measure(config: BenchConfig) -> dict[str, Any]:
     """Time the steps of one case in this process."""
     from qat.benchmark.ratios import random_batch, time_steps
-    from qat.device import Device, peak_rss_bytes
+    from qat.device import Device
+    from qat.memory import peak_rss_bytes
     from qat.model.load import load_dense
     from qat.train.baselines import make_case
 

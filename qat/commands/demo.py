@@ -55,8 +55,8 @@ def act(config: DemoConfig) -> dict[str, Any]:
     from qat.cache.config import BuildCacheConfig
     from qat.commands import build_cache, compare, convert_q4_to_q2, fetch, init_student, train
     from qat.convert.config import ConvertQ4ToQ2Config, InitStudentConfig
-    from qat.device import peak_rss_bytes
     from qat.files import write_json
+    from qat.memory import peak_rss_bytes
     from qat.tracking.compare import CompareConfig
     from qat.train.config import TrainConfig
 

@@ -76,7 +76,7 @@ def measure_and_write(
     dtype: Any,
 ) -> dict[str, Any]:
     """Measure a student on a cache if there is one, write it, return the closing values."""
-    from qat.device import peak_rss_bytes
+    from qat.memory import peak_rss_bytes
     from qat.model.checkpoint import bits_per_weight
 
     seconds = time.perf_counter() - started

@@ -60,7 +60,7 @@ def fit_by_blocks(
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             layer = FakeQuantLinear.from_linear(model.get_submodule(name), quantized, schemes[name])
-            layer.held_weight = layer.fake_quantized_weight().to(dtype)
+            layer.held_weight = layer.fake_quantized_weight(dtype)
             swap(model, name, layer)
             progress.update()
     progress.close()

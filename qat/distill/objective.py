@@ -24,7 +24,7 @@ from qat.distill.kl import (
 )
 from qat.distill.teacher import TeacherSignal
 
-CHUNK_TOKENS = 512  # of 49k logits in float32: 100 MB at a time; faster than 2048 on a CPU's cache
+CHUNK_TOKENS = 256  # of 49k logits in float32: 50 MB at a time; as quick as 512, 25% slower at 128
 
 Head = Callable[[Tensor, TeacherSignal], StudentLogits]
 Divergence = Callable[[StudentLogits, TeacherSignal], Tensor]

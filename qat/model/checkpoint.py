@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qat.files import atomic_folder, read_json, sha256_of_file, write_json
+from qat.model.attention import widen_attention
 from qat.model.linear import FakeQuantLinear
 from qat.model.surgery import (
     check_scheme,
@@ -225,6 +226,7 @@ def empty_student(folder: Path, scheme: Scheme, dtype: torch.dtype) -> nn.Module
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
+    widen_attention(model)
     check_scheme(model, scheme)
     replace_linears(model, scheme, empty_layer)
     return model

@@ -73,18 +73,18 @@ class FakeQuantLinear(nn.Module):
         floor = self.scheme.scale_floor
         return scale if floor is None else scale.clamp_min(floor)
 
-    def fake_quantized_weight(self) -> Tensor:
-        """Return W_hat, (O, I), float32, with gradients to whatever trains."""
+    def fake_quantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return W_hat, (O, I), with gradients to whatever trains."""
         scale, codebook = self.full_scale(), self.stored(self.codebook)
         if self.latent_weight is None:
-            return Dequantize.apply(self.indices, scale, codebook)
-        return fake_quantize(self.latent_weight, scale, codebook)
+            return Dequantize.apply(self.indices, scale, codebook, dtype)
+        return fake_quantize(self.latent_weight, scale, codebook, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ W_hat.T + bias for x of shape (..., I)."""
         weight = self.held_weight
         if weight is None:
-            weight = self.fake_quantized_weight().to(x.dtype)
+            weight = self.fake_quantized_weight(x.dtype)
         return nn.functional.linear(x, weight, self.bias)
 
     def extra_repr(self) -> str:

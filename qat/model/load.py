@@ -13,6 +13,7 @@ from torch import nn
 
 from qat.archive import SUFFIXES, archive_stem, extract_archive
 from qat.files import fingerprint, settle_folder, sha256_of_file
+from qat.model.attention import widen_attention
 from qat.model.checkpoint import CheckpointHeader, is_checkpoint, read_checkpoint, read_header
 from qat.model.seed_format import (
     SeedCheckpoint,
@@ -143,6 +144,7 @@ def load_dense(name: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Mo
             f"{folder}: {len(wrong)} weights do not fit config.json, {wrong[0]} the first; "
             "fetch the model again"
         )
+    widen_attention(model)
     return model.eval().requires_grad_(False)
 
 

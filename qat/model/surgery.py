@@ -8,10 +8,10 @@ from torch import nn
 
 from qat.device import run_recorded
 from qat.model.linear import FakeQuantLinear
-from qat.quant.grid import nearest_indices
+from qat.quant.grid import nearest_indices, over_scale, times_scale
 from qat.quant.scales import stored_scale
 from qat.quant.scheme import LayerScheme, Scheme, layer_kind
-from qat.quant.ste import codebook_range, normalize
+from qat.quant.ste import codebook_range
 
 
 def quantizable_linears(model: nn.Module, scheme: Scheme) -> dict[str, nn.Linear]:
@@ -89,7 +89,7 @@ def hold_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Form each quantized weight once, in the compute dtype, for every later forward."""
     layers = quantized_layers(model)
     for layer in layers.values():
-        layer.held_weight = layer.fake_quantized_weight().to(dtype)
+        layer.held_weight = layer.fake_quantized_weight(dtype)
     if layers:
         run_recorded(next(iter(layers.values())).held_weight.device)
 
@@ -131,20 +131,15 @@ def thaw_indices(layer: FakeQuantLinear, weight: torch.Tensor | None = None) -> 
     layer.indices = order.argsort().to(torch.uint8)[layer.indices.int()]
     codebook = codebook[order]
     values = codebook[layer.indices.int()]
-    latent = at_values = layer_values(values, scale)
+    latent = at_values = times_scale(values, scale)
     if weight is not None:
         low, high = codebook_range(codebook)
         weight = weight.to(scale.device, torch.float32)
-        normalized = normalize(weight, scale).clamp(low, high)
-        latent = torch.where(torch.isfinite(normalized), layer_values(normalized, scale), at_values)
-        moved = nearest_indices(normalize(latent, scale), codebook) != layer.indices
+        normalized = over_scale(weight, scale).clamp(low, high)
+        latent = torch.where(torch.isfinite(normalized), times_scale(normalized, scale), at_values)
+        moved = nearest_indices(over_scale(latent, scale), codebook) != layer.indices
         latent = torch.where(moved, at_values, latent)
     layer.latent_weight = nn.Parameter(latent)
-
-
-def layer_values(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return values times their scales, (O, I)."""
-    return (values.view(*scale.shape, -1) * scale.unsqueeze(-1)).view_as(values)
 
 
 @torch.no_grad()
@@ -163,7 +158,7 @@ def current_indices(layer: FakeQuantLinear) -> torch.Tensor:
     if layer.latent_weight is None:
         return layer.indices
     codebook = layer.stored(layer.codebook).sort().values
-    return nearest_indices(normalize(layer.latent_weight, layer.full_scale()), codebook)
+    return nearest_indices(over_scale(layer.latent_weight, layer.full_scale()), codebook)
 
 
 @torch.no_grad()

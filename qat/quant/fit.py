@@ -21,6 +21,7 @@ from qat.quant.grid import (
     look_up,
     low_rank_scale,
     nearest_indices,
+    over_scale,
     snap_float16,
     snap_stored,
 )
@@ -126,7 +127,7 @@ def fit_groups(
     )
     codebook = start_codebook(weight, scale, importance, scheme)
     for _ in range(num_rounds):
-        indices = nearest_indices(weight / expand_groups(scale, num_inputs), codebook)
+        indices = nearest_indices(over_scale(weight, scale), codebook)
         values = look_up(codebook, indices)
         scale = fit_group_scale(weight, values, importance, scale, is_signed=scheme.is_signed)
         if is_learned:
@@ -134,7 +135,7 @@ def fit_groups(
                 weight, indices, expand_groups(scale, num_inputs), importance, codebook
             )
     scale = snap_stored(scale, scheme.stored_dtype)
-    indices = nearest_indices(weight / expand_groups(scale, num_inputs), codebook)
+    indices = nearest_indices(over_scale(weight, scale), codebook)
     return QuantizedWeight(indices=indices, codebook=codebook, scale=scale)
 
 

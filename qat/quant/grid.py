@@ -11,8 +11,6 @@ Shape legend: O out, I in, G groups of a row, C = 2**bits codebook values.
 import torch
 from torch import Tensor
 
-from qat.device import is_traced
-
 FLOAT16_MAX = 65504.0
 COUNTED = 16  # codebook values up to which compares beat a binary search, twice on a CPU
 # Of ggml, kvalues_iq4nl in ggml-common.h.
@@ -53,24 +51,41 @@ def midpoints(codebook: Tensor) -> Tensor:
 def nearest_indices(values: Tensor, codebook: Tensor) -> Tensor:
     """Return the index of the nearest codebook value, uint8; a tie goes to the lower one.
 
-    Counting thresholds needs no (values x C) table of distances.
-
     Args:
         values: Weights divided by their scale, any shape.
         codebook: (C,), ascending.
     """
+    return thresholds_below(values, codebook).to(torch.uint8)
+
+
+def nearest_values(values: Tensor, codebook: Tensor) -> Tensor:
+    """Return the codebook value nearest to each number; a tie goes to the lower one.
+
+    Step by step upwards, by interpolation that is exact at its two ends: on a CPU a third of the
+    time of finding indices and looking them up.
+    """
+    if len(codebook) > COUNTED:
+        return look_up(codebook, thresholds_below(values, codebook))
+    nearest, claim = torch.empty_like(values).copy_(codebook[0]), torch.empty_like(values)
+    for threshold, value in zip(midpoints(codebook), codebook[1:], strict=True):
+        nearest.lerp_(value, torch.gt(values, threshold, out=claim))
+    return nearest
+
+
+def thresholds_below(values: Tensor, codebook: Tensor) -> Tensor:
+    """Return how many midpoints of a codebook each value lies above, an index in int32.
+
+    Counting needs no (values x C) table of distances. Claims are kept as floats: a CPU writes
+    booleans, and reads them beside floats, four times as slowly.
+    """
     thresholds = midpoints(codebook)
     if len(codebook) > COUNTED:
-        return torch.bucketize(values, thresholds, out_int32=True).to(torch.uint8)
-    count = as_bytes(values > thresholds[0])
+        return torch.bucketize(values, thresholds, out_int32=True)
+    count = torch.gt(values, thresholds[0], out=torch.empty_like(values))
+    claim = torch.empty_like(values)
     for threshold in thresholds[1:]:
-        count.add_(as_bytes(values > threshold))
-    return count
-
-
-def as_bytes(claims: Tensor) -> Tensor:
-    """Return booleans as uint8 0 and 1: the same bytes, a copy only where views have one dtype."""
-    return claims.to(torch.uint8) if is_traced(claims.device) else claims.view(torch.uint8)
+        count.add_(torch.gt(values, threshold, out=claim))
+    return count.int()
 
 
 def look_up(codebook: Tensor, indices: Tensor) -> Tensor:
@@ -96,10 +111,17 @@ def dequantize(indices: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
         scale: (O, I), or (O, G) for one per group.
         codebook: (C,).
     """
-    values = look_up(codebook.to(scale.dtype), indices)  # (O, I)
-    num_outputs, num_inputs = indices.shape
-    grouped = values.view(num_outputs, scale.shape[1], num_inputs // scale.shape[1])
-    return (grouped * scale.unsqueeze(-1)).view(num_outputs, num_inputs)
+    return times_scale(look_up(codebook.to(scale.dtype), indices), scale)
+
+
+def times_scale(values: Tensor, scale: Tensor) -> Tensor:
+    """Return values times their scales, (O, I), from scales (O, I) or (O, G)."""
+    return (values.view(*scale.shape, -1) * scale.unsqueeze(-1)).view_as(values)
+
+
+def over_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    """Return a weight divided by its scales, (O, I), from scales (O, I) or (O, G)."""
+    return (weight.view(*scale.shape, -1) / scale.unsqueeze(-1)).view_as(weight)
 
 
 def fixed_codebook(kind: str, bits: int) -> Tensor:

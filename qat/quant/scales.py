@@ -20,11 +20,11 @@ from torch import Tensor
 from qat.quant.grid import (
     FLOAT16_MAX,
     FLOAT16_TINY,
-    expand_groups,
     fits_float16,
-    look_up,
-    nearest_indices,
+    nearest_values,
+    over_scale,
     snap_float16,
+    times_scale,
 )
 
 RIDGE = 1e-6  # of the mean diagonal: keeps nearly collinear factors solvable in float32
@@ -78,9 +78,10 @@ def search_scale(
     best, least = middle, torch.full_like(middle, torch.inf)
     for candidate in candidates:
         scale = stored_scale(candidate)
-        values = nearest_values(weight, scale, codebook)
+        values = nearest_values(over_scale(weight, scale), codebook)
         scale = fit_group_scale(weight, values, importance, scale, is_signed=is_signed)
-        error = group_error(weight, nearest_values(weight, scale, codebook), scale, importance)
+        values = nearest_values(over_scale(weight, scale), codebook)
+        error = group_error(weight, values, scale, importance)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
@@ -92,15 +93,9 @@ def largest_weight(weight: Tensor, num_groups: int) -> Tensor:
     return grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
 
 
-def nearest_values(weight: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    """Return the codebook value nearest to each weight over its group's scale, (O, I)."""
-    normalized = weight / expand_groups(scale, weight.shape[1])
-    return look_up(codebook, nearest_indices(normalized, codebook))
-
-
 def group_error(weight: Tensor, values: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
     """Return the importance-weighted squared error of each group, (O, G)."""
-    error = weight - values * expand_groups(scale, weight.shape[1])
+    error = weight - times_scale(values, scale)
     return (error.square() * importance).view(*scale.shape, -1).sum(-1)
 
 

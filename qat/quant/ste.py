@@ -17,16 +17,17 @@ LSQ, Esser et al. 2020, arXiv:1902.08153, equation 3.
 import torch
 from torch import Tensor
 
-from qat.device import is_traced
+from qat.device import numbers_at_once
 from qat.quant.grid import (
     dequantize,
     look_up,
-    nearest_indices,
+    nearest_values,
+    over_scale,
     snap_bfloat16,
     snap_float16,
+    thresholds_below,
+    times_scale,
 )
-
-ROWS_AT_ONCE = 2**17  # weights a chunk: its temporaries stay in a core's cache
 
 
 class SnapFloat16(torch.autograd.Function):
@@ -61,48 +62,55 @@ class FakeQuantize(torch.autograd.Function):
     """Nearest codebook value times scale, straight through to the latent weight."""
 
     @staticmethod
-    def forward(ctx, latent: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    def forward(ctx, latent: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
         """Return W_hat, (O, I), from a latent weight (O, I), scales (O, G), a codebook (C,)."""
         ctx.save_for_backward(latent, scale, codebook)
-        quantized = torch.empty_like(latent)
+        quantized = torch.empty_like(latent, dtype=dtype)
         for rows in row_chunks(latent):
-            normalized = normalize(latent[rows], scale[rows])
-            indices = nearest_indices(normalized, codebook)
-            quantized[rows] = dequantize(indices, scale[rows], codebook)
+            values = nearest_values(over_scale(latent[rows], scale[rows]), codebook)
+            quantized[rows] = times_scale(values, scale[rows])
         return quantized
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of latent weight, scale and codebook."""
-        return fake_quantize_gradients(*ctx.saved_tensors, gradient, *ctx.needs_input_grad)
+        wanted = ctx.needs_input_grad[:3]
+        return *fake_quantize_gradients(*ctx.saved_tensors, gradient, *wanted), None
 
 
 class Dequantize(torch.autograd.Function):
     """Frozen indices times scale, with gradients to scale and codebook."""
 
     @staticmethod
-    def forward(ctx, indices: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    def forward(
+        ctx, indices: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         """Return W_hat, (O, I), from indices (O, I), scales (O, G), a codebook (C,)."""
         ctx.save_for_backward(indices, scale, codebook)
-        return dequantize(indices, scale, codebook)
+        quantized = torch.empty_like(indices, dtype=dtype)
+        for rows in row_chunks(indices):
+            quantized[rows] = dequantize(indices[rows], scale[rows], codebook)
+        return quantized
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of scale and codebook."""
-        _, wants_scale, wants_codebook = ctx.needs_input_grad
-        saved = ctx.saved_tensors
-        return None, *dequantize_gradients(*saved, gradient, wants_scale, wants_codebook)
+        wanted = ctx.needs_input_grad[1:3]
+        return None, *dequantize_gradients(*ctx.saved_tensors, gradient, *wanted), None
 
 
-def fake_quantize(latent: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+def fake_quantize(
+    latent: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Return the quantized weight that a latent weight stands for, straight through.
 
     Args:
         latent: (O, I), float32.
         scale: (O, G), one per group of I / G weights; G = I for one per weight.
         codebook: (C,), any order: it is sorted here, so that training may move its values.
+        dtype: Of the result; the product is rounded to it once.
     """
-    return FakeQuantize.apply(latent, scale, codebook.sort().values)
+    return FakeQuantize.apply(latent, scale, codebook.sort().values, dtype)
 
 
 def fake_quantize_gradients(
@@ -131,18 +139,18 @@ def fake_quantize_gradients(
     d_codebook = torch.zeros_like(codebook) if wants_codebook else None
     for rows in row_chunks(latent):
         arriving = gradient[rows].float()
-        normalized = normalize(latent[rows], scale[rows])
-        inside = (normalized >= low) & (normalized <= high)
+        # A scale of zero makes NaN or infinity of a weight, which no product may meet.
+        normalized = over_scale(latent[rows], scale[rows]).nan_to_num_()
+        on_range = normalized.maximum(low).minimum(high)
+        inside = torch.eq(normalized, on_range, out=torch.empty_like(normalized))  # 0.0 or 1.0
         if wants_latent:
             torch.mul(arriving, inside, out=d_latent[rows])
-        if wants_scale or wants_codebook:
-            indices = nearest_indices(normalized, codebook)
         if wants_scale:
-            # Not a product: what a scale of zero makes of normalized (NaN) must not get through.
-            slope = look_up(codebook, indices) - torch.where(inside, normalized, 0.0)
-            d_scale[rows] = sum_groups(arriving * slope, scale.shape[1])
+            slope = nearest_values(normalized, codebook).addcmul_(on_range, inside, value=-1)
+            d_scale[rows] = sum_groups(slope.mul_(arriving), scale.shape[1])
         if wants_codebook:
-            d_codebook += codebook_gradient(arriving, indices, scale[rows], codebook)
+            indices = thresholds_below(normalized, codebook)
+            d_codebook += codebook_gradient(arriving, indices, scale[rows], len(codebook))
     return d_latent, d_scale, d_codebook
 
 
@@ -170,27 +178,17 @@ def dequantize_gradients(
         arriving = gradient[rows].float()
         if wants_scale:
             values = look_up(codebook, indices[rows])
-            d_scale[rows] = sum_groups(arriving * values, scale.shape[1])
+            d_scale[rows] = sum_groups(values.mul_(arriving), scale.shape[1])
         if wants_codebook:
-            d_codebook += codebook_gradient(arriving, indices[rows], scale[rows], codebook)
+            d_codebook += codebook_gradient(arriving, indices[rows], scale[rows], len(codebook))
     return d_scale, d_codebook
 
 
 def row_chunks(weight: Tensor) -> list[slice]:
-    """Return slices of rows that hold about `ROWS_AT_ONCE` weights each.
-
-    One slice where the work is traced: a program grows with every chunk, and is tiled anyway.
-    """
-    num_rows = max(1, ROWS_AT_ONCE // weight.shape[1])
-    if is_traced(weight.device):
-        num_rows = weight.shape[0]
-    return [slice(start, start + num_rows) for start in range(0, weight.shape[0], num_rows)]
-
-
-def normalize(latent: Tensor, scale: Tensor) -> Tensor:
-    """Return latent / scale, (O, I)."""
-    grouped = latent.view(*scale.shape, -1)
-    return (grouped / scale.unsqueeze(-1)).view_as(latent)
+    """Return slices of rows that hold as many weights each as the device takes at once."""
+    num_rows, num_inputs = weight.shape
+    step = max(1, min(num_rows, numbers_at_once(weight.device) // num_inputs))
+    return [slice(start, start + step) for start in range(0, num_rows, step)]
 
 
 def codebook_range(codebook: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,9 +205,10 @@ def sum_groups(values: Tensor, num_groups: int) -> Tensor:
     return values.view(values.shape[0], num_groups, -1).sum(-1)
 
 
-def codebook_gradient(gradient: Tensor, indices: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+def codebook_gradient(gradient: Tensor, indices: Tensor, scale: Tensor, num_values: int) -> Tensor:
     """Return, per codebook value, the sum of gradient * scale over its weights, (C,)."""
-    pulled = (gradient.view(*scale.shape, -1) * scale.unsqueeze(-1)).flatten()
+    pulled = times_scale(gradient, scale)
+    indices, claim = indices.float(), torch.empty_like(pulled)
     # A sum per value instead of a scatter: scatters of floats are slow on XLA and unordered on GPU.
-    flat = indices.flatten()
-    return torch.stack([(pulled * (flat == j)).sum() for j in range(len(codebook))])
+    sums = [(pulled * torch.eq(indices, j, out=claim)).sum() for j in range(num_values)]
+    return torch.stack(sums)

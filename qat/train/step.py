@@ -32,7 +32,7 @@ Batch = tuple[Tensor, TeacherSignal]
 def form_weights(layers: Iterable[FakeQuantLinear], dtype: torch.dtype) -> None:
     """Hold each layer's fake-quantized weight as a leaf that collects a gradient."""
     for layer in layers:
-        layer.held_weight = layer.fake_quantized_weight().to(dtype).requires_grad_()
+        layer.held_weight = layer.fake_quantized_weight(dtype).requires_grad_()
 
 
 def pull_gradients(layers: Iterable[FakeQuantLinear]) -> None:

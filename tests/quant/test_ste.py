@@ -78,7 +78,7 @@ def test_gradients_of_frozen_indices_are_those_of_dense_autograd(case):
         return expand_groups(scale, latent.shape[1]) * codebook[indices.long()]
 
     explicit, result = gradients(
-        lambda scale, codebook: Dequantize.apply(indices, scale, codebook),
+        lambda scale, codebook: Dequantize.apply(indices, scale, codebook, torch.float32),
         (scale, codebook),
         gradient,
     )
@@ -103,7 +103,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     """However many rows are worked on at once; the codebook's sum alone may round otherwise."""
     *tensors, gradient = problem(37, 2, 8, 3, seed=1)
     whole, result = gradients(fake_quantize, tensors, gradient)
-    monkeypatch.setattr(ste, "ROWS_AT_ONCE", 5 * 16)
+    monkeypatch.setattr(ste, "numbers_at_once", lambda _device: 5 * 16)
     assert len(ste.row_chunks(tensors[0])) == 8
     chunked, again = gradients(fake_quantize, tensors, gradient)
     assert torch.equal(result, again)

@@ -1,0 +1,58 @@
+"""The host's memory: what there is, what was held, what is kept, and a limit on it."""
+
+import ctypes
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+# getrusage of a child starts at its parent's peak, /proc counts from the program's start.
+HIGH_WATER = re.compile(r"^VmHWM:\s+(\d+) kB", re.MULTILINE)
+WATCH_SECONDS = 0.01  # at 2 to 5 GB a second of fresh pages, 50 MB late at most
+# Numbers of malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 2**30  # a larger allocation goes back to the system when freed
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next one; other C libraries are left alone.
+
+    By default every tensor above 32 MB is mapped anew, and the system clears each of its pages at
+    the first touch: a third of a training step on a CPU, for 4% less memory.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def host_bytes() -> int:
+    """Return the host's memory, or the control group's share of it where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        path = Path(limit)
+        text = path.read_text().strip() if path.is_file() else ""
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory that this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := HIGH_WATER.search(status.read_text())):
+        return int(found[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def end_above(limit_bytes: int) -> None:
+    """End the process, saying why, once it has held more than a limit."""
+    while (held := peak_rss_bytes()) <= limit_bytes:
+        time.sleep(WATCH_SECONDS)
+    os.write(2, f"out of memory: held {held:,} bytes, the limit is {limit_bytes:,}\n".encode())
+    os._exit(1)  # other threads are amidst a step
