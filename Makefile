@@ -33,7 +33,7 @@ demo: setup  ## the whole path on SmolLM2-135M
 	@$(RUN)/qat demo $(DEMO_FLAGS)
 
 test: setup  ## the fast tests
-	@$(RUN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --dist loadfile
 
 check: setup  ## lint, format, house rules
 	@$(RUN)/ruff check .
