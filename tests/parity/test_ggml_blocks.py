@@ -2,11 +2,11 @@
 
 import ctypes
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
+from qat.export.ggml import dequantize_blocks, open_ggml, quantize_anew
 from qat.export.gguf_blocks import BLOCK_TYPES, TYPE_OF_GRID, pack_blocks, quantize_q8_0
 from qat.export.gguf_file import read_tensor_records
 from qat.export.to_gguf import export_to_gguf
@@ -21,27 +21,13 @@ GRIDS = {name: grid for grid, name in TYPE_OF_GRID.items()}
 @pytest.fixture(scope="module")
 def ggml():
     """Return libggml's base library."""
-    found = find_spec("libggml")
-    if found is None:
+    if find_spec("libggml") is None:
         pytest.skip("libggml-python is not installed; `make parity` installs it")
-    folder = Path(found.submodule_search_locations[0])
-    library = ctypes.CDLL(str(next(folder.glob("lib*/libggml-base.so"))))
+    library = open_ggml()
     library.gguf_init_from_file.restype = ctypes.c_void_p
     library.gguf_get_tensor_size.restype = ctypes.c_size_t
     library.gguf_find_tensor.restype = ctypes.c_int64
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
     return library
-
-
-def dequantized(ggml, packed, name, count):
-    """Return what C makes of packed bytes."""
-    data = packed.contiguous().numpy()
-    found = torch.empty(count)
-    function = getattr(ggml, f"dequantize_row_{name}")
-    function(
-        ctypes.c_void_p(data.ctypes.data), ctypes.c_void_p(found.data_ptr()), ctypes.c_int64(count)
-    )
-    return found
 
 
 def random_weight(name):
@@ -56,31 +42,15 @@ def test_c_gives_the_weights_of_training(ggml, name):
     """Scales of either sign, every index."""
     indices, scale, codebook = random_weight(name)
     packed = pack_blocks(indices, scale, name)
-    found = dequantized(ggml, packed, name, indices.numel()).view(indices.shape)
+    found = dequantize_blocks(ggml, packed, name, indices.numel()).view(indices.shape)
     assert torch.equal(found, dequantize(indices, scale, codebook))
-
-
-def requantized(ggml, weight, name):
-    """Return a weight after C fits it anew."""
-    count, kind = weight.numel(), BLOCK_TYPES[name]
-    packed = torch.empty(count // kind.num_weights * kind.num_bytes, dtype=torch.uint8)
-    ggml.ggml_quantize_chunk(
-        ctypes.c_int(kind.number),
-        ctypes.c_void_p(weight.data_ptr()),
-        ctypes.c_void_p(packed.data_ptr()),
-        ctypes.c_int64(0),
-        ctypes.c_int64(weight.shape[0]),
-        ctypes.c_int64(weight.shape[1]),
-        None,
-    )
-    return packed, dequantized(ggml, packed, name, count).view(weight.shape)
 
 
 def test_our_q8_0_is_that_of_c(ggml):
     """To the byte, for embeddings and heads."""
     weight = torch.randn(16, 128)
     weight[3] = 0
-    packed, _found = requantized(ggml, weight, "q8_0")
+    packed = quantize_anew(ggml, weight, "q8_0")
     assert torch.equal(quantize_q8_0(weight).flatten(), packed)
 
 
@@ -89,7 +59,8 @@ def test_a_converter_that_fits_anew_loses_what_was_trained(ggml, name):
     """Why blocks are written directly: the same weights through C's quantizer are others."""
     indices, scale, codebook = random_weight(name)
     weight = dequantize(indices, scale, codebook)
-    _packed, found = requantized(ggml, weight, name)
+    packed = quantize_anew(ggml, weight, name)
+    found = dequantize_blocks(ggml, packed, name, weight.numel()).view_as(weight)
     assert (found - weight).norm() > 0.001 * weight.norm()
 
 

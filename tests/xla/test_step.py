@@ -7,6 +7,7 @@ from qat.device import Device
 from qat.distill.teacher import top_k_signal
 from qat.model.checkpoint import student_tensors
 from qat.model.surgery import hold_weights, quantized_layers
+from qat.quant.grid import midpoints, nearest_values, snap_float16
 from qat.quant.ste import SnapBfloat16, SnapFloat16
 from qat.train.config import TrainConfig
 from qat.train.end_to_end import Habits, Hooks, train_end_to_end
@@ -189,3 +190,13 @@ def test_a_model_goes_there_and_back_unchanged(tied):
     assert all(parameters[name] is p for name, p in student.named_parameters())
     after = student_tensors(student)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_nearest_values_are_those_of_the_cpu(bits):
+    """Steps from value to value end on them, however a compiler writes an interpolation."""
+    device = Device.detect("xla").torch_device
+    codebook = snap_float16(torch.randn(2**bits)).sort().values
+    values = torch.cat([2 * torch.randn(4096), midpoints(codebook)])
+    found = nearest_values(values.to(device), codebook.to(device))
+    assert torch.equal(found.cpu(), nearest_values(values, codebook))
