@@ -77,7 +77,7 @@ class BenchmarkConfig:
     """Full-precision model whose shape is measured; when not given the cache's teacher, or
     SmolLM2-135M without a cache."""
     load_model: str | None = None
-    """Student to measure; one of random indices is made of --model-id when not given."""
+    """Student to measure; --model-id rounded to the grid when not given."""
     save_model: Path | None = None
     """Where to write the student that was made, for --load-model."""
     skip_baseline: bool = False

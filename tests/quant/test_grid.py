@@ -18,15 +18,20 @@ from qat.quant.grid import (
 FIXED = ("uniform", "balanced", "int")
 
 
-@settings(max_examples=60, deadline=None)
-@given(bits=st.integers(1, 6), seed=st.integers(0, 999), repeats=st.booleans())
-def test_the_nearest_value_is_the_nearest(bits, seed, repeats):
-    """No codebook value is closer than the chosen one, also among values that repeat."""
+def random_codebook(bits, seed, *, repeats):
+    """Return a sorted codebook on the float16 grid, and the generator for what comes after."""
     generator = torch.Generator().manual_seed(seed)
     codebook = torch.randn(2**bits, generator=generator)
     if repeats:
         codebook = codebook.round()
-    codebook = snap_float16(codebook).sort().values
+    return snap_float16(codebook).sort().values, generator
+
+
+@settings(max_examples=60, deadline=None)
+@given(bits=st.integers(1, 6), seed=st.integers(0, 999), repeats=st.booleans())
+def test_the_nearest_value_is_the_nearest(bits, seed, repeats):
+    """No codebook value is closer than the chosen one, also among values that repeat."""
+    codebook, generator = random_codebook(bits, seed, repeats=repeats)
     values = 2 * torch.randn(50, generator=generator)
     indices = nearest_indices(values, codebook)
     distances = (values.double().unsqueeze(1) - codebook.double()).abs()  # (50, C)
@@ -39,11 +44,7 @@ def test_the_nearest_value_is_the_nearest(bits, seed, repeats):
 @given(bits=st.integers(1, 6), seed=st.integers(0, 999), repeats=st.booleans())
 def test_nearest_values_are_those_of_the_nearest_indices(bits, seed, repeats):
     """To the bit, on ties and beyond all numbers too: training looks nothing up, files do."""
-    generator = torch.Generator().manual_seed(seed)
-    codebook = torch.randn(2**bits, generator=generator)
-    if repeats:
-        codebook = codebook.round()
-    codebook = snap_float16(codebook).sort().values
+    codebook, generator = random_codebook(bits, seed, repeats=repeats)
     odd = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0])
     values = torch.cat([2 * torch.randn(50, generator=generator), midpoints(codebook), odd])
     wanted = codebook[nearest_indices(values, codebook).long()]
