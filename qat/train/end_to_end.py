@@ -130,7 +130,7 @@ def take_steps(
             if is_last or progress.step == 0 or is_due(progress.step, habits.eval_steps):
                 look(progress, hooks)
             if progress.step and (is_last or is_due(progress.step, habits.save_steps)):
-                check(progress, report.values[0])
+                check(progress, *report.values)
                 if habits.save_steps:
                     hooks.save(progress)
             clock.go_on()
@@ -146,7 +146,7 @@ def take_steps(
         bar.update()
         if is_due(progress.step, habits.log_steps) or progress.step == habits.max_steps:
             loss, norm = report.values
-            check(progress, loss)
+            check(progress, loss, norm)
             values = clock.log_values(progress, norm, trainer.peak_rate() * rate)
             hooks.track(progress.step, values)
             speed = f"{values['train/tokens_per_second']:.0f}"
@@ -172,9 +172,14 @@ def look(progress: Progress, hooks: Hooks) -> None:
         hooks.keep_best(values, progress.step)
 
 
-def check(progress: Progress, loss: float) -> None:
-    """Take in a loss that is read anyway; refuse one that is not finite or jumped."""
+def check(progress: Progress, loss: float, norm: float) -> None:
+    """Take in a loss that is read anyway; refuse one that is not finite or jumped.
+
+    A gradient that is not finite has spoilt the weights, though this step's loss was made before.
+    """
     smooth = progress.smooth_loss
+    if not math.isfinite(norm):
+        raise DivergedError(f"gradient norm is {norm:.4g} at step {progress.step}")
     if not math.isfinite(loss) or (smooth is not None and loss > SPIKE_RATIO * smooth + 1.0):
         raise DivergedError(
             f"loss is {loss:.4g} at step {progress.step}"
