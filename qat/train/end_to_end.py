@@ -178,13 +178,13 @@ def check(progress: Progress, loss: float, norm: float) -> None:
     A gradient that is not finite has spoilt the weights, though this step's loss was made before.
     """
     smooth = progress.smooth_loss
-    if not math.isfinite(norm):
-        raise DivergedError(f"gradient norm is {norm:.4g} at step {progress.step}")
     if not math.isfinite(loss) or (smooth is not None and loss > SPIKE_RATIO * smooth + 1.0):
         raise DivergedError(
             f"loss is {loss:.4g} at step {progress.step}"
             + (f", it was {smooth:.4g}" if smooth is not None else "")
         )
+    if not math.isfinite(norm):
+        raise DivergedError(f"gradient norm is {norm:.4g} at step {progress.step}")
     progress.last_loss = loss
     progress.smooth_loss = loss if smooth is None else SMOOTHING * smooth + (1 - SMOOTHING) * loss
 
