@@ -79,6 +79,12 @@ def quantized_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
     }
 
 
+def has_low_rank_scales(model: nn.Module) -> bool:
+    """Whether a student's scales are low rank with magnitudes apart, the seeds' second form."""
+    schemes = [layer.scheme for layer in quantized_layers(model).values()]
+    return any(scheme.rank and scheme.scale_floor is None for scheme in schemes)
+
+
 def layers_of_kind(model: nn.Module, kind: str) -> dict[str, FakeQuantLinear]:
     """Return the quantized layers of one kind: mlp or attention."""
     return {name: m for name, m in quantized_layers(model).items() if layer_kind(name) == kind}

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from qat.cache.read import TeacherCache
 from qat.files import atomic_file, read_json, write_json
 from qat.model.linear import FakeQuantLinear
-from qat.model.surgery import hold_weights, quantized_layers, thaw_indices
+from qat.model.surgery import (
+    has_low_rank_scales,
+    hold_weights,
+    quantized_layers,
+    thaw_indices,
+)
 from qat.train.blockwise import BlockPlan, train_blockwise
 from qat.train.config import TrainConfig
 from qat.train.schedule import rate_factor
@@ -53,6 +58,7 @@ def layerwise_stage(
     if done == len(student.get_decoder().layers):
         return seconds
     chosen_ids = cache.sequence_ids("train")[: config.layerwise_sequences]
+    moving = config.parts(is_low_rank=has_low_rank_scales(student))
     clock = [time.perf_counter(), seconds]
 
     def batches() -> Iterator[Tensor]:
@@ -67,7 +73,7 @@ def layerwise_stage(
         parts = choose_trainable(
             block,
             kinds=config.kinds,
-            parts=tuple(part for part in config.parts if part != "norms"),
+            parts=tuple(part for part in moving if part != "norms"),
             weight_of=lambda name: weight_of(f"{prefix}.{name}"),
         )
         layers = [layer for layer in quantized_layers(block).values() if trains(layer)]

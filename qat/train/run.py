@@ -14,7 +14,7 @@ from qat.cache.read import CacheBatch, TeacherCache, shuffled_batches
 from qat.distill.candidates import draw_negatives, with_negatives
 from qat.distill.objective import make_divergence
 from qat.files import canonical_json, write_json
-from qat.model.surgery import hold_weights
+from qat.model.surgery import has_low_rank_scales, hold_weights
 from qat.tracking.record import CONFIG, read_config, read_summary
 from qat.train.config import TrainConfig
 from qat.train.ema import MovingAverage
@@ -185,7 +185,7 @@ def make_trainer(
     chosen = choose_trainable(
         model,
         kinds=config.kinds,
-        parts=config.parts,
+        parts=config.parts(is_low_rank=has_low_rank_scales(model)),
         weight_of=weight_of,
     )
     if config.freeze_mags:

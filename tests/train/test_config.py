@@ -35,7 +35,15 @@ def test_kinds_follow_from_the_seeds_flags(changes, kinds):
 )
 def test_parts_follow_from_the_seeds_flags(changes, parts):
     """Old words are aliases of the one field."""
-    assert config(**changes).parts == parts
+    assert config(**changes).parts() == parts
+
+
+def test_low_rank_scales_train_alone_unless_told_otherwise():
+    """Beside latent weights they run away."""
+    assert config().parts(is_low_rank=True) == ("scales",)
+    assert config(train_lut=True).parts(is_low_rank=True) == ("scales", "codebooks")
+    told = ("weights", "scales")
+    assert config(trainable=told).parts(is_low_rank=True) == told
 
 
 @pytest.mark.parametrize(
