@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 from qat.memory import host_bytes, peak_rss_bytes
 
 COUNT_FAULTS = """
@@ -26,7 +24,6 @@ def test_the_peak_counts_what_was_held():
     assert len(block) < peak_rss_bytes() < host_bytes()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other C libraries keep what they like")
 def test_freed_memory_is_there_at_once():
     """A block as large as one just freed touches no page that the system must clear first."""
     faults = [

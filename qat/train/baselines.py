@@ -85,12 +85,11 @@ def round_linears(model: nn.Module, scheme: Scheme) -> None:
 
 def rounded_layer(name: str, linear: nn.Linear, scheme: LayerScheme) -> FakeQuantLinear:
     """Return a layer of evenly spaced values, as far as suits a normal distribution."""
-    layer = empty_layer(name, linear, scheme)
+    layer = empty_layer(name, linear, scheme).to(linear.weight.device)
     num_groups = 1 if scheme.rank else scheme.groups_of(linear.in_features)
     weight = linear.weight.float()
-    reach = GAUSSIAN_REACH[scheme.bits] * start_scale(
-        weight, torch.ones(linear.in_features), num_groups
-    )
+    even = weight.new_ones(linear.in_features)
+    reach = GAUSSIAN_REACH[scheme.bits] * start_scale(weight, even, num_groups)
     layer.codebook.copy_(torch.linspace(-1, 1, len(layer.codebook)))
     layer.indices.copy_(nearest_indices(over_scale(weight, reach), layer.codebook))
     if scheme.rank:
@@ -99,8 +98,7 @@ def rounded_layer(name: str, linear: nn.Linear, scheme: LayerScheme) -> FakeQuan
         layer.scale_b.fill_(1.0)
     else:
         layer.scale.copy_(reach)
-    if linear.bias is not None:
-        layer.bias = linear.bias
+    layer.bias = linear.bias
     return layer
 
 

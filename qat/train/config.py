@@ -170,10 +170,9 @@ class TrainConfig:
         """Return what moves, the seeds' words counted in.
 
         Args:
-            is_low_rank: Whether the student's scales are. Each of their factors moves a whole row
-                or column, and a latent weight beside them follows no faster than they run away: at
-                the seeds' rate SmolLM2-135M went from 0.5 nats to 7 in 20 steps, and scales alone
-                from 0.89 to 0.63 in 16.
+            is_low_rank: Whether the student's scales are. Beside latent weights those run away: at
+                the seeds' rate SmolLM2-135M's training loss went from 0.5 to 7 in 22 steps; scales
+                alone brought held-out kl_nats from 0.89 to 0.63 in 16.
         """
         if self.g_only:
             return ("magnitudes",)
