@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qat.memory import end_above, host_bytes, keep_freed_memory, peak_rss_bytes
+from qat.memory import end_above, host_bytes, peak_rss_bytes, tune_allocation
 from qat.packages import accelerator_mismatches, installed_version
 
 Kind = Literal["cpu", "cuda", "mps", "xla", "tpu"]
@@ -209,7 +209,7 @@ def open_device(kind: Kind, name: str, reason: str) -> Device:
     else:
         torch_device = torch.device(name)
         if kind == "cpu":
-            keep_freed_memory()
+            tune_allocation()
     return Device(kind, torch_device, reason, default_dtype(kind))
 
 

@@ -1,6 +1,6 @@
 """How far a student is from its teacher, on held-out positions.
 
-Shape legend: B batch, T positions, V vocabulary.
+Shape legend: B batch, T positions, H hidden, V vocabulary, N = B * T.
 """
 
 import math
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qat.distill.kl import forward_kl, kd_loss
+from qat.distill.objective import CHUNK_TOKENS
 from qat.distill.teacher import TeacherSignal
+from qat.model.head import hidden_states, logits_of
 
 
 @dataclass(slots=True)
@@ -29,7 +31,11 @@ class Tally:
 
 @torch.no_grad()
 def evaluate_batches(
-    model: nn.Module, batches: Iterable[tuple[Tensor, TeacherSignal]], *, description: str
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, TeacherSignal]],
+    *,
+    description: str,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> dict[str, float | int | None]:
     """Return the student's distance from the teacher over batches.
 
@@ -38,30 +44,46 @@ def evaluate_batches(
         batches: Token ids (B, L) and the teacher's word on the first L - 1 positions, on the
             model's device.
         description: Of the progress bar.
+        chunk_tokens: Positions whose logits are held at a time; does not change the result.
 
     Returns:
         kl_nats, kd_loss, perplexity with its standard error, top1_agreement, tokens.
     """
     tally = Tally()
     for token_ids, signal in tqdm(batches, desc=description, unit="batch", leave=False):
-        logits = model(input_ids=token_ids, use_cache=False).logits[:, :-1].float()
-        add(tally, logits, token_ids[:, 1:], signal)
+        hidden = hidden_states(model, token_ids)[:, :-1].flatten(0, 1)
+        labels, flat = token_ids[:, 1:].flatten(), signal.flatten()
+        parts = []
+        for start in range(0, len(hidden), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            part = flat.map(lambda tensor, rows=rows: tensor[rows])
+            parts.append(compare(logits_of(model, hidden[rows]).float(), labels[rows], part))
+        add(tally, torch.cat(parts, dim=1).view(-1, *signal.mask.shape), signal.mask)
     return summary(tally)
 
 
-def add(tally: Tally, logits: Tensor, labels: Tensor, signal: TeacherSignal) -> None:
-    """Add a batch: logits (B, T, V), labels (B, T)."""
-    mask = signal.mask
-    kl = (forward_kl(logits, signal) * mask).sum()
-    kd = (kd_loss(logits, signal) * mask).sum()
-    best = signal.log_probs.argmax(-1, keepdim=True)  # (B, T, 1)
+def compare(logits: Tensor, labels: Tensor, signal: TeacherSignal) -> Tensor:
+    """Return KL, kd loss, agreement and the labels' nats at each position, (4, N).
+
+    Args:
+        logits: The student's, (N, V) float32.
+        labels: The tokens that came, (N,).
+        signal: The teacher on the same positions.
+    """
+    best = signal.log_probs.argmax(-1, keepdim=True)  # (N, 1)
     if signal.token_ids is not None:
         best = signal.token_ids.gather(-1, best)
-    agree = ((logits.argmax(-1) == best.squeeze(-1)) * mask).sum()
-    nll = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    agree = logits.argmax(-1) == best.squeeze(-1)
+    nll = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return torch.stack([forward_kl(logits, signal), kd_loss(logits, signal), agree.float(), nll])
+
+
+def add(tally: Tally, measured: Tensor, mask: Tensor) -> None:
+    """Add what a batch measured, (4, B, T), where its mask (B, T) counts."""
+    kl, kd, agree, nll = measured * mask
     # One look at the device a batch; float32 counts a batch's tokens exactly.
-    sums = torch.stack([kl, kd, agree.float()])
-    values = torch.cat([sums, (nll * mask).sum(1), mask.sum(1).float()]).tolist()
+    sums = torch.stack([kl.sum(), kd.sum(), agree.sum()])
+    values = torch.cat([sums, nll.sum(1), mask.sum(1).float()]).tolist()
     tally.kl, tally.kd, tally.agree = (
         former + value
         for former, value in zip((tally.kl, tally.kd, tally.agree), values[:3], strict=True)

@@ -27,16 +27,27 @@ CONTEXT_TOKENS = 512  # of the GGUF runtimes: prompts and answers of a parity ch
 
 
 class RuntimeModel(nn.Module):
-    """A runtime called as a causal LM is, so that what measures a student measures it as well."""
+    """A runtime in the two halves of a causal LM, so that what measures a student measures it.
+
+    Its logits take the hidden states' place, and its head leaves them as they are.
+    """
 
     def __init__(self, runtime: Runtime):
         super().__init__()
-        self.runtime = runtime
+        self.runtime, self.head, self.config = runtime, nn.Identity(), SimpleNamespace()
 
-    def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+    def get_decoder(self) -> nn.Module:
+        """Return the half that runs."""
+        return self
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the half that does nothing."""
+        return self.head
+
+    def forward(self, input_ids: Tensor, **_options: object) -> SimpleNamespace:
         """Return logits, (B, T, V), of token ids, (B, T), one sequence after the other."""
         rows = [torch.from_numpy(self.runtime(row.tolist())) for row in input_ids]
-        return SimpleNamespace(logits=torch.stack(rows))
+        return SimpleNamespace(last_hidden_state=torch.stack(rows))
 
 
 def open_runtime(path: Path) -> tuple[str, Runtime]:

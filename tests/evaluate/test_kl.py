@@ -58,6 +58,16 @@ def test_how_sequences_are_batched_does_not_matter():
     assert parts == {name: pytest.approx(value, rel=1e-5) for name, value in whole.items()}
 
 
+def test_logits_are_held_for_a_chunk_of_positions_only():
+    """The numbers are those of all positions at once; the largest logits are a chunk's."""
+    model, sizes = tiny_llama(), []
+    whole = evaluate_batches(model, [problem()], description="test")
+    model.lm_head.register_forward_hook(lambda _head, _x, logits: sizes.append(len(logits)))
+    chunked = evaluate_batches(model, [problem()], description="test", chunk_tokens=7)
+    assert sizes == [7] * 6 + [6]
+    assert chunked == {name: pytest.approx(value, rel=1e-5) for name, value in whole.items()}
+
+
 def test_the_teacher_itself_is_at_no_distance():
     """Zero nats, every choice agreed on."""
     model = tiny_llama(seed=1)
