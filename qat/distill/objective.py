@@ -95,9 +95,7 @@ class ChunkedLoss(torch.autograd.Function):
         count = signal.mask.sum().clamp_min(1)
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_gradient else None
-        for start in range(0, hidden.shape[0], chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            part = signal.map(lambda tensor, rows=rows: tensor[rows])
+        for rows, part in signal.chunks(chunk_tokens):
             with torch.set_grad_enabled(wants_gradient):
                 chunk = hidden[rows].detach().requires_grad_(wants_gradient)
                 loss = (divergence(head(chunk, part), part) * part.mask).sum() / count

@@ -4,7 +4,7 @@ Shape legend: B batch, T positions, K tokens the teacher is known on, V vocabula
 Position t of a block predicts token t + 1, so a block of L tokens has T = L - 1 positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -51,6 +51,12 @@ class TeacherSignal:
     def flatten(self) -> "TeacherSignal":
         """Return the signal with B and T as one axis of B * T positions."""
         return self.map(lambda tensor: tensor.flatten(0, 1))
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, "TeacherSignal"]]:
+        """Return each run of `size` positions of a flattened signal, and the signal on it."""
+        for start in range(0, len(self.mask), size):
+            rows = slice(start, start + size)
+            yield rows, self.map(lambda tensor, rows=rows: tensor[rows])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TeacherSignal":
         """Return the same signal on another device."""

@@ -52,12 +52,11 @@ def evaluate_batches(
     tally = Tally()
     for token_ids, signal in tqdm(batches, desc=description, unit="batch", leave=False):
         hidden = hidden_states(model, token_ids)[:, :-1].flatten(0, 1)
-        labels, flat = token_ids[:, 1:].flatten(), signal.flatten()
-        parts = []
-        for start in range(0, len(hidden), chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            part = flat.map(lambda tensor, rows=rows: tensor[rows])
-            parts.append(compare(logits_of(model, hidden[rows]).float(), labels[rows], part))
+        labels = token_ids[:, 1:].flatten()
+        parts = [
+            compare(logits_of(model, hidden[rows]).float(), labels[rows], part)
+            for rows, part in signal.flatten().chunks(chunk_tokens)
+        ]
         add(tally, torch.cat(parts, dim=1).view(-1, *signal.mask.shape), signal.mask)
     return summary(tally)
 
