@@ -1,12 +1,13 @@
 """Quantization-aware distillation of small causal language models.
 
-Floors, lowest first; a module imports lower floors or its own folder only:
+Layers, lowest first; a module imports lower layers or its own folder only:
 
-0. ground: `device`, `files`, `archive`, `tracking`
-1. math: `quant`, `distill`, `text`
-2. things: `model`, `cache`, `calibration`
-3. acts: `convert`, `train`, `evaluate`, `benchmark`, `export`
-4. doors: `commands`
+0. `runtime`, `storage`
+1. `grids`, `quant`, `distill`
+2. `tracking`, `data`, `model`, `cache`, `calibrate`
+3. `train`, `evaluate`, `benchmark`, `export`, `legacy`, `reports`
+4. `pipelines`
+5. `cli`
 
 Read `qat/commands/train.py` first: it is the story of a run.
 """

@@ -39,7 +39,7 @@ def main() -> int:
     if command not in COMMANDS:
         print(f"error: command {command!r} is not one of {', '.join(COMMANDS)}", file=sys.stderr)  # noqa: T201
         return 2
-    module = import_module(f"qat.commands.{command.replace('-', '_')}")
+    module = import_module(f"qat.cli.{command.replace('-', '_')}")
     return module.main(sys.argv[2:])
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat.commands.door import run_command, say
-from qat.convert.config import Fit
+from qat.cli.command import run_command
+from qat.pipelines.quantize_config import Fit
+from qat.tracking.messages import say
 
 TOP_K = 64
 BATCH = 16
@@ -38,18 +39,18 @@ def act(config: FitsConfig) -> dict[str, Any]:
     """Load, fit, measure."""
     import torch
 
-    from qat.calibration import collect_second_moments
-    from qat.commands.students import loss_weights
-    from qat.convert.init_student import init_student, init_student_by_blocks
-    from qat.device import Device
+    from qat.calibrate.statistics import collect_second_moments
+    from qat.data.text import text_blocks
     from qat.distill.teacher import top_k_signal
     from qat.evaluate.kl import evaluate_batches
-    from qat.memory import peak_rss_bytes
     from qat.model.checkpoint import bits_per_weight
     from qat.model.load import load_dense, load_tokenizer
     from qat.model.surgery import hold_weights, quantizable_linears
+    from qat.pipelines.quantize import init_student, init_student_by_blocks
+    from qat.pipelines.students import loss_weights
     from qat.quant.scheme import scheme_from_name
-    from qat.text import text_blocks
+    from qat.runtime.device import Device
+    from qat.runtime.memory import peak_rss_bytes
 
     device = Device.detect("cpu")
     say(device.describe())

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat.commands.door import run_command, say
+from qat.cli.command import run_command
+from qat.tracking.messages import say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,14 +28,14 @@ def act(config: RefitConfig) -> dict[str, Any]:
     import torch
     from torch import nn
 
-    from qat.cache.read import TeacherCache
     from qat.evaluate.on_cache import evaluate_on_cache
     from qat.export.ggml import dequantize_blocks, open_ggml, quantize_anew
-    from qat.export.gguf_blocks import block_type_of
-    from qat.model.load import load_model
     from qat.model.surgery import quantized_layers, swap
+    from qat.pipelines.open_cache import open_teacher_cache
+    from qat.pipelines.open_checkpoint import load_model
+    from qat.quant.scheme import block_type_of
 
-    ggml, cache = open_ggml(), TeacherCache.open(config.cache_dir)
+    ggml, cache = open_ggml(), open_teacher_cache(config.cache_dir)
     student, _header = load_model(config.checkpoint)
     place = {"device": torch.device("cpu"), "dtype": torch.float32}
     trained = evaluate_on_cache(student, cache, **place)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from qat.__main__ import COMMANDS
-from qat.commands import convert_q4_to_q2, convert_v1_to_v2, evaluate, export, snap_fp16
-from qat.files import read_json
+from qat.cli import convert_q4_to_q2, convert_v1_to_v2, evaluate, export, snap_fp16
+from qat.legacy.student import write_seed_checkpoint
 from qat.model.checkpoint import CheckpointHeader, read_checkpoint, write_checkpoint
-from qat.model.load import load_model
 from qat.model.rankwise import RankwiseLinear
-from qat.model.seed_student import write_seed_checkpoint
 from qat.model.surgery import quantized_layers, swap
+from qat.pipelines.open_checkpoint import load_model
+from qat.storage.files import read_json
 from tests.seeds import FIXTURES
 
 SECOND = ("v2_q2a4_qwen3", "v2_q4a4_qwen3")

@@ -102,7 +102,7 @@ def tiny_student(family: str = "llama", scheme: str = "q2a4", *, tied: bool = Tr
 @cache
 def _student(family, kinds, tied, changes):
     """Fit a student once a process: most of what a test of one costs."""
-    from qat.convert.init_student import init_student
+    from qat.pipelines.quantize import init_student
     from qat.quant.scheme import Scheme
 
     student = TINY_MODELS[family](tied=tied, **dict(changes))
@@ -176,7 +176,7 @@ def tiny_cache(folder: Path, teacher=None, **changes) -> Path:
         changes: Fields of `BuildCacheConfig` (seq_len, top_k, content, ...).
     """
     from qat.cache.config import BuildCacheConfig
-    from qat.commands.build_cache import build
+    from qat.cli.build_cache import build
 
     folder = Path(folder)
     teacher_folder = save_tiny(folder / "teacher", teacher or tiny_llama())

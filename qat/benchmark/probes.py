@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat.device import says_out_of_memory
-from qat.files import fingerprint, read_json, write_json
+from qat.runtime.device import says_out_of_memory
+from qat.storage.files import fingerprint, read_json, write_json
 
 SCRATCH = ".probe."
 TAIL_LINES = 20  # of what a process said: its last words, not a warning at its start

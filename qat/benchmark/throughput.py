@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat.benchmark.ratios import time_steps
-from qat.model.linear import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import quantized_layers
 
 WARM_UP_STEPS = 2  # the first makes the optimizer's state, so the second is another graph

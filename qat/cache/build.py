@@ -48,9 +48,9 @@ from qat.cache.shard import (
     shard_ranges,
     write_fields,
 )
-from qat.device import Device
-from qat.files import write_json
-from qat.text import Blocks
+from qat.data.text import Blocks
+from qat.runtime.device import Device
+from qat.storage.files import write_json
 
 HEAD_FILE = "head.safetensors"
 SHARDS_IN_FLIGHT = 2  # being copied and written while the next one is computed

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qat.cache.config import NUM_DRAWS, BuildCacheConfig
-from qat.files import canonical_json, fingerprint, read_json, write_json
-from qat.records import source_revision
+from qat.data.records import source_revision
+from qat.storage.files import canonical_json, fingerprint, read_json, write_json
 
 CODEC_VERSION = 1
 MANIFEST_FILE = "manifest.json"

@@ -23,7 +23,6 @@ from qat.cache.manifest import (
     template_sha256,
     tokenizer_sha256,
 )
-from qat.cache.seed_format import is_seed_cache, read_seed_manifest, read_seed_shard
 from qat.cache.shard import check_sha256, check_size, read_fields
 from qat.distill.teacher import TeacherSignal, dense_signal
 
@@ -96,7 +95,7 @@ class TeacherCache:
 
     @classmethod
     def open(cls, path: str | Path, *, head: Head | None = None) -> "TeacherCache":
-        """Open a cache of our form or of the seeds', also where it is nested in a folder.
+        """Open a native cache, also where it is nested in a folder.
 
         Args:
             path: The cache's folder.
@@ -108,8 +107,6 @@ class TeacherCache:
             CacheMismatch: If its manifest was altered or a shard has another size.
         """
         folder = find_cache_folder(Path(path))
-        if not (folder / MANIFEST_FILE).is_file():
-            return cls(folder, read_seed_manifest(folder), read_seed_shard)
         manifest = read_manifest(folder)
         for entry in manifest.shards:
             check_size(folder, entry)
@@ -274,15 +271,24 @@ class TeacherCache:
         )
 
 
-def find_cache_folder(path: Path) -> Path:
+def is_native(folder: Path) -> bool:
+    """Whether a folder holds a native cache."""
+    return (folder / MANIFEST_FILE).is_file()
+
+
+def find_cache_folder(path: Path, is_cache: Callable[[Path], bool] = is_native) -> Path:
     """Return the folder that holds a cache's files: `path`, or one nested in it.
+
+    Args:
+        path: Where to look.
+        is_cache: Tells a folder with a cache's files.
 
     Raises:
         FileNotFoundError: If there is none.
     """
     folder = path
     while folder.is_dir():
-        if (folder / MANIFEST_FILE).is_file() or is_seed_cache(folder):
+        if is_cache(folder):
             return folder
         inner = [item for item in folder.iterdir() if item.is_dir()]
         if len(inner) != 1:

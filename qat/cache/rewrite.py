@@ -8,7 +8,7 @@ from tqdm import tqdm
 from qat.cache.manifest import CacheManifest, write_manifest
 from qat.cache.read import TeacherCache
 from qat.cache.shard import id_dtype, shard_name, shard_ranges, write_fields
-from qat.files import atomic_folder
+from qat.storage.files import atomic_folder
 
 
 def rewrite_cache(cache: TeacherCache, folder: Path) -> CacheManifest:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qat.cache.codec import Fields
 from qat.cache.manifest import CacheMismatch, FileEntry
-from qat.files import atomic_file, sha256_of_file
+from qat.storage.files import atomic_file, sha256_of_file
 
 # A kill loses at most one shard: 20 s of work at 800 tokens/s; 6 MB with 64 ids a position.
 TOKENS_A_SHARD = 16_384

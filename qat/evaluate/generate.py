@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qat.data.records import Record, read_lines
+from qat.data.text import turns_of
 from qat.evaluate.generate_config import Template
-from qat.files import canonical_json, fingerprint, write_text
-from qat.records import Record, read_lines
-from qat.text import turns_of
+from qat.storage.files import canonical_json, fingerprint, write_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

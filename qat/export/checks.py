@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.files import read_json, write_json
-from qat.model.linear import FakeQuantLinear
-from qat.quant.grid import fits_float16, fixed_codebook
+from qat.grids.scalar import fits_float16, fixed_codebook
+from qat.model.layers import FakeQuantLinear
+from qat.storage.files import read_json, write_json
 
 REPORT_NAME = "export.json"
 

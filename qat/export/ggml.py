@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qat.export.gguf_blocks import BLOCK_TYPES
+from qat.grids.blocks import BLOCK_TYPES
 
 
 def open_ggml() -> ctypes.CDLL:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.export.gguf_blocks import BLOCK_TYPES, unpack_blocks
+from qat.grids.blocks import BLOCK_TYPES, unpack_blocks
 
 MAGIC = b"GGUF"
 VERSION = 3

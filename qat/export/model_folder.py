@@ -14,10 +14,10 @@ from qat.export.checks import (
     require_float16,
     write_report,
 )
-from qat.files import atomic_folder, read_json, write_json
 from qat.model.checkpoint import copy_text_files
-from qat.model.linear import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import quantized_layers
+from qat.storage.files import atomic_folder, read_json, write_json
 
 SHARD_SIZE = "5GB"  # larger files are refused by some hosts and file systems
 LOSSLESS_ORDER = (torch.bfloat16, torch.float16, torch.float32)

@@ -24,9 +24,9 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qat.grids.packing import unpack
+from qat.grids.scalar import dequantize, low_rank_scale
 from qat.model.surgery import quantizable_linears, swap
-from qat.quant.grid import dequantize, low_rank_scale
-from qat.quant.packing import unpack
 from qat.quant.scheme import LayerScheme, Scheme
 
 METHOD = "qat"

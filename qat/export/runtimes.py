@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.export.gguf_file import read_tensor_records
-from qat.files import read_json
+from qat.storage.files import read_json
 
 Runtime = Callable[[list[int]], np.ndarray]
 

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from qat.export.checks import bytes_below, require_equal, require_float16, write_report
 from qat.export.model_folder import require_students
-from qat.files import atomic_folder
+from qat.grids.scalar import low_rank_scale
 from qat.model.checkpoint import stored_parts
-from qat.model.linear import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import current_indices
-from qat.quant.grid import low_rank_scale
+from qat.storage.files import atomic_folder
 
 PACKAGE_NAME = "linears.mlpackage"
 BITS = (2, 3, 4, 6, 8)  # widths of indices that the format has

@@ -20,22 +20,22 @@ from qat.export.checks import (
     require_replaceable,
     write_report,
 )
-from qat.export.gguf_blocks import (
+from qat.export.gguf_file import read_bytes, read_tensor_records, read_weight
+from qat.export.gguf_vocabulary import Vocabulary, read_vocabulary
+from qat.grids.blocks import (
     BLOCK_TYPES,
     DTYPES,
-    block_type_of,
     pack_blocks,
     pack_dense,
     quantize_q8_0,
     unpack_blocks,
 )
-from qat.export.gguf_file import read_bytes, read_tensor_records, read_weight
-from qat.export.gguf_vocabulary import Vocabulary, read_vocabulary
-from qat.files import atomic_file
-from qat.model.linear import FakeQuantLinear
+from qat.grids.scalar import fits_float16
+from qat.model.layers import FakeQuantLinear
 from qat.model.load import load_tokenizer
 from qat.model.surgery import current_indices, quantized_layers
-from qat.quant.grid import fits_float16
+from qat.quant.scheme import block_type_of
+from qat.storage.files import atomic_file
 
 ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type to gguf's name
 FILE_NAME = "model.gguf"  # in a folder

@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from qat.export.checks import equal_bits, write_report
 from qat.export.model_folder import SHARD_SIZE
-from qat.files import atomic_folder
 from qat.model.checkpoint import copy_text_files
-from qat.model.linear import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import quantized_layers, swap
+from qat.storage.files import atomic_folder
 
 
 def export_to_hf(

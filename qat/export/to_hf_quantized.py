@@ -13,10 +13,10 @@ from qat.export.model_folder import (
     require_students,
     write_folder,
 )
+from qat.grids.packing import pack
 from qat.model.checkpoint import stored_parts
-from qat.model.linear import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import current_indices
-from qat.quant.packing import pack
 from qat.quant.scheme import Scheme
 
 

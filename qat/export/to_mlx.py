@@ -23,9 +23,9 @@ from qat.export.model_folder import (
     require_students,
     write_folder,
 )
-from qat.model.linear import FakeQuantLinear
+from qat.grids.packing import pack, unpack
+from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import current_indices
-from qat.quant.packing import pack, unpack
 
 WEIGHT, SCALES, BIASES = "weight", "scales", "biases"
 BITS = (2, 4, 8)

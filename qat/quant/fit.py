@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qat.quant.codebook import fit_codebook
-from qat.quant.grid import (
+from qat.grids.codebook import fit_codebook
+from qat.grids.scalar import (
     dequantize,
     expand_groups,
     fits_float16,
@@ -25,7 +25,7 @@ from qat.quant.grid import (
     snap_float16,
     snap_stored,
 )
-from qat.quant.scales import (
+from qat.grids.scales import (
     LowRank,
     fit_group_scale,
     fit_low_rank,

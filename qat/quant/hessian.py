@@ -23,9 +23,16 @@ GuidedQuant, Kim et al. 2025, arXiv:2505.07004. Target: GPTAQ, Li et al. 2025, a
 import torch
 from torch import Tensor
 
+from qat.grids.scalar import (
+    dequantize,
+    expand_groups,
+    look_up,
+    midpoints,
+    snap_float16,
+    snap_stored,
+)
+from qat.grids.scales import nearest_stored_scale
 from qat.quant.fit import QuantizedWeight, away_from_zero, fit_weight
-from qat.quant.grid import dequantize, expand_groups, look_up, midpoints, snap_float16, snap_stored
-from qat.quant.scales import nearest_stored_scale
 from qat.quant.scheme import LayerScheme
 
 DAMPING = 0.1  # of the mean diagonal of H; held-out KL falls by a tenth from 0.01 to it

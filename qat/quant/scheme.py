@@ -146,6 +146,21 @@ FORMATS = {
 PAIRS = {"deploy": "w2a16-g64+w4a16-g32"}
 
 
+TYPE_OF_GRID = {
+    ("int", 4, 32): "q4_0",
+    ("int", 2, 64): "q2_0",
+    ("int", 8, 32): "q8_0",
+    ("iq4_nl", 4, 32): "iq4_nl",
+}
+
+
+def block_type_of(scheme: LayerScheme) -> str | None:
+    """Return the type whose grid is a layer scheme's, None where no type has it."""
+    if scheme.rank or scheme.scale_floor is not None or scheme.stored_dtype == "float32":
+        return None
+    return TYPE_OF_GRID.get((scheme.codebook, scheme.bits, scheme.group_size))
+
+
 def layer_kind(module_name: str) -> LayerKind | None:
     """Return what a linear is for, from the last part of its name."""
     last = module_name.rpartition(".")[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qat import __version__
-from qat.files import read_json, write_json
+from qat.storage.files import read_json, write_json
 
 ENVIRONMENT = "environment.json"
 VERSIONS = ("torch", "torch_xla", "torch_tpu", "transformers")
@@ -22,8 +22,8 @@ def describe_environment(device_name: str = "auto") -> dict[str, Any]:
     Args:
         device_name: As the run's flag has it.
     """
-    from qat.device import Device
-    from qat.packages import installed_version
+    from qat.runtime.device import Device
+    from qat.runtime.packages import installed_version
 
     versions = {name: installed_version(name) for name in VERSIONS}
     return {

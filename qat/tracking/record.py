@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qat.files import read_json, write_json, write_text
+from qat.storage.files import read_json, write_json, write_text
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qat.files import read_json, write_json
+from qat.storage.files import read_json, write_json
 from qat.tracking.environment import add_session, describe_environment
 from qat.tracking.record import RunRecord
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.distill.kl import forward_kl
-from qat.model.linear import FakeQuantLinear
+from qat.grids.scalar import nearest_indices, over_scale
+from qat.grids.scales import GAUSSIAN_REACH, start_scale
+from qat.model.layers import FakeQuantLinear
 from qat.model.rankwise import RankwiseLinear
 from qat.model.surgery import (
     empty_layer,
@@ -22,8 +24,6 @@ from qat.model.surgery import (
     replace_linears,
     swap,
 )
-from qat.quant.grid import nearest_indices, over_scale
-from qat.quant.scales import GAUSSIAN_REACH, start_scale
 from qat.quant.scheme import LayerScheme, Scheme, layer_kind, scheme_from_name
 from qat.train.step import Trainer
 from qat.train.trainable import choose_trainable, make_optimizer, trained_layers

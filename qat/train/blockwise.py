@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qat.device import as_operand, run_recorded
-from qat.model.linear import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear
+from qat.runtime.device import as_operand, run_recorded
 from qat.train.step import form_weights, pull_gradients
 
 Call = dict[str, Any]

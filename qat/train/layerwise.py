@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.cache.read import TeacherCache
-from qat.files import atomic_file, read_json, write_json
-from qat.model.linear import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import (
     has_low_rank_scales,
     hold_weights,
     quantized_layers,
     thaw_indices,
 )
+from qat.storage.files import atomic_file, read_json, write_json
 from qat.train.blockwise import BlockPlan, train_blockwise
 from qat.train.config import TrainConfig
 from qat.train.schedule import rate_factor

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.files import atomic_folder, read_json, settle_folder, sha256_of_file, write_json
+from qat.storage.files import atomic_folder, read_json, settle_folder, sha256_of_file, write_json
 from qat.train.ema import MovingAverage
 
 STATE = "state"

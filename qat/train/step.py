@@ -15,14 +15,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qat.device import as_operand
 from qat.distill.candidates import candidate_logits
 from qat.distill.kl import StudentLogits, hard_top1
 from qat.distill.objective import Divergence, chunked_loss
 from qat.distill.teacher import TeacherSignal
 from qat.model.head import hidden_states, logits_at, logits_of
-from qat.model.linear import FakeQuantLinear
-from qat.quant.ste import dequantize_gradients, fake_quantize_gradients
+from qat.model.layers import FakeQuantLinear
+from qat.quant.straight_through import dequantize_gradients, fake_quantize_gradients
+from qat.runtime.device import as_operand
 from qat.train.ema import MovingAverage
 
 Batch = tuple[Tensor, TeacherSignal]

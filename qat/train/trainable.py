@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qat.device import checkpoint_function, optimizer_settings
-from qat.model.linear import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import layers_of_kind, quantized_layers, thaw_indices
+from qat.runtime.device import checkpoint_function, optimizer_settings
 
 RUNTIME_GRIDS = ("int", "iq4_nl")
 SCALE_NAMES = ("scale", "scale_a", "scale_b", "magnitude")

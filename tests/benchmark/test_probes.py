@@ -13,7 +13,8 @@ FAILURES = {
         "import sys; sys.exit('E1000: CompileTimeHbmOom: used 21.95G of 15.48G')",
         "raise MemoryError('out of memory')",
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-        "import time, qat.device as d; d.Device.detect('cpu').limit_memory(1); time.sleep(60)",
+        "import time; from qat.runtime.device import Device; "
+        "Device.detect('cpu').limit_memory(1); time.sleep(60)",
     ],
     "error": [
         "import sys; sys.exit('error: --model-id x is no folder')",

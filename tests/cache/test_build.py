@@ -8,9 +8,9 @@ from qat.cache import shard
 from qat.cache.build import build_cache, default_batch_size
 from qat.cache.manifest import CacheIdentity, CacheMismatch, draft_manifest
 from qat.cache.read import TeacherCache
-from qat.device import Device
+from qat.data.text import TextPlan, read_blocks
 from qat.distill.teacher import dense_signal
-from qat.text import TextPlan, read_blocks
+from qat.runtime.device import Device
 from tests.tiny import (
     TINY_MODELS,
     VOCAB_SIZE,

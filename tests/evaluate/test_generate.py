@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from qat.commands.generate import main
+from qat.cli.generate import main
 from qat.evaluate.generate import (
     Decoding,
     answer_file,

@@ -8,9 +8,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qat.export import gguf_file, to_gguf
-from qat.export.gguf_blocks import BLOCK_TYPES
 from qat.export.gguf_file import read_bytes, read_tensor_records, read_weight
 from qat.export.to_gguf import ROPE_FACTORS, export_to_gguf, rope_factors, row_order
+from qat.grids.blocks import BLOCK_TYPES
 from qat.model.surgery import quantized_layers, thaw_indices
 from tests.tiny import TINY_MODELS, save_tiny, tiny_llama, tiny_student
 
@@ -173,7 +173,7 @@ def test_qwen2_has_biases_and_its_own_name(tmp_path, text_source):
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    from qat.convert.init_student import init_student
+    from qat.pipelines.quantize import init_student
     from qat.quant.scheme import scheme_from_name
 
     student = Qwen2ForCausalLM(config).eval().requires_grad_(False)

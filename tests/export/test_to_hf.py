@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qat.commands.export import main
+from qat.cli.export import main
 from qat.export import to_hf
 from qat.export.checks import equal_bits
 from qat.export.to_hf import export_to_hf

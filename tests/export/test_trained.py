@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from qat.commands.export import main as export
-from qat.commands.init_student import main as init_student
-from qat.commands.train import main as train
-from qat.model.load import load_model
+from qat.cli.export import main as export
+from qat.cli.init_student import main as init_student
+from qat.cli.train import main as train
+from qat.grids.scalar import fixed_codebook
 from qat.model.surgery import quantized_layers
-from qat.quant.grid import fixed_codebook
+from qat.pipelines.open_checkpoint import load_model
 from qat.train.trainable import choose_trainable
 from tests.tiny import tiny_cache, tiny_student
 

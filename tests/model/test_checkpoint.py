@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qat.files import sha256_of_file
 from qat.model.checkpoint import (
     CheckpointHeader,
     bits_per_weight,
@@ -22,6 +21,7 @@ from qat.model.checkpoint import (
 )
 from qat.model.surgery import quantized_layers, thaw_indices
 from qat.quant.scheme import scheme_from_name
+from qat.storage.files import sha256_of_file
 from tests.tiny import TINY_MODELS, save_student, save_tiny, tiny_llama, tiny_student
 
 TOKEN_IDS = torch.arange(12).view(2, 6)

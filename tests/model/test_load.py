@@ -7,18 +7,17 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from qat.files import former_folder
 from qat.model import load
 from qat.model.load import (
     base_weights,
-    checkpoint_folder,
     load_dense,
-    load_model,
     load_tokenizer,
     model_folder,
     model_identity,
     vocabulary_size,
 )
+from qat.pipelines.open_checkpoint import checkpoint_folder, load_model
+from qat.storage.files import former_folder
 from tests.tiny import (
     TINY_MODELS,
     save_student,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qat.files import sha256_of_file, write_json
 from qat.model import packaged
+from qat.storage.files import sha256_of_file, write_json
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 SPACE = "\u0120"  # how byte-level BPE writes it

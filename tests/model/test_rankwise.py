@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qat.model.linear import FakeQuantLinear
+from qat.grids.scales import LowRank
+from qat.model.layers import FakeQuantLinear
 from qat.model.rankwise import RankwiseLinear, as_group_scales, low_rank_factors, widen
 from qat.model.surgery import quantized_layers, swap
-from qat.quant.scales import LowRank
 from qat.quant.scheme import LayerScheme
 from tests.tiny import tiny_student
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qat.model.linear import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import (
     check_scheme,
     current_indices,

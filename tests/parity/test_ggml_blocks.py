@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from qat.export.ggml import dequantize_blocks, open_ggml, quantize_anew
-from qat.export.gguf_blocks import BLOCK_TYPES, TYPE_OF_GRID, pack_blocks, quantize_q8_0
 from qat.export.gguf_file import read_tensor_records
 from qat.export.to_gguf import export_to_gguf
-from qat.quant.grid import dequantize, fixed_codebook, snap_float16
+from qat.grids.blocks import BLOCK_TYPES, pack_blocks, quantize_q8_0
+from qat.grids.scalar import dequantize, fixed_codebook, snap_float16
+from qat.quant.scheme import TYPE_OF_GRID
 from tests.tiny import save_tiny, tiny_llama, tiny_student
 
 pytestmark = pytest.mark.parity

@@ -5,7 +5,6 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from qat.convert.init_student import init_student
 from qat.export.parity import compare_with_runtime
 from qat.export.runtimes import open_runtime
 from qat.export.to_compressed_tensors import export_to_compressed_tensors
@@ -13,6 +12,7 @@ from qat.export.to_coreml import export_to_coreml
 from qat.export.to_gguf import export_to_gguf
 from qat.export.to_mlx import export_to_mlx
 from qat.model.surgery import quantized_layers
+from qat.pipelines.quantize import init_student
 from qat.quant.scheme import scheme_from_name
 from tests.tiny import TINY_MODELS, save_tiny, tiny_llama
 

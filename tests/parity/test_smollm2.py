@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qat.commands.export import main as export
-from qat.commands.init_student import main as init_student
-from qat.commands.parity import main as compare
+from qat.cli.export import main as export
+from qat.cli.init_student import main as init_student
+from qat.cli.parity import main as compare
 
 pytestmark = pytest.mark.parity
 

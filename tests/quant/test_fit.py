@@ -3,6 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qat.grids.scalar import dequantize, expand_groups, nearest_indices, snap_float16
+from qat.grids.scales import fit_group_scale, start_scale
 from qat.quant.fit import (
     IMPORTANCE_FLOOR,
     fit_weight,
@@ -11,8 +13,6 @@ from qat.quant.fit import (
     update_codebook,
     weighted_error,
 )
-from qat.quant.grid import dequantize, expand_groups, nearest_indices, snap_float16
-from qat.quant.scales import fit_group_scale, start_scale
 from qat.quant.scheme import LayerScheme
 
 SCHEMES = {

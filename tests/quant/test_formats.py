@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from qat.grids.scalar import IQ4_NL, dequantize, fixed_codebook, snap_bfloat16, snap_float16
 from qat.quant.fit import fit_weight
-from qat.quant.grid import IQ4_NL, dequantize, fixed_codebook, snap_bfloat16, snap_float16
 from qat.quant.scheme import FORMATS, LayerScheme, scheme_from_name
-from qat.quant.ste import SnapBfloat16
+from qat.quant.straight_through import SnapBfloat16
 
 
 @pytest.mark.parametrize("name", FORMATS)

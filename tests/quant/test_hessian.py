@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qat.calibration import collect_loss_weights, walk_blocks
-from qat.convert.by_blocks import fit_by_blocks
+from qat.calibrate.statistics import collect_loss_weights, walk_blocks
 from qat.model.surgery import quantizable_linears, quantized_layers
+from qat.pipelines.fit_layers import fit_by_blocks
 from qat.quant.fit import fit_weight
 from qat.quant.hessian import (
     corrected_target,

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qat.grids.packing import pack
 from qat.quant.fit import fit_weight
-from qat.quant.packing import pack
 from qat.quant.scheme import (
     LayerScheme,
     Scheme,

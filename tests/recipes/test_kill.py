@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from qat.commands import convert_q4_to_q2, init_student, train
-from qat.files import sha256_of_file
+from qat.cli import convert_q4_to_q2, init_student, train
 from qat.model.checkpoint import read_checkpoint
+from qat.storage.files import sha256_of_file
 from qat.tracking.record import read_rows
 from tests.tiny import tiny_cache, tiny_llama
 

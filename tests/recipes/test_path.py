@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qat.files import write_json
-from qat.model.load import load_model
+from qat.pipelines.open_checkpoint import load_model
+from qat.storage.files import write_json
 from qat.tracking.record import read_rows
 from tests.tiny import tiny_records, write_jsonl
 

@@ -31,8 +31,8 @@ def shell(request):
 def store(tmp_path_factory):
     """A store that `qat push` has filled: a cache as .tar.lz4, a 4-bit student as .tgz."""
     from qat.cache.config import BuildCacheConfig
-    from qat.commands import build_cache, init_student, push
-    from qat.convert.config import InitStudentConfig
+    from qat.cli import build_cache, init_student, push
+    from qat.pipelines.quantize_config import InitStudentConfig
 
     folder = tmp_path_factory.mktemp("made")
     teacher = str(save_tiny(folder / "teacher", tiny_llama()))

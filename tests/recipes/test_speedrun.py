@@ -140,8 +140,8 @@ def test_the_notebook_runs_from_top_to_bottom(checkout, environment, monkeypatch
 def test_q2_init_is_made_and_put_into_the_store(checkout, environment, tmp_path):
     """From q4_fp32 and L64 in a store; another machine then gets q2_init by its word."""
     from qat.cache.config import BuildCacheConfig
-    from qat.commands import build_cache, init_student, push
-    from qat.convert.config import InitStudentConfig
+    from qat.cli import build_cache, init_student, push
+    from qat.pipelines.quantize_config import InitStudentConfig
 
     flags = {"device": "cpu", "dtype": "fp32"}
     cache = build_cache.build(

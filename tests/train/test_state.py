@@ -4,8 +4,8 @@ import resource
 import pytest
 import torch
 
-from qat.files import former_folder
 from qat.model.surgery import quantized_layers
+from qat.storage.files import former_folder
 from qat.train.ema import MovingAverage
 from qat.train.state import STATE, Progress, has_state, read_state, write_state
 from qat.train.trainable import choose_trainable, make_optimizer

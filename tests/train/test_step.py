@@ -7,7 +7,7 @@ from qat.distill.candidates import draw_negatives, with_negatives
 from qat.distill.kl import forward_kl, masked_mean
 from qat.distill.teacher import dense_signal, top_k_signal
 from qat.model.head import hidden_states, logits_of
-from qat.model.linear import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import hold_weights, quantized_layers, release_weights
 from qat.quant.fit import fit_weight
 from qat.quant.scheme import LayerScheme
@@ -232,7 +232,7 @@ def test_a_dead_row_trains(part):
     for layer in model.model.layers:
         weight = layer.mlp.up_proj.weight
         weight[(3,) if part == "row" else (slice(None), 5)] = 0.0
-    from qat.convert.init_student import init_student
+    from qat.pipelines.quantize import init_student
     from qat.quant.scheme import scheme_from_name
 
     init_student(model, scheme_from_name("q2_r2"))

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from qat.device import Device
 from qat.distill.teacher import top_k_signal
+from qat.grids.scalar import midpoints, nearest_values, snap_float16
 from qat.model.checkpoint import student_tensors
 from qat.model.surgery import hold_weights, quantized_layers
-from qat.quant.grid import midpoints, nearest_values, snap_float16
-from qat.quant.ste import SnapBfloat16, SnapFloat16
+from qat.quant.straight_through import SnapBfloat16, SnapFloat16
+from qat.runtime.device import Device
 from qat.train.config import TrainConfig
-from qat.train.end_to_end import Habits, Hooks, train_end_to_end
-from qat.train.run import make_trainer
+from qat.train.loop import Habits, Hooks, train_end_to_end
+from qat.train.run_folder import make_trainer
 from qat.train.state import Progress, read_state, write_state
 from tests.tiny import TINY_MODELS, tiny_student
 from tests.xla.counters import during, fallbacks, happened

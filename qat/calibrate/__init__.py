@@ -1,0 +1,1 @@
+"""What inputs a layer sees: `statistics` of activations."""

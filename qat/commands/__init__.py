@@ -1,1 +1,0 @@
-"""The doors: one module a command. `door.py` parses and reports; the rest wire acts together."""

@@ -1,0 +1,1 @@
+"""Text to blocks of token ids: `records` reads files, `text` renders and packs."""

@@ -1,0 +1,171 @@
+"""Data sources to records: files, folders and hub names, one JSON object a record."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qat.storage.files import fingerprint, sha256_of_file
+
+Record = dict[str, Any]
+
+TEXT_SUFFIXES = (".txt", ".md")
+SUFFIXES = (".json", ".jsonl", ".parquet", *TEXT_SUFFIXES)
+
+
+def read_records(source: str) -> Iterator[Record]:
+    """Yield the records of a file, a folder (its files by name) or a hub name.
+
+    Raises:
+        FileNotFoundError: If nothing is there and `datasets` is absent.
+        ValueError: If a file is of another kind or broken; the message names it.
+    """
+    files = source_files(source)
+    for file in files:
+        yield from read_file(file)
+    if not files:
+        yield from read_hub(source)
+
+
+def source_files(source: str) -> list[Path]:
+    """Return the files of a source in the order in which they are read; none of a hub name.
+
+    Raises:
+        FileNotFoundError: If the source looks like a path and nothing is there.
+        ValueError: If a file or all files of a folder are of an unknown kind.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        if not files:
+            raise ValueError(f"--data {source} has no file ending in {', '.join(SUFFIXES)}")
+        return files
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"--data {path} does not end in {', '.join(SUFFIXES)}; convert it")
+        return [path]
+    if path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"--data {source} does not exist; give a file, folder or hub name")
+    return []
+
+
+def source_name(source: str) -> str:
+    """Return what people call a source: a path's last part, or the hub name as given.
+
+    Raises:
+        FileNotFoundError: If the source looks like a path and nothing is there.
+        ValueError: If a file or all files of a folder are of an unknown kind.
+    """
+    return Path(source).resolve().name if source_files(source) else source
+
+
+def source_revision(source: str) -> str:
+    """Return what names a source's content: a hash of its files, or the hub's revision."""
+    files = source_files(source)
+    if files:
+        return fingerprint([sha256_of_file(file) for file in files])
+    repository, _, revision = source.partition("@")
+    try:
+        from huggingface_hub import dataset_info
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    except ImportError as error:
+        raise FileNotFoundError(no_hub(source)) from error
+    try:
+        return str(dataset_info(repository, revision=revision or None).sha)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise FileNotFoundError(f"{no_hub(source)} ({type(error).__name__})") from error
+
+
+def no_hub(name: str) -> str:
+    """Return the remedy for a source that is neither a path nor a hub name within reach."""
+    return f"--data {name} is no file, folder or hub data set within reach; give one that is"
+
+
+def read_file(path: Path) -> Iterator[Record]:
+    """Yield the records of one file by its suffix; a text file is one record."""
+    if path.suffix in TEXT_SUFFIXES:
+        yield {"text": read_text(path)}
+    elif path.suffix == ".parquet":
+        yield from read_parquet(path)
+    elif path.suffix == ".jsonl":
+        yield from read_lines(path)
+    else:
+        yield from read_json_records(path)
+
+
+def read_text(path: Path) -> str:
+    """Return a UTF-8 file's text.
+
+    Raises:
+        ValueError: If it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); convert it") from error
+
+
+def read_lines(path: Path) -> Iterator[Record]:
+    """Yield one record a line, blank lines apart.
+
+    Raises:
+        ValueError: If a line is no JSON object; the message numbers it.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield parse_record(line, f"{path} line {number}")
+
+
+def read_json_records(path: Path) -> Iterator[Record]:
+    """Yield the records of a JSON list, or of the first list in a JSON object."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        yield from read_lines(path)  # many .json files hold one object a line
+        return
+    if isinstance(value, dict):
+        value = next((item for item in value.values() if isinstance(item, list)), [value])
+    for index, record in enumerate(value):
+        if not isinstance(record, dict):
+            raise ValueError(f"{path} item {index} is not a JSON object; remove it")
+        yield record
+
+
+def parse_record(line: bytes, where: str) -> Record:
+    """Return a line's JSON object, or raise ValueError with its place."""
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text ({error.reason}); convert it") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error}); mend or remove it") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is not a JSON object; mend or remove it")
+    return record
+
+
+def read_parquet(path: Path) -> Iterator[Record]:
+    """Yield a parquet file's rows, a batch in memory at a time."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{path} needs pyarrow; install qat[data]") from error
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a parquet file ({error}); fetch it again") from error
+
+
+def read_hub(name: str) -> Iterator[Record]:
+    """Yield the train split of a hub data set, streamed; `name@revision` fixes the revision."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"--data {name} is no file, and hub names need: pip install 'qat[data]'"
+        ) from error
+    repository, _, revision = name.partition("@")
+    yield from load_dataset(repository, split="train", streaming=True, revision=revision or None)

@@ -1,0 +1,1 @@
+"""Values that a weight can take: `scalar`, `codebook`, `scales`, `blocks`, `packing`."""

@@ -1,0 +1,114 @@
+"""Blocks of GGUF types: indices and scales to the bytes that ggml computes with, and back.
+
+    Q4_0    (q - 8) * d        32 weights, q in 4 bits, q of weight j beside that of weight j + 16
+    IQ4_NL  values[q] * d      the same layout, 16 fixed values
+    Q8_0    q * d              32 weights, q in int8
+    Q2_0    (q - 1) * d        64 weights, q in 2 bits, four neighbours a byte, the first lowest
+
+d is float16 of either sign and lies in front of the block's q. Packing takes indices into an
+ascending codebook; Q2_0 counts the other way (-2 .. 1 becomes 2 .. -1), so its d is the scale with
+its sign turned. Unpacking follows the types' own definitions and does not read `quant/grid.py`:
+it checks what packing made.
+
+Shape legend: O out, I in, G blocks of a row.
+
+Source: ggml's ggml-common.h and ggml-quants.c (dequantize_row_*).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+D_BYTES = 2
+
+
+class BlockType(NamedTuple):
+    """A GGUF tensor type: its number, weights and bytes of a block, the word for a whole file."""
+
+    number: int
+    num_weights: int
+    num_bytes: int
+    file_type: int
+
+
+BLOCK_TYPES = {
+    "f32": BlockType(0, 1, 4, 0),
+    "f16": BlockType(1, 1, 2, 1),
+    "bf16": BlockType(30, 1, 2, 32),
+    "q4_0": BlockType(2, 32, 18, 2),
+    "q8_0": BlockType(8, 32, 34, 7),
+    "iq4_nl": BlockType(20, 32, 18, 25),
+    "q2_0": BlockType(42, 64, 18, 41),
+}
+# (codebook, bits, group size) of a layer's scheme to the type that holds it exactly.
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def pack_blocks(indices: Tensor, scale: Tensor, name: str) -> Tensor:
+    """Return the bytes of a weight, (O, bytes of a row), uint8.
+
+    Args:
+        indices: (O, I) uint8, into the ascending codebook of the type's grid.
+        scale: (O, G), numbers of float16.
+        name: q4_0, iq4_nl, q8_0 or q2_0.
+    """
+    num_outputs, num_inputs = indices.shape
+    kind = BLOCK_TYPES[name]
+    q = indices.view(num_outputs, num_inputs // kind.num_weights, kind.num_weights)  # (O, G, W)
+    if name == "q2_0":
+        q, scale = 3 - q, -scale
+        quarters = q.view(*q.shape[:2], -1, 4)
+        body = sum(quarters[..., place] << (2 * place) for place in range(4))
+    elif name == "q8_0":
+        body = q ^ 128  # index 0 is -128: flipping the top bit makes int8 of it
+    else:
+        low, high = q.chunk(2, dim=-1)
+        body = low | (high << 4)
+    d = scale.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)  # (O, G, 2)
+    return torch.cat([d, body], dim=-1).reshape(num_outputs, -1)
+
+
+def unpack_blocks(packed: Tensor, name: str) -> Tensor:
+    """Return the weights that bytes stand for, (O, I), float32, as ggml defines the type.
+
+    Args:
+        packed: (O, bytes of a row), uint8.
+        name: Any of `BLOCK_TYPES`.
+    """
+    num_outputs = packed.shape[0]
+    if name in DTYPES:
+        return packed.contiguous().view(DTYPES[name]).float()
+    blocks = packed.reshape(num_outputs, -1, BLOCK_TYPES[name].num_bytes)
+    d = blocks[..., :D_BYTES].contiguous().view(torch.float16).float()  # (O, G, 1)
+    body = blocks[..., D_BYTES:]
+    if name == "q2_0":
+        q = torch.stack([(body >> (2 * place)) & 3 for place in range(4)], dim=-1).flatten(2)
+        values = q.float() - 1
+    elif name == "q8_0":
+        values = body.contiguous().view(torch.int8).float()
+    else:
+        q = torch.cat([body & 15, body >> 4], dim=-1)
+        values = torch.tensor(IQ4_VALUES)[q.int()].float() if name == "iq4_nl" else q.float() - 8
+    return (values * d).view(num_outputs, -1)
+
+
+def quantize_q8_0(weight: Tensor) -> Tensor:
+    """Return the Q8_0 bytes of a dense weight as ggml rounds it, (O, bytes of a row).
+
+    Args:
+        weight: (O, I), float32, I a multiple of 32.
+    """
+    grouped = weight.view(weight.shape[0], -1, 32)
+    scale = grouped.abs().amax(-1) / 127
+    inverse = torch.where(scale > 0, 1 / scale, 0.0).unsqueeze(-1)
+    product = grouped * inverse
+    rounded = product.sign() * (product.abs() + 0.5).floor()  # C's roundf: halves away from zero
+    indices = (rounded + 128).to(torch.uint8)
+    return pack_blocks(indices.view_as(weight), scale, "q8_0")
+
+
+def pack_dense(tensor: Tensor, name: str) -> Tensor:
+    """Return the bytes of a dense tensor in f32, f16 or bf16, its last axis in bytes."""
+    return tensor.to(DTYPES[name]).contiguous().view(torch.uint8)

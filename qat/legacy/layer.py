@@ -1,0 +1,241 @@
+"""One quantized linear between the seeds' tensors and ours.
+
+Second form ("V2"), with unit columns of A, unit rows of B:
+
+    W_hat = lut[_indices] * (A * (rank_magnitude + 1e-6)) @ B
+    A = scale_A / max(|column|, 1e-6), B = scale_B / max(|row|, 1e-6)
+
+Where `_scales_baked_flag` is 1, A, B and rank_magnitude are taken as they are. First form ("V1"):
+
+    W_hat = lut[nearest(weight / S)] * S,  S = max(scale_A @ scale_B, 1e-8), first I columns of B
+
+Shape legend: O out, I in, R rank, C codebook values.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.grids.scalar import nearest_indices, snap_float16
+from qat.grids.scales import LowRank
+from qat.legacy.checkpoint import (
+    BAKED,
+    CODEBOOK,
+    CODEBOOK_STEPS,
+    INDICES,
+    LATENT,
+    MAGNITUDE,
+    SCALE_A,
+    SCALE_B,
+    VALUES,
+    Parts,
+    SeedCheckpoint,
+)
+from qat.model.layers import FakeQuantLinear
+from qat.model.rankwise import low_rank_factors, widen
+from qat.model.surgery import current_indices
+
+EPSILON = 1e-6  # added to magnitudes, least norm of a direction
+FLOOR = 1e-8  # of a scale in the first form
+FOLD_TOLERANCE = 2e-6  # float32 norms; a float16 number is 250 times further from the next
+UNIFORM_TOLERANCE = 4e-3  # bfloat16 rounding of a codebook value up to one
+POSITIVE = {"abs": torch.abs, "softplus": nn.functional.softplus}
+ACTIVATIONS = {"identity": lambda magnitude: magnitude, **POSITIVE}
+
+
+def read_factors(checkpoint: SeedCheckpoint, name: str) -> LowRank:
+    """Return the factors whose product is a layer's scales, as the seeds' forward makes them.
+
+    Raises:
+        ValueError: If shapes disagree or a number is not finite; names the key.
+    """
+    parts, config = checkpoint.layers[name], checkpoint.config
+    check_shapes(checkpoint, name)
+    scale_a, scale_b = parts[SCALE_A].float(), parts[SCALE_B].float()
+    if checkpoint.is_first_form:
+        scale_b = scale_b[:, : parts[LATENT].shape[1]].contiguous()  # padded to whole groups
+        return LowRank(scale_a, torch.ones(scale_a.shape[1]), scale_b)
+    magnitude = parts[MAGNITUDE].float()
+    if BAKED in parts and int(parts[BAKED]) == 1:
+        return LowRank(scale_a, magnitude, scale_b)
+    if config.get("force_positive_scales"):
+        positive = choice(config, "positive_scale_method", "abs", POSITIVE)
+        scale_a, scale_b = positive(scale_a), positive(scale_b)
+    activation = choice(config, "magnitude_activation", "identity", ACTIVATIONS)
+    return unit_directions(scale_a, activation(magnitude) + EPSILON, scale_b)
+
+
+def unit_directions(scale_a: Tensor, magnitude: Tensor, scale_b: Tensor) -> LowRank:
+    """Return factors of the product of unit directions and magnitudes.
+
+    Where A and B are float16 numbers and magnitudes over their norms come out as such, these are
+    what `seed_factors` wrote: they are given back, exactly.
+    """
+    norm_a = scale_a.norm(dim=0).clamp_min(EPSILON)
+    norm_b = scale_b.norm(dim=1).clamp_min(EPSILON)
+    folded = magnitude / (norm_a * norm_b)
+    written = LowRank(scale_a, snap_float16(folded), scale_b)
+    is_near = ((written.magnitude - folded).abs() <= FOLD_TOLERANCE * folded.abs()).all()
+    if is_near and all(torch.equal(snap_float16(factor), factor) for factor in written):
+        return written
+    return LowRank(scale_a / norm_a, magnitude, scale_b / norm_b.unsqueeze(1))
+
+
+def choice(config: dict[str, Any], key: str, default: str, known: dict[str, Any]) -> Any:
+    """Return what a word of config.json stands for.
+
+    Raises:
+        ValueError: If the word is unknown.
+    """
+    word = config.get(key, default)
+    if word not in known:
+        raise ValueError(f"config.json has {key} {word!r}; known are {', '.join(known)}")
+    return known[word]
+
+
+def check_shapes(checkpoint: SeedCheckpoint, name: str) -> None:
+    """Refuse a layer whose tensors do not go together or hold NaN or infinity; names the key."""
+    parts = checkpoint.layers[name]
+    small = [part for part in (CODEBOOK, SCALE_A, SCALE_B, MAGNITUDE) if part in parts]
+    for part in small:
+        if not torch.isfinite(parts[part]).all():
+            raise ValueError(f"{name}.{part} holds NaN or infinity; give an earlier checkpoint")
+    num_outputs, rank = parts[SCALE_A].shape
+    width = parts[SCALE_B].shape[1]
+    num_inputs = parts[LATENT].shape[1] if checkpoint.is_first_form else width
+    wanted = {SCALE_B: (rank, max(width, num_inputs)), MAGNITUDE: (rank,)}
+    wanted |= dict.fromkeys((LATENT, VALUES, INDICES), (num_outputs, num_inputs))
+    for part, shape in wanted.items():
+        if part in parts and tuple(parts[part].shape) != shape:
+            raise ValueError(
+                f"{name}.{part} has shape {tuple(parts[part].shape)}, its layer wants {shape}; "
+                "fetch the checkpoint again"
+            )
+
+
+def read_codebook(parts: Parts) -> Tensor:
+    """Return the codebook that a layer's forward uses, (C,) float32.
+
+    Codebooks in training are kept as steps: 8 shares of the way from 0 to the largest value, each
+    no less than two float16 spacings there, mirrored. `lut` then holds what training started from.
+    """
+    stored = parts[CODEBOOK].float().flatten()
+    if CODEBOOK_STEPS not in parts:
+        return stored
+    largest = float(stored.abs().max())
+    least = max(2 * 2.0 ** (math.ceil(math.log2(max(largest, EPSILON))) - 10), 1e-4)
+    shares = parts[CODEBOOK_STEPS].float().softmax(0)
+    steps = least + (largest - len(shares) * least) * shares
+    positive = steps.cumsum(0)
+    return snap_float16(torch.cat([-positive.flip(0), positive]))
+
+
+def frozen_indices(name: str, parts: Parts, scale: Tensor) -> Tensor:
+    """Return a layer's indices, (O, I) uint8.
+
+    Their forward reads the values `_Q`, so these decide; else the indices; else what the latent
+    weight rounds to, as their training does where a checkpoint has neither.
+
+    Raises:
+        ValueError: If a value is not in the codebook or an index outside it.
+    """
+    codebook, order = parts[CODEBOOK].float().flatten().sort()
+    if VALUES in parts and CODEBOOK_STEPS not in parts:
+        values = parts[VALUES]
+        found = nearest_indices(values.float(), codebook)
+        wrong = int((codebook.to(values.dtype)[found.int()] != values).sum())
+        if wrong:
+            raise ValueError(
+                f"{name}.{VALUES} holds {wrong} values that {name}.{CODEBOOK} lacks: one of the "
+                "two is of another step of training; bake the codebook where it was trained"
+            )
+        return order.to(torch.uint8)[found.int()]
+    if INDICES in parts:
+        indices = parts[INDICES]
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= len(codebook):
+            raise ValueError(
+                f"{name}.{INDICES} reaches {low} .. {high}, {name}.{CODEBOOK} has {len(codebook)} "
+                "values; fetch the checkpoint again"
+            )
+        return indices.to(torch.uint8)
+    if LATENT not in parts:
+        raise ValueError(f"{name}.{INDICES} is missing; give a checkpoint that has it")
+    normalized = finite_weight(name, parts[LATENT]) / scale
+    return order.to(torch.uint8)[nearest_indices(normalized, codebook).int()]
+
+
+def finite_weight(name: str, weight: Tensor) -> Tensor:
+    """Return a latent weight in float32, refused if a number is not finite."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name}.{LATENT} holds NaN or infinity; give an earlier checkpoint")
+    return weight.float()
+
+
+def first_form_indices(weight: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+    """Return the indices of the first form's forward, (O, I) uint8.
+
+    It rounds on the exact even grid of -1 .. 1, of which `lut` is a float16 copy: the nearest
+    value of the copy is another one for some weights.
+    """
+    normalized = (weight / scale).clamp(-1, 1)
+    last = len(codebook) - 1
+    even = torch.linspace(-1, 1, last + 1)
+    if (codebook - even).abs().max() < UNIFORM_TOLERANCE:
+        return ((normalized + 1) / (2 / last)).round().clamp(0, last).to(torch.uint8)
+    ordered, order = codebook.sort()
+    return order.to(torch.uint8)[nearest_indices(normalized, ordered).int()]
+
+
+@torch.no_grad()
+def layer_parts(
+    layer: FakeQuantLinear, rank: int, weight: Tensor | None, is_float16: bool = False
+) -> Parts:
+    """Return a layer's tensors under the seeds' names.
+
+    Args:
+        layer: A quantized layer.
+        rank: To write its scales with, at least their own.
+        weight: Latent weight, (O, I); the layer's own where not given.
+        is_float16: Whether its numbers are float16 ones, with magnitudes of one: they are then
+            written as they are (baked), and the latent weight is rounded.
+    """
+    factors = LowRank(*(layer.stored(f).detach().cpu() for f in low_rank_factors(layer)))
+    factors = LowRank(*(factor.float() for factor in factors))
+    scale_a, magnitude, scale_b = seed_factors(factors, rank, is_float16)
+    moves = layer.latent_weight is not None
+    codebook = layer.stored(layer.codebook).detach().cpu().float()
+    codebook = codebook.sort().values if moves else codebook
+    indices = current_indices(layer).cpu().long()
+    if weight is None:
+        weight = layer.latent_weight if moves else layer.fake_quantized_weight()
+    weight = weight.detach().cpu().float().contiguous()
+    return {
+        LATENT: snap_float16(weight) if is_float16 else weight,
+        CODEBOOK: codebook.clone(),
+        SCALE_A: scale_a.contiguous(),
+        SCALE_B: scale_b.contiguous(),
+        MAGNITUDE: magnitude.contiguous(),
+        VALUES: codebook[indices],
+        INDICES: indices,
+        BAKED: torch.tensor(int(is_float16), dtype=torch.int8),
+    }
+
+
+def seed_factors(factors: LowRank, rank: int, is_baked: bool) -> LowRank:
+    """Return factors of a rank as a file holds them.
+
+    What is not baked keeps A and B; magnitudes make up for the reader's normalizing and adding.
+    """
+    if is_baked:
+        missing = rank - len(factors.magnitude)
+        return LowRank(
+            nn.functional.pad(factors.scale_a, (0, missing)),
+            nn.functional.pad(factors.magnitude, (0, missing), value=1.0),
+            nn.functional.pad(factors.scale_b, (0, 0, 0, missing)),
+        )
+    scale_a, magnitude, scale_b = widen(factors, rank)
+    norms = scale_a.norm(dim=0).clamp_min(EPSILON) * scale_b.norm(dim=1).clamp_min(EPSILON)
+    return LowRank(scale_a, magnitude * norms - EPSILON, scale_b)

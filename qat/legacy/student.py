@@ -1,0 +1,319 @@
+"""Students read from the seeds' checkpoints, and written as such.
+
+What a tensor's shape says (bits, ranks) is read from it and not from config.json, which several
+checkpoints of one folder share.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from qat.grids.scalar import snap_float16
+from qat.grids.scales import LowRank
+from qat.legacy.checkpoint import (
+    CODEBOOK,
+    CONFIG_NAMES,
+    INDICES,
+    LATENT,
+    OUR_KEY,
+    SCALE_A,
+    Parts,
+    SeedCheckpoint,
+    content_fingerprint,
+    refuse_keys,
+    seed_config,
+)
+from qat.legacy.layer import (
+    FLOOR,
+    finite_weight,
+    first_form_indices,
+    frozen_indices,
+    layer_parts,
+    read_codebook,
+    read_factors,
+)
+from qat.legacy.torch_file import write_torch_file
+from qat.model.checkpoint import dense_targets, empty_student, put
+from qat.model.layers import FakeQuantLinear
+from qat.model.rankwise import as_group_scales
+from qat.model.surgery import quantized_layers
+from qat.quant.scheme import LayerScheme, Scheme, layer_kind
+from qat.storage.files import atomic_file, write_json
+
+
+def read_seed_student(
+    checkpoint: SeedCheckpoint, base: Path, *, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Scheme]:
+    """Return the student that a checkpoint stands for, on the CPU, in eval mode, frozen.
+
+    Args:
+        checkpoint: From `open_seed_checkpoint`.
+        base: Folder of its full-precision model: its config, and its dense parts where the
+            checkpoint has none at all.
+        dtype: Of the dense parts.
+
+    Raises:
+        ValueError: If a tensor does not fit the model or another tensor; names it.
+    """
+    factors = {name: read_factors(checkpoint, name) for name in checkpoint.layers}
+    scheme = scheme_of(checkpoint, factors)
+    model = empty_student(base, scheme, dtype)
+    layers = quantized_layers(model)
+    file = checkpoint.file
+    refuse_keys(file, "unknown", [f"{n}.{SCALE_A}" for n in factors if n not in layers])
+    refuse_keys(file, "missing", [f"{n}.{SCALE_A}" for n in layers if n not in factors])
+    for name, layer in layers.items():
+        fill_layer(layer, checkpoint, name, factors[name])
+    fill_dense(model, checkpoint, base, dtype)
+    return model.eval().requires_grad_(False), scheme
+
+
+def seed_scheme(checkpoint: SeedCheckpoint) -> Scheme:
+    """Return how a checkpoint is quantized."""
+    return scheme_of(
+        checkpoint, {name: read_factors(checkpoint, name) for name in checkpoint.layers}
+    )
+
+
+def scheme_of(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> Scheme:
+    """Return the scheme of a checkpoint whose layers of one kind agree in bits and rank.
+
+    Raises:
+        ValueError: If they do not, or a layer is of no known kind; names it.
+    """
+    schemes: dict[str, LayerScheme] = {}
+    firsts: dict[str, str] = {}
+    dtypes = stored_dtypes(checkpoint, factors)
+    for name, parts in checkpoint.layers.items():
+        kind = layer_kind(name)
+        if kind is None:
+            raise ValueError(f"{checkpoint.file} quantizes {name}, which students keep dense")
+        scheme = LayerScheme(
+            bits=bits_of(name, parts),
+            **sizes_of(factors[name]),
+            stored_dtype=dtypes[kind],
+            scale_floor=FLOOR if checkpoint.is_first_form else None,
+        )
+        if schemes.setdefault(kind, scheme) != scheme:
+            raise ValueError(
+                f"{checkpoint.file}: {name} has {scheme.bits} bits and scales of rank "
+                f"{scheme.rank}, {firsts[kind]} {schemes[kind].bits} and {schemes[kind].rank}; "
+                "layers of one kind must agree"
+            )
+        firsts.setdefault(kind, name)
+    lacking = [kind for kind in ("mlp", "attention") if kind not in schemes]
+    if lacking:
+        raise ValueError(f"{checkpoint.file} has no quantized {lacking[0]} layer; both are needed")
+    mlp, attention = schemes["mlp"], schemes["attention"]
+    size = f"r{mlp.rank}" if mlp.rank else f"g{mlp.group_size}"
+    name = f"q{mlp.bits}a{attention.bits}_{size}"
+    return Scheme(name=name, mlp=mlp, attention=attention)
+
+
+def bits_of(name: str, parts: Parts) -> int:
+    """Return the bits per index that a codebook's length stands for.
+
+    Raises:
+        ValueError: If it is no power of two within 4 .. 256.
+    """
+    count = parts[CODEBOOK].numel()
+    bits = count.bit_length() - 1
+    if count != 2**bits or not 2 <= bits <= 8:
+        raise ValueError(f"{name}.{CODEBOOK} has {count} values; students hold 4, 8, .. 256")
+    return bits
+
+
+def sizes_of(factors: LowRank) -> dict[str, int]:
+    """Return rank, or group size where the factors are group scales."""
+    groups = as_group_scales(factors)
+    if groups is None:
+        return {"rank": len(factors.magnitude)}
+    return {"group_size": factors.scale_b.shape[1] // groups.shape[1]}
+
+
+def stored_dtypes(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> dict[Any, str]:
+    """Return, by kind of layer, the least dtype that holds its scales and codebooks."""
+    dtypes: dict[Any, str] = {}
+    for name, parts in checkpoint.layers.items():
+        numbers = [*factors[name], read_codebook(parts)]
+        fits = all(torch.equal(snap_float16(values), values) for values in numbers)
+        kind = layer_kind(name)
+        dtypes[kind] = dtypes.get(kind, "float16") if fits else "float32"
+    return dtypes
+
+
+@torch.no_grad()
+def fill_layer(
+    layer: FakeQuantLinear, checkpoint: SeedCheckpoint, name: str, factors: LowRank
+) -> None:
+    """Put a layer's indices, codebook and factors in place."""
+    parts = checkpoint.layers[name]
+    codebook = read_codebook(parts)
+    if layer.scheme.rank:
+        for part, values in factors._asdict().items():
+            put(getattr(layer, part), values, f"{name}.{part}")
+    else:
+        put(layer.scale, as_group_scales(factors), f"{name}.{SCALE_A}")
+    put(layer.codebook, codebook, f"{name}.{CODEBOOK}")
+    if checkpoint.is_first_form:
+        indices = first_form_indices(parts[LATENT].float(), layer.full_scale(), codebook)
+    else:
+        indices = frozen_indices(name, parts, layer.full_scale())
+    put(layer.indices, indices, f"{name}.{INDICES}")
+
+
+@torch.no_grad()
+def fill_dense(
+    model: nn.Module, checkpoint: SeedCheckpoint, base: Path, dtype: torch.dtype
+) -> None:
+    """Put dense parts in place, from the checkpoint or, where it has none, from the base model.
+
+    Raises:
+        ValueError: If a key is missing or unknown, or a tied head differs from the embedding.
+    """
+    targets = dense_targets(model)
+    dense = checkpoint.dense or read_dense(base, list(targets))
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    tied = {head} if head not in targets else set()
+    if tied & dense.keys() and not torch.equal(dense[head], dense.get(embedding, dense[head])):
+        raise ValueError(
+            f"{checkpoint.file}: {head} differs from {embedding}, which the base model's config "
+            "ties to it; give the base model that it was trained from"
+        )
+    derived = {key for key in dense if key.endswith("rotary_emb.inv_freq")}
+    refuse_keys(checkpoint.file, "unknown", sorted(dense.keys() - targets.keys() - tied - derived))
+    refuse_keys(checkpoint.file, "missing", sorted(targets.keys() - dense.keys()))
+    for key, target in targets.items():
+        put(target, dense[key].to(dtype), key)
+
+
+def read_dense(folder: Path, keys: list[str]) -> Parts:
+    """Return the tensors of a model folder that are asked for and there."""
+    found: Parts = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            found |= {key: handle.get_tensor(key) for key in keys if key in handle.keys()}  # noqa: SIM118 not a dict
+    return found
+
+
+def latent_weights(checkpoint: SeedCheckpoint) -> Callable[[str], Tensor | None]:
+    """Return a function from a layer's name to its latent weight, (O, I); None where unknown."""
+
+    def weight_of(name: str) -> Tensor | None:
+        weight = checkpoint.layers.get(name, {}).get(LATENT)
+        return None if weight is None else finite_weight(name, weight)
+
+    return weight_of
+
+
+def write_seed_checkpoint(
+    model: nn.Module,
+    file: Path,
+    *,
+    model_id: str,
+    weight_of: Callable[[str], Tensor | None] | None = None,
+    notes: dict[str, Any] | None = None,
+    is_float16: bool = False,
+) -> None:
+    """Write a student as a V2 checkpoint, `config.json` beside it.
+
+    Args:
+        model: A student without floored scales.
+        file: Ends in .pt; written over.
+        model_id: Of the full-precision model, as a later `--model-id`.
+        weight_of: As in `write_seed_state`.
+        notes: What we want to know of it later.
+        is_float16: As in `write_seed_state`.
+    """
+    write_seed_state(model, file, weight_of=weight_of, is_float16=is_float16)
+    notes = {**(notes or {}), "content": content_fingerprint(file)}
+    config = {**config_of_student(model, model_id), OUR_KEY: notes}
+    write_json(file.parent / CONFIG_NAMES[0], config)
+
+
+def config_of_student(model: nn.Module, model_id: str) -> dict[str, Any]:
+    """Return config.json of a student in the seeds' form, without notes of ours.
+
+    Args:
+        model: The student.
+        model_id: Of the full-precision model, as a later `--model-id`.
+    """
+    layers = quantized_layers(model)
+    schemes = {layer_kind(name): layer.scheme for name, layer in layers.items()}
+    return seed_config(schemes["mlp"], schemes["attention"], common_ranks(layers), model_id)
+
+
+def common_ranks(layers: dict[str, FakeQuantLinear]) -> dict[Any, int]:
+    """Return the largest rank of each kind of layer; group scales count as ranks."""
+    ranks: dict[Any, int] = {}
+    for name, layer in layers.items():
+        rank = layer.scheme.rank or layer.scale.shape[1]
+        ranks[layer_kind(name)] = max(ranks.get(layer_kind(name), 0), rank)
+    return ranks
+
+
+def write_seed_state(
+    model: nn.Module,
+    file: Path,
+    *,
+    weight_of: Callable[[str], Tensor | None] | None = None,
+    is_float16: bool = False,
+) -> None:
+    """Write a student's tensors as a V2 checkpoint has them.
+
+    Group scales are written as low-rank ones, exactly. Ranks of one kind are made equal.
+
+    Args:
+        model: A student without floored scales.
+        file: Ends in .pt; written over.
+        weight_of: Latent weight by layer name; the student's own weight where there is none.
+        is_float16: Whether every number is to be a float16 one, as `snap_student` leaves them.
+
+    Raises:
+        ValueError: If the student's scales are floored, or a number is not finite, or no float16
+            one where it is to be.
+    """
+    layers = quantized_layers(model)
+    for name, layer in layers.items():
+        if layer.scheme.scale_floor is not None:
+            raise ValueError(f"{name} floors its scales; run `qat convert-v1-to-v2` first")
+    ranks = common_ranks(layers)
+
+    def parts_of(name: str) -> Parts:
+        weight = weight_of and weight_of(name)
+        return layer_parts(layers[name], ranks[layer_kind(name)], weight, is_float16)
+
+    with atomic_file(file) as temporary:
+        write_torch_file(temporary, checked(seed_tensors(model, layers, parts_of), is_float16))
+
+
+def seed_tensors(
+    model: nn.Module, layers: dict[str, FakeQuantLinear], parts_of: Callable[[str], Parts]
+) -> Iterator[tuple[str, Tensor | str]]:
+    """Yield a student's tensors under the seeds' names; for a tied head, the embedding's name."""
+    names: dict[int, str] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        owner, _, part = key.rpartition(".")
+        if owner not in layers or part == "bias":
+            first = names.setdefault(id(tensor), key)
+            yield key, tensor.detach().cpu().float() if first == key else first
+        elif part == "indices":
+            for name, values in parts_of(owner).items():
+                yield f"{owner}.{name}", values
+
+
+def checked(
+    tensors: Iterable[tuple[str, Tensor | str]], is_float16: bool
+) -> Iterator[tuple[str, Tensor | str]]:
+    """Pass tensors on, refused if a number is not finite, or no float16 one where it is to be."""
+    for key, values in tensors:
+        if isinstance(values, Tensor) and values.is_floating_point():
+            if not torch.isfinite(values).all():
+                raise ValueError(f"{key} holds NaN or infinity; train with a lower rate")
+            if is_float16 and not torch.equal(snap_float16(values), values):
+                raise ValueError(f"{key} holds more than float16 does; run `qat snap-fp16`")
+        yield key, values

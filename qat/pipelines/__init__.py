@@ -1,0 +1,1 @@
+"""What a user does, as typed functions: the only place that wires the layers below."""

@@ -1,0 +1,189 @@
+"""What a checkpoint name stands for: a native folder, a run, a file of the seeds, a model folder.
+
+The one place that tells native students and the seeds' forms apart.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qat.legacy.checkpoint import (
+    SeedCheckpoint,
+    find_seed_file,
+    open_seed_checkpoint,
+    seed_identity,
+    seed_notes,
+)
+from qat.legacy.student import latent_weights, read_seed_student, seed_scheme
+from qat.model.checkpoint import CheckpointHeader, is_checkpoint, read_checkpoint, read_header
+from qat.model.load import (
+    WHAT_TO_GIVE,
+    base_weights,
+    load_dense,
+    model_folder,
+    model_identity,
+    weight_files,
+)
+from qat.storage.archive import SUFFIXES, archive_stem, extract_archive
+from qat.storage.files import settle_folder
+
+BEST_NAME = "best"
+FINAL_NAME = "final"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What a checkpoint word stands for; nothing of it is loaded yet."""
+
+    path: Path
+    """Native folder, model folder, or `.pt` file of the seeds."""
+    text_folder: Path
+    """Where its tokenizer, chat template and model config are."""
+    header: CheckpointHeader | None
+    """None where it is a full-precision model."""
+
+
+def open_checkpoint(checkpoint: str | Path, *, model_id: str | None = None) -> Checkpoint:
+    """Look a checkpoint word up.
+
+    Args:
+        checkpoint: Native folder, run folder (its best), `.pt` file of the seeds, a folder or
+            archive with one, Hugging Face folder or hub name.
+        model_id: Full-precision model of a `.pt` file; the one that its config names if not given.
+
+    Raises:
+        FileNotFoundError: If nothing of these is there.
+        ValueError: If it is damaged or of another form.
+    """
+    path = checkpoint_path(checkpoint)
+    if path.is_file():
+        return open_seed_word(open_seed_checkpoint(path), model_id)
+    header = read_header(path) if is_checkpoint(path) else None
+    return Checkpoint(path=path, text_folder=path, header=header)
+
+
+def open_seed_word(stored: SeedCheckpoint, model_id: str | None) -> Checkpoint:
+    """Return what a checkpoint of the seeds stands for, its base model looked up."""
+    name, folder = find_base(stored, model_id)
+    notes = seed_notes(stored)
+    unknown = {"name": folder.name, "weights": None}  # a config alone is enough to load
+    identity = model_identity(folder) if weight_files(folder) else unknown
+    header = CheckpointHeader(
+        scheme=seed_scheme(stored).to_dict(),
+        base_model={"path": name, **identity},
+        cache_fingerprint=notes.get("cache_fingerprint"),
+        made_by=notes.get("made_by", {}),
+        metrics=notes.get("metrics", {}),
+        sha256=seed_identity(stored),
+    )
+    return Checkpoint(path=stored.file, text_folder=folder, header=header)
+
+
+def find_base(stored: SeedCheckpoint, model_id: str | None) -> tuple[str, Path]:
+    """Return name and folder of the full-precision model of a seeds' checkpoint.
+
+    A folder that its config names is sought from here, beside the file and beside its run.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    named = model_id or stored.config.get("model_id")
+    if not named:
+        raise FileNotFoundError(
+            f"{stored.file} names no full-precision model; give it with --model-id"
+        )
+    if model_id is None:
+        for start in (Path(), stored.file.parent, stored.file.parent.parent):
+            if (start / named / "config.json").is_file():
+                return str(start / named), start / named
+    try:
+        return named, model_folder(named)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{stored.file} is of the model {named}, which is not here ({error}); "
+            "give its folder with --model-id"
+        ) from error
+
+
+def load_model(
+    checkpoint: str | Path, *, model_id: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, CheckpointHeader | None]:
+    """Return the model that a checkpoint word names, on the CPU, in eval mode, frozen.
+
+    Args:
+        checkpoint: As in `open_checkpoint`.
+        model_id: As in `open_checkpoint`.
+        dtype: Of the dense parts.
+
+    Returns:
+        The model, and its header if it is a student.
+
+    Raises:
+        FileNotFoundError: If nothing of these is there.
+        ValueError: If it is damaged or of another form.
+    """
+    opened = open_checkpoint(checkpoint, model_id=model_id)
+    if opened.header is None:
+        return load_dense(opened.path, dtype=dtype), None
+    if opened.path.is_dir():
+        return read_checkpoint(opened.path, dtype=dtype)
+    stored = open_seed_checkpoint(opened.path)
+    model, _scheme = read_seed_student(stored, opened.text_folder, dtype=dtype)
+    return model, opened.header
+
+
+def checkpoint_path(checkpoint: str | Path) -> Path:
+    """Return the folder or `.pt` file of a checkpoint word: a run stands for its best student.
+
+    Archives are unpacked beside themselves, once.
+
+    Raises:
+        FileNotFoundError: If there is neither a folder nor a hub model of that name.
+        ValueError: If it is a file of another kind, or several checkpoints.
+    """
+    path = Path(checkpoint)
+    if path.is_file() and path.name.endswith(SUFFIXES):
+        folder = path.parent / archive_stem(path.name)
+        path = folder if folder.is_dir() else extract_archive(path, path.parent, name=folder.name)
+    for name in ("", BEST_NAME, FINAL_NAME):
+        settle_folder(path / name)
+        if is_checkpoint(path / name):
+            return path / name
+    seed_file = find_seed_file(path)
+    if seed_file is not None:
+        return seed_file
+    if path.is_file():
+        raise ValueError(f"{path} is no checkpoint; {WHAT_TO_GIVE}, a .pt file or an archive")
+    return model_folder(path if path.exists() else checkpoint)
+
+
+def checkpoint_folder(checkpoint: str | Path) -> Path:
+    """Return the folder that holds a checkpoint's tokenizer and config."""
+    return open_checkpoint(checkpoint).text_folder
+
+
+def latent_or_base_weights(
+    opened: Checkpoint, base: dict[str, str] | None = None
+) -> Callable[[str], torch.Tensor | None]:
+    """Return a function from a layer's name to the weight that its indices were made from.
+
+    A `.pt` file's latent weight where it has one, else the base model's; None where unknown.
+
+    Args:
+        opened: A student.
+        base: Path and identity of its full-precision model; as in its header when not given.
+    """
+    base = base or opened.header.base_model
+    of_base = base_weights(base["path"], base)
+    if opened.path.is_dir():
+        return of_base
+    latent = latent_weights(open_seed_checkpoint(opened.path))
+
+    def weight_of(layer: str) -> torch.Tensor | None:
+        weight = latent(layer)
+        return of_base(layer) if weight is None else weight
+
+    return weight_of

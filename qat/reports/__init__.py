@@ -1,0 +1,1 @@
+"""Markdown, PNG and HTML from records: `compare`, `log`, `model_card`, `benchmark`."""

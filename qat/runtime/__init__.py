@@ -1,0 +1,1 @@
+"""Ground: `packages` judges versions, `device` names accelerators, `memory` of the host."""

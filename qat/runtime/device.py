@@ -1,0 +1,370 @@
+"""One object for cpu, cuda, mps, xla (torch_xla) and tpu (TorchTPU).
+
+The only file that names an accelerator library. Loops call `device.sync()` after each step and
+never ask which device it is; what a device cannot tell is None.
+"""
+
+import gc
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qat.runtime.memory import end_above, host_bytes, peak_rss_bytes, tune_allocation
+from qat.runtime.packages import accelerator_mismatches, installed_version
+
+Kind = Literal["cpu", "cuda", "mps", "xla", "tpu"]
+KINDS = ("cpu", "cuda", "mps", "xla", "tpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GIB = 1024**3
+
+# XLA says it while compiling, torch while allocating, the CPU allocator in words of its own.
+OUT_OF_MEMORY = re.compile(
+    r"RESOURCE_EXHAUSTED|Ran out of memory in memory space hbm|CompileTimeHbmOom"
+    r"|out of memory|can't allocate memory|not enough memory",
+    re.IGNORECASE,
+)
+# The same words about a kernel's scratch memory: a smaller batch does not help.
+KERNEL_MEMORY = re.compile(r"\bvmem\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where tensors live, why there, and how that place counts time and memory."""
+
+    kind: Kind
+    torch_device: torch.device
+    reason: str
+    dtype: torch.dtype
+    """Default compute dtype: bf16 where the device multiplies in it, else fp32."""
+
+    @classmethod
+    def detect(cls, name: str = "auto") -> "Device":
+        """Return the named device, or the best one present.
+
+        Args:
+            name: "auto", a kind, or a kind with an index such as "cuda:1".
+
+        Raises:
+            ValueError: If the name is unknown, the device absent, or its library misfits torch.
+        """
+        if name == "auto":
+            kind, reason = best_kind()
+            return open_device(kind, kind, reason)
+        kind = name.split(":")[0]
+        if not re.fullmatch(rf"({'|'.join(KINDS)})(:\d+)?", name):
+            raise ValueError(f"--device {name} is not one of auto, {', '.join(KINDS)}")
+        missing = why_absent(kind)
+        if missing:
+            raise ValueError(f"--device {name}: {missing}; `qat doctor` shows what is there")
+        return open_device(kind, name, "asked for")
+
+    def describe(self) -> str:
+        """Return one line: device, why, dtype, memory."""
+        total = self.total_bytes()
+        memory = f", {total / GIB:.1f} GiB" if total else ""
+        word = dtype_name(self.dtype)
+        return f"device {self.torch_device} ({self.reason}), default dtype {word}{memory}"
+
+    def dtype_from_name(self, word: str) -> torch.dtype:
+        """Return the dtype for "auto", "fp32", "bf16" or "fp16".
+
+        Raises:
+            ValueError: If the word is none of these.
+        """
+        if word == "auto":
+            return self.dtype
+        if word not in DTYPES:
+            raise ValueError(f"--dtype {word} is not one of auto, {', '.join(DTYPES)}")
+        return DTYPES[word]
+
+    def autocast(self, dtype: torch.dtype) -> AbstractContextManager:
+        """Return a context in which matmuls run in `dtype`; float32 changes nothing."""
+        if dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.torch_device.type, dtype=dtype)
+
+    def sync(self, *, wait: bool = False) -> None:
+        """End a step.
+
+        On XLA this hands the step's graph over; elsewhere the work is under way already.
+
+        Args:
+            wait: Return only when all work is done, as a clock needs it.
+        """
+        if is_traced(self.torch_device):
+            run_recorded(self.torch_device, wait=wait)
+        elif wait and self.kind != "cpu":
+            torch.accelerator.synchronize(self.torch_device)
+
+    def place(self, model: nn.Module) -> None:
+        """Move a model here; its parameters stay the objects they are, so ties hold."""
+        move_model(model, self.torch_device)
+
+    @contextmanager
+    def hosting(self, model: nn.Module) -> Iterator[None]:
+        """Have a model here inside the block, and on the CPU afterwards."""
+        self.place(model)
+        try:
+            yield
+        finally:
+            move_model(model, torch.device("cpu"))
+
+    def eager(self) -> "Device":
+        """Return where work of ever new shapes runs: here, or on the CPU if this one compiles."""
+        return Device.detect("cpu") if is_traced(self.torch_device) else self
+
+    def compile(self, step: Callable) -> Callable:
+        """Return the step, on XLA as one traced graph; elsewhere the step itself."""
+        if self.kind != "xla":
+            return step
+        import torch_xla
+
+        return torch_xla.compile(step)
+
+    def peak_bytes(self) -> int | None:
+        """Return the most memory held so far; on the CPU the whole process's."""
+        if self.kind == "cpu":
+            return peak_rss_bytes()
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_allocated(self.torch_device)
+        if self.kind == "xla":
+            return xla_memory(self.torch_device).get("peak_bytes_used", of_host(peak_rss_bytes))
+        return None
+
+    def total_bytes(self) -> int | None:
+        """Return the memory that a program may use."""
+        if self.kind == "cpu":
+            return host_bytes()
+        if self.kind == "cuda":
+            return torch.cuda.get_device_properties(self.torch_device).total_memory
+        if self.kind == "mps":
+            return torch.mps.recommended_max_memory()
+        if self.kind == "xla":
+            return xla_memory(self.torch_device).get("bytes_limit", of_host(host_bytes))
+        return None
+
+    def limit_memory(self, limit_bytes: int) -> None:
+        """Let this process hold no more than a limit, on a GPU of the GPU's memory.
+
+        Elsewhere a watcher ends the process once its resident memory has been above the limit.
+        The kernel keeps the highest value, so no peak slips between two looks. rlimits count what
+        is reserved and never touched: 0.8 GB of address space, 0.23 of data, for 0.15 after
+        `import torch`; 3.7 and 2.6 for 2.1 in a step of SmolLM2-135M.
+        """
+        if self.kind == "cuda":
+            share = min(1.0, limit_bytes / self.total_bytes())
+            torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
+        else:
+            threading.Thread(target=end_above, args=(limit_bytes,), daemon=True).start()
+
+    def chip(self) -> str | None:
+        """Return what the accelerator is called, None where it does not tell."""
+        if self.kind == "cuda":
+            return torch.cuda.get_device_name(self.torch_device)
+        return os.environ.get("TPU_ACCELERATOR_TYPE") if self.kind in ("xla", "tpu") else None
+
+    @property
+    def compiles_steps(self) -> bool:
+        """Whether the first steps of a shape are compiled, which can take minutes."""
+        return self.kind == "xla"
+
+    def free(self) -> None:
+        """Give unused memory back."""
+        gc.collect()
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+        elif self.kind == "mps":
+            torch.mps.empty_cache()
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Whether an error says that the memory is too small, so that less of it may fit."""
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        return says_out_of_memory(str(error))
+
+    def checkpoint_function(self) -> Callable[..., Any]:
+        """Return `run(function, *args)` that recomputes `function` in the backward pass."""
+        return checkpoint_function(self.torch_device)
+
+
+def open_device(kind: Kind, name: str, reason: str) -> Device:
+    """Return the device of a kind that is known to be present."""
+    if kind == "xla":
+        import torch_xla
+
+        # No folder for compiled programs is named: torch_xla 2.9.0 writes them and cannot read them
+        # back (pytorch/xla#9094), with a warning each. XLA_PERSISTENT_CACHE_PATH is heeded.
+        index = name.partition(":")[2]
+        torch_device = torch_xla.device(int(index)) if index else torch_xla.device()
+    else:
+        torch_device = torch.device(name)
+        if kind == "cpu":
+            tune_allocation()
+    return Device(kind, torch_device, reason, default_dtype(kind))
+
+
+def is_traced(device: torch.device) -> bool:
+    """Whether a device records operations and runs them as one compiled program at each sync.
+
+    There a look at a value cuts the program in two, and a number that Python holds may become a
+    constant of it, so that another number is another program.
+    """
+    return device.type == "xla"
+
+
+def run_recorded(device: torch.device, *, wait: bool = False) -> None:
+    """Run what a traced device has recorded; elsewhere the work is under way already."""
+    if is_traced(device):
+        import torch_xla
+
+        torch_xla.sync(wait=wait)
+
+
+def numbers_at_once(device: torch.device) -> int:
+    """Return how many numbers a chain of elementwise operations takes at once.
+
+    On a CPU few enough for its last cache, on a GPU enough to fill it, and all where the work is
+    traced: a program grows with every chunk, and is tiled anyway.
+    """
+    if is_traced(device):
+        return sys.maxsize
+    return 2**19 if device.type == "cpu" else 2**24
+
+
+def checkpoint_function(device: torch.device) -> Callable[..., Any]:
+    """Return `run(function, *args)` that recomputes `function` in the backward pass.
+
+    XLA's own is reentrant and takes no keyword arguments: some input must require grad.
+    """
+    if is_traced(device):
+        from torch_xla.utils.checkpoint import checkpoint
+
+        return checkpoint
+    from torch.utils.checkpoint import checkpoint
+
+    return partial(checkpoint, use_reentrant=False)
+
+
+def as_operand(value: float, device: torch.device) -> float | Tensor:
+    """Return a number that differs from step to step in a form that leaves the program as it is."""
+    if not is_traced(device):
+        return value
+    # Moved as a vector: XLA makes a constant of a scalar that is 0 or 1.
+    return torch.tensor([value]).to(device).squeeze(0)
+
+
+def optimizer_settings(device: torch.device) -> dict[str, bool]:
+    """Return how an optimizer does its work: fused where torch has that, traced where it must."""
+    return {"fused": device.type in ("cpu", "cuda"), "capturable": is_traced(device)}
+
+
+def move_model(model: nn.Module, torch_device: torch.device) -> None:
+    """Move a model; parameters stay the objects they are also where torch would make others.
+
+    Between two kinds of tensor torch makes each parameter anew, a tied one twice.
+    """
+    settings = torch.__future__
+    former = settings.get_swap_module_params_on_conversion()
+    devices = {torch_device, *(parameter.device for parameter in model.parameters())}
+    settings.set_swap_module_params_on_conversion(any(map(is_traced, devices)))
+    try:
+        model.to(torch_device)
+    finally:
+        settings.set_swap_module_params_on_conversion(former)
+
+
+def best_kind() -> tuple[Kind, str]:
+    """Return the kind to use when none is named, and why."""
+    if not why_absent("tpu"):
+        return "tpu", "torch reports a TPU"
+    if not why_absent("xla"):
+        return "xla", "torch_xla fits torch and a TPU or PJRT_DEVICE is there"
+    if not why_absent("cuda"):
+        return "cuda", "torch sees a CUDA device"
+    if not why_absent("mps"):
+        return "mps", "torch sees a Metal device"
+    return "cpu", "no accelerator found"
+
+
+def why_absent(kind: Kind) -> str | None:
+    """Return why a kind cannot be used, or None where it can."""
+    if kind == "tpu":
+        # torch.tpu exists also where there is no TPU, so the attribute says nothing.
+        found = torch.accelerator.current_accelerator()
+        return None if found is not None and found.type == "tpu" else "torch reports no TPU"
+    if kind == "xla":
+        return why_no_xla()
+    if kind == "cuda":
+        return None if torch.cuda.is_available() else "torch sees no CUDA device"
+    if kind == "mps":
+        return None if torch.backends.mps.is_available() else "torch sees no Metal device"
+    return None
+
+
+def why_no_xla() -> str | None:
+    """Return why torch_xla cannot be used, from metadata and device files alone."""
+    if installed_version("torch_xla") is None:
+        return "torch_xla is not installed"
+    if mismatches := accelerator_mismatches():
+        return f"{mismatches[0].what}, mend it with: {mismatches[0].install}"
+    if "PJRT_DEVICE" in os.environ or has_tpu_file():
+        return None
+    return "no TPU found and PJRT_DEVICE is not set (PJRT_DEVICE=CPU runs XLA on the CPU)"
+
+
+def has_tpu_file() -> bool:
+    """Whether the machine shows a TPU chip."""
+    dev = Path("/dev")
+    return any(dev.glob("accel[0-9]*")) or any(dev.glob("vfio/[0-9]*"))
+
+
+def default_dtype(kind: Kind) -> torch.dtype:
+    """Return bf16 where a kind multiplies in it, else fp32."""
+    has_bf16 = {
+        "cpu": cpu_has_bf16,
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "mps": lambda: torch.backends.mps.is_macos_or_newer(14, 0),
+        "xla": lambda: os.environ.get("PJRT_DEVICE") != "CPU",
+        "tpu": lambda: True,
+    }
+    return torch.bfloat16 if has_bf16[kind]() else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has bf16 products; others emulate them, slower than fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the flag's word for a dtype."""
+    return {value: word for word, value in DTYPES.items()}.get(dtype, str(dtype))
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether a message, of this process or of a probe's, tells of too little memory."""
+    return bool(OUT_OF_MEMORY.search(text)) and not KERNEL_MEMORY.search(text)
+
+
+def xla_memory(device: torch.device) -> dict[str, int]:
+    """Return XLA's memory counters; empty where the back end keeps none, as on the CPU."""
+    import torch_xla.core.xla_model as xla_model
+
+    try:
+        return xla_model.get_memory_info(device)
+    except RuntimeError:
+        return {}
+
+
+def of_host(count: Callable[[], int]) -> int | None:
+    """Return a count of the host's memory where XLA runs in it, None where it has its own."""
+    return count() if os.environ.get("PJRT_DEVICE") == "CPU" else None

@@ -1,0 +1,1 @@
+"""Files on disk and elsewhere: `files` (atomic), `archive`, `web`, `stores`, `registry`."""

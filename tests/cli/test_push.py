@@ -1,0 +1,120 @@
+import json
+import shutil
+
+import pytest
+
+from qat.cli.push import main
+from qat.storage.archive import extract_archive, sidecar
+from tests.tiny import save_tiny, tiny_cache, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tiny_cache(tmp_path_factory.mktemp("cache"), name="built")
+
+
+@pytest.fixture
+def student(tmp_path):
+    from qat.cli.init_student import act
+    from qat.pipelines.quantize_config import InitStudentConfig
+
+    model = str(save_tiny(tmp_path / "teacher", tiny_llama()))
+    settings = {"scheme": "q4a4", "fit": "moments", "eval": False, "device": "cpu"}
+    act(InitStudentConfig(model=model, output=tmp_path / "run" / "best", **settings))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    (tmp_path / "store").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("QAT_STORE", "GDRIVE_PATH", "GCS_BUCKET"):
+        monkeypatch.delenv(variable, raising=False)
+    return tmp_path / "store"
+
+
+def run(capsys, *argv):
+    code = main([str(word) for word in argv])
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if out else None, err
+
+
+def test_a_cache_lands_in_its_folder(cache, store, capsys):
+    """With its checksum; nothing is left beside what was pushed."""
+    before = sorted(cache.parent.iterdir())
+    code, values, _ = run(capsys, cache, "--store", store)
+    assert code == 0
+    packed = store / "qwen3_caches" / "built.tar.lz4"
+    assert values["archive"] == str(packed)
+    assert sidecar(packed).read_text().split() == [values["sha256"], "built.tar.lz4"]
+    assert values["bytes"] == packed.stat().st_size
+    assert sorted(cache.parent.iterdir()) == before
+
+
+def test_a_run_goes_without_what_only_goes_on_with_it(student, store, capsys):
+    """State and wandb's files stay here, links in them notwithstanding."""
+    (student / "state").mkdir()
+    (student / "state" / "state.pt").write_bytes(b"large")
+    (student / "wandb").mkdir()
+    (student / "wandb" / "latest-run").symlink_to("/etc")
+    (student / "metrics.jsonl").write_text("")
+    code, values, _ = run(capsys, student, "--store", store, "--name", "SR-010", "--suffix", "tgz")
+    assert code == 0
+    out = extract_archive(store / "qwen3_runs" / "SR-010.tgz", store / "out")
+    assert {path.name for path in out.iterdir()} == {"best", "metrics.jsonl"}
+
+
+def test_a_file_of_the_seeds_goes_with_its_config(store, tmp_path, capsys, fixtures_folder):
+    """`qat fetch` then has both in one folder."""
+    run_folder = fixtures_folder / "v2_q4a4_qwen3" / "run"
+    shutil.copytree(run_folder, tmp_path / "speedrun")
+    (tmp_path / "speedrun" / "other").mkdir()
+    file = tmp_path / "speedrun" / "best_state_dict.pt"
+    code, _, _ = run(capsys, file, "--store", store, "--name", "q4_fp32")
+    assert code == 0
+    name = "anemll_v2_q4_a4_from_v1_finetuned"
+    out = extract_archive(store / "qwen3_runs" / f"{name}.tar.lz4", store / "out")
+    assert {path.name for path in out.iterdir()} == {"best_state_dict.pt", "config.json"}
+
+
+@pytest.fixture
+def fixtures_folder():
+    """The seeds' own files, where this checkout has them."""
+    from pathlib import Path
+
+    root = Path(__file__).parent.parent.parent
+    for folder in (root / "shared" / "fixtures", root.parent / "shared" / "fixtures"):
+        if folder.is_dir():
+            return folder
+    pytest.skip("the fixtures of the seeds are not beside this checkout")
+
+
+def test_what_is_not_whole_is_not_pushed(cache, student, store, tmp_path, capsys):
+    """A cache without a shard, a student with a bit off, a folder of something, nothing."""
+    broken = tmp_path / "broken"
+    shutil.copytree(cache, broken)
+    next(broken.glob("*.safetensors")).unlink()
+    assert run(capsys, broken, "--store", store)[0] == 2
+    tensors = student / "best" / "student.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"?")
+    code, _, said = run(capsys, student, "--store", store)
+    assert code == 2
+    assert "sha256" in said
+    assert run(capsys, tmp_path / "none", "--store", store)[0] == 2
+    assert list(store.iterdir()) == []
+
+
+def test_where_to_is_told(cache, store, capsys):
+    """No store, one that is not there, one that takes nothing, a word of the other kind."""
+    code, _, said = run(capsys, cache)
+    assert code == 2
+    assert "give --store" in said
+    code, _, said = run(capsys, cache, "--store", store / "none")
+    assert code == 2
+    assert "--store" in said
+    code, _, said = run(capsys, cache, "--store", "https://127.0.0.1:9/x")
+    assert code == 2
+    assert "only be read" in said
+    code, _, said = run(capsys, cache, "--store", store, "--name", "q2_init")
+    assert code == 2
+    assert "stands for a checkpoint" in said

@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from qat.calibrate.statistics import collect_second_moments
+from qat.distill.kl import forward_kl
+from qat.distill.teacher import dense_signal
+from qat.model.layers import FakeQuantLinear
+from qat.model.surgery import quantizable_linears, quantized_layers
+from qat.pipelines.quantize import init_student, init_student_by_blocks
+from qat.quant.fit import fit_weight
+from qat.quant.scheme import scheme_from_name
+from tests.tiny import tiny_llama
+
+SCHEME = scheme_from_name("q2a4")
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(261, (4, 12), generator=generator) for _ in range(4)]
+
+
+def test_every_linear_is_replaced_by_its_own_fit():
+    """Weight by weight what `fit_weight` gives, biases kept, everything else untouched."""
+    base = tiny_llama(attention_bias=True)
+    importance = collect_second_moments(base, quantizable_linears(base, SCHEME), batches())
+    student = tiny_llama(attention_bias=True)
+    init_student(student, SCHEME, importance=importance)
+    layers = quantized_layers(student)
+    assert len(layers) == 14
+    for name in list(layers)[::5]:
+        linear = base.get_submodule(name)
+        wanted = fit_weight(linear.weight, SCHEME.layer(name), importance=importance[name])
+        assert torch.equal(layers[name].fake_quantized_weight(), wanted.dequantize())
+        if linear.bias is not None:
+            assert torch.equal(layers[name].bias, linear.bias)
+    dense = dict(student.named_parameters())
+    for name, parameter in base.named_parameters():
+        if name in dense and "proj" not in name:
+            assert torch.equal(dense[name], parameter)
+    assert not any(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_calibration_makes_better_students():
+    """In KL from a model with loud channels, on the text that calibrated."""
+    teacher = tiny_llama()
+    spread = torch.ones(64)
+    spread[::8] = 16.0
+    for layer in teacher.model.layers:  # loud channels, as trained models have
+        layer.input_layernorm.weight.data *= spread
+        layer.self_attn.q_proj.weight.data /= spread
+        layer.self_attn.k_proj.weight.data /= spread
+        layer.self_attn.v_proj.weight.data /= spread
+    ids = torch.cat(batches())
+    signal = dense_signal(teacher(ids).logits, torch.ones(ids.shape, dtype=torch.bool))
+    importance = collect_second_moments(teacher, quantizable_linears(teacher, SCHEME), batches())
+
+    def distance(make):
+        student = tiny_llama()
+        student.load_state_dict(teacher.state_dict())
+        make(student)
+        return forward_kl(student(ids).logits, signal).mean().item()
+
+    plain = distance(lambda student: init_student(student, SCHEME))
+    weighted = distance(lambda student: init_student(student, SCHEME, importance=importance))
+    assert weighted < 0.9 * plain
+
+
+def test_a_student_is_the_same_every_time():
+    """No luck in it: two fits give the same bits, whatever the seed."""
+    students = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        student = tiny_llama()
+        init_student(student, scheme_from_name("q3_r2"))
+        students.append(quantized_layers(student))
+    for name, layer in students[0].items():
+        other = students[1][name]
+        assert torch.equal(layer.fake_quantized_weight(), other.fake_quantized_weight())
+
+
+def by_blocks(model, scheme):
+    init_student_by_blocks(model, scheme, batches(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("make", [init_student, by_blocks])
+def test_a_weight_that_cannot_be_held_names_its_layer(make):
+    """NaN in one tensor of a model, found before the others are fitted."""
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: the weight holds NaN"):
+        make(model, SCHEME)
+
+
+def test_a_scheme_that_does_not_fit_changes_nothing():
+    """The model is as it was: the check comes first."""
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="does not fit"):
+        init_student(model, scheme_from_name("q4_g48"))
+    assert not any(isinstance(module, FakeQuantLinear) for module in model.modules())

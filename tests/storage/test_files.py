@@ -1,0 +1,198 @@
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qat.storage.files import (
+    atomic_file,
+    atomic_folder,
+    canonical_json,
+    fingerprint,
+    read_json,
+    settle_folder,
+    sha256_of_file,
+    write_json,
+    write_text,
+)
+
+
+def test_canonical_json_does_not_depend_on_order():
+    """Equal values have one text, so one fingerprint; different values differ."""
+    assert canonical_json({"b": [1, 2], "a": None}) == '{"a":null,"b":[1,2]}'
+    assert fingerprint({"b": 1, "a": 2}) == fingerprint({"a": 2, "b": 1})
+    assert fingerprint({"a": 2}) != fingerprint({"a": 3})
+
+
+def test_a_fingerprint_is_the_start_of_the_sha256():
+    """Sixteen hex digits of the canonical text's sha256, the same on every machine."""
+    assert fingerprint({"a": 1}) == hashlib.sha256(b'{"a":1}').hexdigest()[:16]
+
+
+def test_nan_has_no_json():
+    """NaN would make a file that other programs cannot read."""
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json({"loss": float("nan")})
+
+
+def test_json_comes_back(tmp_path):
+    """What is written is read, also into a folder that is not there yet."""
+    path = tmp_path / "new" / "value.json"
+    write_json(path, {"a": [1, 2.5, "x"]})
+    assert read_json(path) == {"a": [1, 2.5, "x"]} == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("content", [b"{broken", b"\xff\xfe\x00", b""])
+def test_a_file_that_is_not_json_is_named(tmp_path, content):
+    """The message tells which file, so that it can be removed."""
+    path = tmp_path / "manifest.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is not JSON"):
+        read_json(path)
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path):
+    """The streamed sum equals the sum of the whole."""
+    path = tmp_path / "data"
+    path.write_bytes(b"abc" * 100_000)
+    assert sha256_of_file(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_a_failed_write_leaves_the_former_file_and_nothing_else(tmp_path):
+    """A disk that fills up in the middle costs the new file only."""
+    path = tmp_path / "file"
+    write_text(path, "former")
+
+    def write_until_the_disk_is_full():
+        with atomic_file(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_until_the_disk_is_full()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "former"
+
+
+def test_the_file_appears_only_when_whole(tmp_path):
+    """Inside the block there is nothing under the final name; after it, the mode is usual."""
+    path = tmp_path / "file"
+    with atomic_file(path) as temporary:
+        temporary.write_text("whole")
+        assert not path.exists()
+        assert temporary.parent == path.parent
+    assert path.read_text() == "whole"
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_failed_folder_leaves_the_former_one(tmp_path):
+    """The same for a folder of several files."""
+    path = tmp_path / "folder"
+    with atomic_folder(path) as temporary:
+        (temporary / "a").write_text("former")
+
+    def write_until_interrupted():
+        with atomic_folder(path) as temporary:
+            (temporary / "a").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_until_interrupted()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+    assert (path / "a").read_text() == "former"
+
+
+def test_a_folder_is_replaced_as_one(tmp_path):
+    """Files of the former folder do not linger in the new one, nor aside."""
+    path = tmp_path / "folder"
+    for name in ("a", "b"):
+        with atomic_folder(path) as temporary:
+            (temporary / name).write_text(name)
+    assert [entry.name for entry in path.iterdir()] == ["b"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+    assert path.stat().st_mode & 0o777 == 0o755
+
+
+def write_folder(path, text):
+    with atomic_folder(path) as temporary:
+        (temporary / "a").write_text(text)
+
+
+@pytest.fixture
+def killed_swap(tmp_path):
+    """A folder whose replacement died between its two renames; nothing was cleaned up."""
+    path = tmp_path / "folder"
+    write_folder(path, "former")
+    path.rename(tmp_path / ".folder.old")
+    (tmp_path / ".folder.x.part").mkdir()
+    (tmp_path / ".folder.x.part" / "a").write_text("unnamed")
+    return path
+
+
+def test_a_folder_hidden_by_a_kill_comes_back_to_a_reader(killed_swap):
+    """A process killed between the two renames left no folder under the final name."""
+    settle_folder(killed_swap)
+    assert (killed_swap / "a").read_text() == "former"
+    assert not (killed_swap.parent / ".folder.old").exists()
+
+
+def test_the_next_write_clears_what_a_kill_left(killed_swap):
+    """The former folder comes back before it is replaced, so that a failed write still keeps it."""
+    with pytest.raises(OSError, match="No space"), atomic_folder(killed_swap):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (killed_swap / "a").read_text() == "former"
+    write_folder(killed_swap, "new")
+    assert (killed_swap / "a").read_text() == "new"
+    assert not (killed_swap.parent / ".folder.old").exists()
+
+
+def test_a_kill_after_both_renames_costs_nothing(killed_swap):
+    """The new folder has its name already: the hidden one is what goes."""
+    write_folder(killed_swap, "new")
+    write_folder(killed_swap.parent / ".folder.old", "former")
+    settle_folder(killed_swap)
+    assert (killed_swap / "a").read_text() == "new"
+    assert not (killed_swap.parent / ".folder.old").exists()
+
+
+def test_a_rename_that_fails_puts_the_former_folder_back(tmp_path, monkeypatch):
+    """Also without a kill, the name is never left empty."""
+    path = tmp_path / "folder"
+    write_folder(path, "former")
+    rename = Path.rename
+
+    def fail_second(self, target):
+        if self.suffix == ".part":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_second)
+    with pytest.raises(OSError, match="Input/output"):
+        write_folder(path, "new")
+    assert (path / "a").read_text() == "former"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_files_reach_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    """A power cut after the rename must not leave names of empty files."""
+    flushed = []
+
+    def fsync(handle):
+        name = Path(f"/proc/self/fd/{handle}").readlink().name
+        flushed.append(((tmp_path / "folder").exists(), name))
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc to name a handle")
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_folder(tmp_path / "folder", "new")
+    assert flushed == [(False, "a"), (True, tmp_path.name)]
+
+
+def test_a_file_is_never_replaced_by_a_folder(tmp_path):
+    """A mistyped output costs no file."""
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="notes is a file"):
+        write_folder(tmp_path / "notes", "new")
+    assert (tmp_path / "notes").read_text() == "mine"

@@ -1,0 +1,408 @@
+import errno
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from qat.storage import archive, stores, web
+from qat.storage.archive import ArchiveMismatch, pack_folder, sidecar
+from qat.storage.stores import (
+    Found,
+    Store,
+    find_stores,
+    locate,
+    locate_address,
+    put,
+    read_receipt,
+    take,
+)
+from tests.servers import file_server
+
+KINDS = ("folder", "file", "memory", "web", "web without ranges")
+FOLDER = "qwen3_caches"
+
+
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch):
+    """Servers on loopback need no rest."""
+    monkeypatch.setattr(web, "WAIT_SECONDS", 0)
+
+
+@pytest.fixture
+def content(tmp_path):
+    """A folder of files of which some pack and some do not."""
+    made = tmp_path / "made" / "thing"
+    (made / "inner").mkdir(parents=True)
+    (made / "a.bin").write_bytes(os.urandom(300_000))
+    (made / "inner" / "b.txt").write_text("text " * 1000)
+    return made
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "store" / FOLDER).mkdir(parents=True)
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def make_store(request, base):
+    """Serve the store's folder in a given way."""
+
+    def make(kind):
+        if kind in ("folder", "file"):
+            return stores.named_store(base.as_uri() if kind == "file" else str(base), "--store")
+        if kind == "memory":
+            memory, root = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
+            for path in base.rglob("*"):
+                if path.is_file():
+                    memory.pipe_file(f"{root}/{path.relative_to(base)}", path.read_bytes())
+            request.addfinalizer(lambda: memory.rm(root, recursive=True))
+            return stores.named_store(f"memory:/{root}", "--store")
+        server = file_server(base, ranges=kind == "web")
+        state = server.__enter__()
+        request.addfinalizer(lambda: server.__exit__(None, None, None))
+        return stores.named_store(state.url(), "--store")
+
+    return make
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files."""
+    files = [
+        {str(p.relative_to(f)): p.read_bytes() for p in f.rglob("*") if p.is_file()}
+        for f in (one, other)
+    ]
+    return files[0] == files[1]
+
+
+def accept(_folder):
+    """Check nothing."""
+
+
+def hidden(folder: Path) -> set[str]:
+    """What lies about that nobody asked for."""
+    return {path.name for path in folder.iterdir() if path.name.startswith(".")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("suffix", [".tar.lz4", ".tgz"])
+def test_an_archive_comes_out_of_every_kind_of_store(
+    content, base, tmp_path, make_store, kind, suffix
+):
+    """Whole, under its name, with a receipt and nothing else beside it."""
+    pack_folder(content, base / FOLDER / f"thing{suffix}")
+    found = locate([make_store(kind)], FOLDER, "thing")
+    assert found.form == "archive"
+    target = tmp_path / "here" / "thing"
+    take(found, target, check=accept)
+    assert same(target, content)
+    assert hidden(target.parent) == {".thing.fetched.json"}
+    assert len(list(target.parent.iterdir())) == 2
+    digest = sidecar(base / FOLDER / f"thing{suffix}").read_text().split()[0]
+    assert read_receipt(target)["sha256"] == digest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plain_folder_comes_out_of_every_kind_of_store(content, base, tmp_path, make_store, kind):
+    """Also from the web where its files are named; one nested in its like is taken out."""
+
+    shutil.copytree(content, base / FOLDER / "thing")
+    files = ("a.bin", "inner/b.txt", "not there") if kind.startswith("web") else ()
+    found = locate([make_store(kind)], FOLDER, "thing", files)
+    assert found.form == "folder"
+    target = tmp_path / "here" / "thing"
+    take(found, target, check=accept, files=files)
+    assert same(target, content)
+    assert hidden(target.parent) == {".thing.fetched.json"}
+
+
+def test_a_nested_plain_folder_is_mended(content, base, tmp_path, make_store):
+    """NAME/NAME/files gives NAME/files."""
+    shutil.copytree(content, base / FOLDER / "thing" / "thing")
+    target = tmp_path / "here" / "thing"
+    take(locate([make_store("folder")], FOLDER, "thing"), target, check=accept)
+    assert same(target, content)
+
+
+def test_lz4_goes_before_tgz_and_that_before_a_folder(content, base, make_store):
+    """What unpacks fastest is taken; a name with a suffix means that file."""
+    store = make_store("folder")
+    shutil.copytree(content, base / FOLDER / "thing")
+    assert locate([store], FOLDER, "thing").address.endswith("/thing")
+    pack_folder(content, base / FOLDER / "thing.tgz")
+    assert locate([store], FOLDER, "thing").address.endswith(".tgz")
+    pack_folder(content, base / FOLDER / "thing.tar.lz4")
+    assert locate([store], FOLDER, "thing").address.endswith(".tar.lz4")
+    assert locate([store], FOLDER, "thing.tgz").address.endswith(".tgz")
+    assert locate([store], FOLDER, "other") is None
+    (base / FOLDER / "x.pt").write_bytes(b"x")
+    (base / FOLDER / "config.json").write_text("{}")
+    found = locate([store], FOLDER, "x.pt")
+    target = base / "x.pt"
+    take(found, target, check=accept)
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "x.pt"]
+
+
+def test_stores_are_tried_in_order(tmp_path, monkeypatch):
+    """QAT_STORE, Colab's Drive, GDRIVE_PATH, ~/gdrive, GCS_BUCKET."""
+    folders = {name: tmp_path / name for name in ("own", "drive", "mounted", "home")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["home"] / "gdrive").mkdir()
+    monkeypatch.setattr(stores, "COLAB_DRIVE", folders["drive"])
+    environment = {
+        "QAT_STORE": str(folders["own"]),
+        "GDRIVE_PATH": str(folders["mounted"]),
+        "HOME": str(folders["home"]),
+        "GCS_BUCKET": "gs://bucket/",
+    }
+    found = find_stores(environment)
+    assert [store.name for store in found] == list(stores.STORES)
+    assert [store.base for store in found][-2:] == [str(folders["home"] / "gdrive"), "gs://bucket"]
+    assert [store.is_remote for store in found] == [False, True, True, True, True]
+    monkeypatch.setattr(stores, "COLAB_DRIVE", tmp_path / "none")
+    assert find_stores({"HOME": str(tmp_path)}) == []
+    assert find_stores({"HOME": str(tmp_path), "QAT_STORE": "s3://b/x/"})[0].base == "s3://b/x"
+    with pytest.raises(FileNotFoundError, match="GDRIVE_PATH .* is no folder; mount it"):
+        find_stores({"HOME": str(tmp_path), "GDRIVE_PATH": str(tmp_path / "none")})
+
+
+def test_the_first_store_that_has_it_gives_it(content, tmp_path):
+    """A store without it is passed over."""
+    pack_folder(content, tmp_path / "second" / FOLDER / "thing.tgz")
+    (tmp_path / "first").mkdir()
+    both = [stores.named_store(str(tmp_path / name), name) for name in ("first", "second")]
+    assert "second" in locate(both, FOLDER, "thing").address
+
+
+def test_a_network_mount_is_known_by_its_kind(tmp_path, monkeypatch):
+    """The innermost mount decides."""
+    mounts = tmp_path / "mounts"
+    (tmp_path / "drive" / "local").mkdir(parents=True)
+    mounts.write_text(
+        f"disk / ext4 rw 0 0\nremote {tmp_path}/drive fuse.rclone rw 0 0\n"
+        f"disk {tmp_path}/drive/local ext4 rw 0 0\n"
+    )
+    monkeypatch.setattr(stores, "MOUNTS", mounts)
+    monkeypatch.setattr(stores.sys, "platform", "linux")
+    assert stores.is_network(tmp_path / "drive")
+    assert not stores.is_network(tmp_path)
+    assert not stores.is_network(tmp_path / "drive" / "local")
+
+
+def test_a_mounted_store_is_copied_first(content, base, tmp_path, monkeypatch):
+    """The archive is not unpacked over the network; the copy is gone afterwards."""
+    pack_folder(content, base / FOLDER / "thing.tgz")
+    seen = []
+    extract = stores.extract_archive
+    monkeypatch.setattr(
+        stores, "extract_archive", lambda path, *a, **k: seen.append(path) or extract(path, *a, **k)
+    )
+    found = locate([Store("mount", str(base), is_remote=True)], FOLDER, "thing")
+    target = tmp_path / "here" / "thing"
+    take(found, target, check=accept)
+    assert seen == [tmp_path / "here" / "thing.tgz"]
+    assert not seen[0].exists()
+    assert same(target, content)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_copy_that_was_cut_goes_on(content, base, tmp_path, monkeypatch, ranges):
+    """The next call asks for the rest only, and what was there before stays until then."""
+    pack_folder(content, base / FOLDER / "thing.tar.lz4")
+    size = (base / FOLDER / "thing.tar.lz4").stat().st_size
+    monkeypatch.setattr(archive, "CHUNK_BYTES", 10_000)
+    target = tmp_path / "here" / "thing"
+    target.mkdir(parents=True)
+    (target / "old").write_text("old")
+    with file_server(base, ranges=ranges, cut_after=100_000, cuts=1) as server:
+        found = locate([stores.named_store(server.url(), "--store")], FOLDER, "thing")
+        server.cuts = 1
+        monkeypatch.setattr(stores, "copy_archive", copy_then_die(server))
+        with pytest.raises(OSError, match="500"):
+            take(found, target, check=accept)
+        assert (target / "old").read_text() == "old"
+        part = target.parent / ".thing.tar.lz4.part"
+        have = part.stat().st_size
+        assert 0 < have < size
+        monkeypatch.undo()
+        server.status, server.cuts = 0, 0
+        take(found, target, check=accept)
+        assert server.asked[-1][2].get("Range") == f"bytes={have}-"
+    assert same(target, content)
+    assert hidden(target.parent) == {".thing.fetched.json"}
+
+
+def copy_then_die(server):
+    """Copy from a server that answers 500 once its connection has been cut."""
+
+    def dying(source, target):
+        open_at = web.WebFile._open_at
+
+        def watched(self, offset):
+            if offset >= 100_000:
+                server.status = 500
+            return open_at(self, offset)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(web.WebFile, "_open_at", watched)
+            return archive.copy_archive(source, target)
+
+    return dying
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_checksum_replaces_nothing(content, base, tmp_path, make_store, kind):
+    """What was there stays, the bad copy goes, so that the next call starts afresh."""
+    packed = base / FOLDER / "thing.tgz"
+    pack_folder(content, packed)
+    sidecar(packed).write_text("0" * 64 + "  thing.tgz\n")
+    target = tmp_path / "here" / "thing"
+    target.mkdir(parents=True)
+    (target / "old").write_text("old")
+    found = locate([make_store(kind)], FOLDER, "thing")
+    with pytest.raises(ArchiveMismatch, match="sha256"):
+        take(found, target, check=accept)
+    assert [path.name for path in target.parent.iterdir()] == ["thing"]
+    assert (target / "old").exists()
+    sidecar(packed).unlink()
+    with pytest.raises(ArchiveMismatch, match="registry says"):
+        take(found, target, check=accept, sha256="1" * 64) if kind != "memory" else take(
+            locate([make_store(kind)], FOLDER, "thing"), target, check=accept, sha256="1" * 64
+        )
+    assert [path.name for path in target.parent.iterdir()] == ["thing"]
+
+
+def test_a_cut_archive_without_a_checksum_is_not_kept(content, base, tmp_path):
+    """Else the next call would find the bad copy and never ask the store again."""
+    packed = base / FOLDER / "thing.tar.lz4"
+    pack_folder(content, packed)
+    sidecar(packed).unlink()
+    packed.write_bytes(packed.read_bytes()[:-1000])
+    target = tmp_path / "here" / "thing"
+    with file_server(base) as server:
+        found = locate([stores.named_store(server.url(), "--store")], FOLDER, "thing")
+        with pytest.raises(ArchiveMismatch, match="cut or altered"):
+            take(found, target, check=accept)
+        assert list(target.parent.iterdir()) == []
+        pack_folder(content, packed)
+        take(found, target, check=accept)
+    assert same(target, content)
+
+
+def test_what_the_check_refuses_replaces_nothing(content, base, tmp_path, make_store):
+    """The check sees the new folder before it has the name."""
+    pack_folder(content, base / FOLDER / "thing.tgz")
+    target = tmp_path / "here" / "thing"
+    target.mkdir(parents=True)
+
+    def refuse(folder):
+        assert same(folder, content)
+        raise ValueError("no cache")
+
+    with pytest.raises(ValueError, match="no cache"):
+        take(locate([make_store("folder")], FOLDER, "thing"), target, check=refuse)
+    assert [path.name for path in target.parent.iterdir()] == ["thing"]
+    assert list(target.iterdir()) == []
+
+
+def test_a_receipt_speaks_only_for_what_was_taken(content, base, tmp_path, make_store):
+    """A changed or missing file voids it; a file more does not."""
+    pack_folder(content, base / FOLDER / "thing.tgz")
+    target = tmp_path / "here" / "thing"
+    found = locate([make_store("folder")], FOLDER, "thing")
+    take(found, target, check=accept)
+    (target / "more").write_text("more")
+    assert read_receipt(target) is not None
+    (target / "a.bin").write_bytes(b"short")
+    assert read_receipt(target) is None
+    take(found, target, check=accept)
+    (target / "inner" / "b.txt").unlink()
+    assert read_receipt(target) is None
+
+
+def test_a_full_disk_is_told_before_anything_is_written(content, base, tmp_path, monkeypatch):
+    """The needed and the free bytes are in the message; nothing is left."""
+    pack_folder(content, base / FOLDER / "thing.tgz")
+    usage = archive.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(archive.shutil, "disk_usage", lambda _: usage)
+    target = tmp_path / "here" / "thing"
+    for is_remote in (True, False):
+        found = locate([Store("mount", str(base), is_remote)], FOLDER, "thing")
+        with pytest.raises(OSError, match="free some space"):
+            take(found, target, check=accept)
+        assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "memory"])
+def test_what_is_put_can_be_taken(content, tmp_path, make_store, kind):
+    """An archive and its checksum; the folder of the store is made."""
+    store = make_store(kind)
+    packed = tmp_path / "thing.tgz"
+    pack_folder(content, packed)
+    address = put(packed, store, "qwen3_runs")
+    assert address == f"{store.base}/qwen3_runs/thing.tgz"
+    target = tmp_path / "here" / "thing"
+    take(locate([store], "qwen3_runs", "thing"), target, check=accept, sha256=None)
+    assert same(target, content)
+    files, path = archive.open_files(f"{store.base}/qwen3_runs")
+    names = sorted(name.rpartition("/")[2] for name in files.find(path))
+    assert names == ["thing.tgz", "thing.tgz.sha256"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+@pytest.mark.parametrize("cut", ["raises", "short"])
+def test_a_put_that_is_cut_off_leaves_the_former_one(
+    content, tmp_path, make_store, monkeypatch, kind, cut
+):
+    """The former archive and its checksum still fit each other; the next put succeeds."""
+    store = make_store(kind)
+    packed = tmp_path / "thing.tgz"
+    pack_folder(content, packed)
+    put(packed, store, FOLDER)
+    files, _ = archive.open_files(store.base)
+    put_file = type(files).put_file
+
+    def dying(self, source, target, **more):
+        half = tmp_path / "half"
+        half.write_bytes(Path(source).read_bytes()[:1000])
+        put_file(self, str(half), target, **more)
+        if cut == "raises":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    (content / "new").write_text("new")
+    pack_folder(content, packed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(files), "put_file", dying)
+        with pytest.raises(OSError, match="No space" if cut == "raises" else "only a part"):
+            put(packed, store, FOLDER)
+    target = tmp_path / "here" / "thing"
+    take(locate([store], FOLDER, "thing"), target, check=accept)
+    assert not (target / "new").exists()
+    put(packed, store, FOLDER)
+    take(locate([store], FOLDER, "thing"), target, check=accept)
+    assert (target / "new").exists()
+
+
+def test_addresses_say_what_they_are(content, tmp_path):
+    """A folder, an archive, neither, nothing; the web takes nothing in."""
+    assert locate_address(str(content)) == Found(str(content), "folder", False)
+    packed = tmp_path / "thing.tgz"
+    pack_folder(content, packed)
+    assert locate_address(packed.as_uri()).form == "archive"
+    with pytest.raises(ValueError, match="give an archive"):
+        locate_address(str(content / "a.bin"))
+    with pytest.raises(FileNotFoundError, match="check its name"):
+        locate_address(str(tmp_path / "none.tgz"))
+    with pytest.raises(ValueError, match="only be read"):
+        put(packed, Store("web", "https://127.0.0.1/x", True), FOLDER)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    """fsspec tells which package opens gs://, in one line of ours."""
+    monkeypatch.setitem(stores.sys.modules, "gcsfs", None)
+    with pytest.raises(ValueError, match="gs://bucket.*needs another package.*gcsfs"):
+        locate([Store("GCS_BUCKET", "gs://bucket", True)], FOLDER, "thing")

@@ -1,0 +1,181 @@
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from qat.cache.read import TeacherCache
+from qat.storage.files import write_json
+from qat.tracking.record import CONFIG, SUMMARY
+from qat.train.config import TrainConfig
+from qat.train.run_folder import (
+    check_content,
+    check_lengths,
+    claim_folder,
+    copy_results,
+    finished_run,
+    peak_rates,
+    rate_at,
+    record_of,
+    rotate,
+    run_identity,
+    training_batches,
+)
+from qat.train.state import Progress
+from tests.tiny import tiny_cache
+
+
+def config(**changes):
+    places = {name: Path(name) for name in ("v2_checkpoint", "cache_dir", "output_dir")}
+    return TrainConfig(**{**places, **changes})
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return TeacherCache.open(tiny_cache(tmp_path_factory.mktemp("cache")))
+
+
+def identity(**changes):
+    return run_identity(config(**changes), "student", "cache")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output_dir": Path("elsewhere")},
+        {"device": "cuda"},
+        {"wandb": True, "wandb_run": "x", "wandb_tags": ("a",)},
+        {"save_steps": 7},
+        {"log_steps": 7},
+        {"keep_checkpoints": 2},
+        {"model_id": "somewhere"},
+    ],
+)
+def test_places_and_habits_do_not_decide_a_run(changes):
+    """A finished run is found again wherever it lies and whatever it was logged to."""
+    assert identity(**changes) == identity()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lr": 1e-5}, {"seed": 1}, {"max_steps": 7}, {"loss": "kd"}, {"dtype": "bf16"}]
+)
+def test_settings_decide_a_run(changes):
+    """So do the student and the cache that it reads."""
+    assert identity(**changes) != identity()
+    assert run_identity(config(), "other", "cache") != identity()
+    assert run_identity(config(), "student", "other") != identity()
+    assert run_identity(config(), "student", "cache", "other") != identity()
+    assert run_identity(config(), "student", "cache", "cache") == identity()
+
+
+def test_a_run_is_found_by_its_identity(tmp_path):
+    """Not there, not ended, ended."""
+    record = record_of(config(), identity())
+    assert finished_run(tmp_path, identity()) is None
+    claim_folder(tmp_path, record)
+    assert finished_run(tmp_path, identity()) is None
+    write_json(tmp_path / SUMMARY, {"steps": 3})
+    assert finished_run(tmp_path, identity()) == {"steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 1e-5}, "holds a run with lr 0.0002, this one has 1e-05; choose another"),
+        ({"trainable": ("norms",)}, "holds a run with trainable"),
+    ],
+)
+def test_another_runs_folder_is_refused(tmp_path, changes, message):
+    """With the first setting that differs, before anything is written."""
+    claim_folder(tmp_path, record_of(config(), identity()))
+    before = (tmp_path / CONFIG).read_bytes()
+    with pytest.raises(ValueError, match=message):
+        finished_run(tmp_path, identity(**changes))
+    assert (tmp_path / CONFIG).read_bytes() == before
+
+
+def test_a_models_folder_is_no_runs(tmp_path):
+    """Its config.json was overwritten, and the model was lost."""
+    write_json(tmp_path / CONFIG, {"model_type": "llama"})
+    with pytest.raises(ValueError, match="is no run's: a model or a student lies there; choose"):
+        finished_run(tmp_path, identity())
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 3])
+def test_batches_go_on_where_a_run_stopped(cache, accumulation_steps):
+    """From any step on, the same sequences as without the stop, and the same negatives."""
+    plan = config(batch_size=4, accumulation_steps=accumulation_steps, seed=3, full_logits=False)
+    device, size = torch.device("cpu"), {"vocab_size": 5000}
+    straight = list(islice(training_batches(cache, plan, device, start_step=0, **size), 30))
+    drawn = {tuple(signal.negative_ids[0, 0].tolist()) for _, signal in straight}
+    assert len(drawn) == 30
+    for step in (1, 4):
+        resumed = training_batches(cache, plan, device, start_step=step, **size)
+        for (ids, signal), (wanted, expected) in zip(
+            islice(resumed, 6), straight[step * accumulation_steps :], strict=False
+        ):
+            assert torch.equal(ids, wanted)
+            assert torch.equal(signal.log_probs, expected.log_probs)
+            assert torch.equal(signal.negative_ids, expected.negative_ids)
+
+
+def test_a_curriculum_cuts_sequences_and_their_signal_alike(cache):
+    """Short ones first; the step decides, so a resumed run has the same lengths."""
+    plan = config(batch_size=4, accumulation_steps=2, curriculum="6:0,16:2")
+    batches = training_batches(cache, plan, torch.device("cpu"), start_step=1)
+    shapes = [(ids.shape[1], signal.mask.shape[1]) for ids, signal in islice(batches, 4)]
+    assert shapes == [(6, 5), (6, 5), (16, 15), (16, 15)]
+
+
+def test_a_curriculum_longer_than_the_cache_is_refused():
+    """With the flag that builds a longer one."""
+    check_lengths(config(curriculum="8:0,16:5"), 16)
+    with pytest.raises(ValueError, match="reaches length 32, the cache has blocks of 16.*seq-len"):
+        check_lengths(config(curriculum="8:0,32:5"), 16)
+
+
+def test_candidates_need_token_ids():
+    """A hidden cache names none; its full logits are what it is for."""
+    check_content(config(), "hidden")
+    for content in ("top-k", "sampled", "conditional"):
+        check_content(config(full_logits=False), content)
+    with pytest.raises(ValueError, match="--no-full-logits needs a cache of token ids.*--content"):
+        check_content(config(full_logits=False), "hidden")
+
+
+def test_rates_are_shares_of_one():
+    """Each part's peak is a ratio of --lr; each rollback halves what a step takes."""
+    plan = config(lr=1e-3, scale_lr_ratio=0.5, codebook_lr_ratio=2.0, norm_lr_ratio=0.1)
+    assert peak_rates(plan) == {
+        "weights": 1e-3,
+        "scales": 5e-4,
+        "magnitudes": 5e-4,
+        "codebooks": 2e-3,
+        "norms": 1e-4,
+    }
+    plan = config(constant_lr=True, warmup_steps=0)
+    assert rate_at(plan, Progress(step=5)) == 1.0
+    assert rate_at(plan, Progress(step=5, rollbacks=2)) == 0.25
+
+
+def test_old_students_make_room_for_the_last(tmp_path):
+    """The last two stay; 0 keeps all; other folders are nobody's business."""
+    for step in (5, 10, 100):
+        (tmp_path / f"step_{step:07d}").mkdir()
+    (tmp_path / "notes").mkdir()
+    rotate(tmp_path, 0)
+    assert len(list(tmp_path.iterdir())) == 4
+    rotate(tmp_path, 2)
+    assert {p.name for p in tmp_path.iterdir()} == {"step_0000010", "step_0000100", "notes"}
+
+
+def test_results_are_copied_without_the_state(tmp_path):
+    """Onto what a former copy left; what a run goes on from stays where it is."""
+    run, target = tmp_path / "run", tmp_path / "drive" / "run"
+    for name in ("best/student", "state/state.pt", "config.json", ".hidden"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
+    for _ in range(2):
+        assert copy_results(run, target) == ["best", "config.json"]
+    assert sorted(p.name for p in target.iterdir()) == ["best", "config.json"]
+    assert (target / "best" / "student").read_text() == "best/student"
