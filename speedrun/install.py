@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What a Colab or TPU image pairs by hand: pip must leave it as it is.
 PROTECTED = ("torch", "torchvision", "torchaudio", "torch_xla", "torch_tpu", "libtpu", "triton")
 PROTECTED += ("numpy", "jax", "jaxlib")
-STORE_PACKAGES = {"gs://": "gcsfs", "s3://": "s3fs", "hf://": "huggingface_hub"}
+STORE_PACKAGES = {"gs://": "gcsfs", "s3://": "s3fs"}
 
 
 def installed(name):
@@ -46,8 +46,8 @@ def missing_requirements(version_of=installed, environment=os.environ):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     stores = [environment.get("QAT_STORE", ""), "gs://" * bool(environment.get("GCS_BUCKET"))]
     extra = [name for url, name in STORE_PACKAGES.items() for store in stores if url in store]
-    wanted = dict.fromkeys([*project["dependencies"], *extra])
-    return [requirement for requirement in wanted if not is_met(requirement, version_of)]
+    required = dict.fromkeys([*project["dependencies"], *extra])
+    return [requirement for requirement in required if not is_met(requirement, version_of)]
 
 
 def is_this_checkout(version_of=installed):
@@ -67,7 +67,7 @@ def is_tpu_machine():
 
 
 def pip_commands(python, missing, constraints, *, has_torch, has_qat):
-    """Return the pip calls: everything at once, or beside a torch that stays as it is."""
+    """Return the pip calls: everything at once, or next to a torch that stays as it is."""
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if not has_torch:
         return [[*pip, "--editable", f"{ROOT}[tpu-xla]" if is_tpu_machine() else str(ROOT)]]
@@ -110,7 +110,7 @@ def install(commands, *, dry_run):
         line = shlex.join(command)
         say(f"would run: {line}" if dry_run else line)
         if not dry_run and subprocess.run(command, stdout=sys.stderr, check=False).returncode:
-            raise SystemExit("error: pip failed (its own words are above); mend it and run again")
+            raise SystemExit("error: pip failed (its own message is above); fix that and run again")
 
 
 def main():

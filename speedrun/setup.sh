@@ -1,8 +1,9 @@
 # Sourced, not run:  source speedrun/setup.sh [cache] [checkpoint] [--force] [--dry-run]
 #
 # Exports CACHE_DIR and CHECKPOINT of what is asked for, both or none, and puts the folder of the
-# Python that has qat first in PATH where `python` is another. For bash 3.2 and newer and for zsh. It finds a Python and asks it: speedrun/install.py installs
-# what is missing, `qat fetch` gets things.
+# Python that has qat first in PATH where `python` is another. For bash 3.2 and newer and for zsh.
+# It finds a Python and asks it: speedrun/install.py installs what is missing, `qat fetch` gets
+# caches and checkpoints.
 
 __qat_say() { printf '[SETUP] %s\n' "$*" >&2; }
 
@@ -54,7 +55,7 @@ __qat_setup() {
     fi
     __qat_say "Python: $python"
     if ! python=$("$python" "$root/speedrun/install.py" $dry); then
-        __qat_say "error: the installation failed; nothing is set. Mend what is named above and run it again"
+        __qat_say "error: the installation failed; nothing is set. Fix what is named above and run it again"
         return 2
     fi
     if [ -z "$dry" ]; then __qat_path "$python"; fi
@@ -64,7 +65,7 @@ __qat_setup() {
     fi
     # The flags of setup are flags of fetch. Relative paths of stores are meant from here.
     if ! answer=$(__qat_fetch "$python" "$root" "$@"); then
-        __qat_say "CACHE_DIR and CHECKPOINT stay as they were; mend what is named above and run it again"
+        __qat_say "CACHE_DIR and CHECKPOINT stay as they were; fix what is named above and run it again"
         return 2
     fi
     from="$root"
@@ -99,7 +100,7 @@ __qat_path() {
     fi
 }
 
-# Run `qat fetch` in the checkout, in a shell of its own: Python, checkout, words.
+# Run `qat fetch` in the checkout, in a shell of its own: Python, checkout, names and flags.
 __qat_fetch() (
     python="$1" root="$2"
     shift 2
@@ -127,7 +128,7 @@ __qat_end() {
 
 __qat_file=""
 if [ -n "${ZSH_VERSION:-}" ]; then
-    # shellcheck disable=SC2154  # zsh's own words, which bash never reads
+    # shellcheck disable=SC2154  # zsh's syntax, which bash never reads
     case "${ZSH_EVAL_CONTEXT:-file}" in *file*) eval '__qat_file="${(%):-%x}"' ;; esac
 elif [ -n "${BASH_VERSION:-}" ] && [ "${BASH_SOURCE:-}" != "$0" ]; then
     __qat_file="${BASH_SOURCE:-}"

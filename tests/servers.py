@@ -1,7 +1,9 @@
-"""A web server on loopback with the habits that real ones have."""
+"""A web server on loopback that behaves as real ones do, well or badly."""
 
+import hashlib
 import re
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +20,7 @@ class FileServer:
     has_head: bool
     cut_after: int | None
     cuts: int
+    has_etag: bool = True
     status: int = 0
     """Answer everything with this error."""
     port: int = 0
@@ -68,6 +71,8 @@ class Handler(BaseHTTPRequestHandler):
             data = data[first:]
         else:
             self.send_response(200)
+        if state.has_etag:
+            self.send_header("ETag", f'"{hashlib.sha256(path.read_bytes()).hexdigest()}"')
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if with_body:
@@ -80,6 +85,9 @@ class Handler(BaseHTTPRequestHandler):
             data = data[: state.cut_after]
             self.close_connection = True
             state.status = 500 if state.dies else 0
+            self.wfile.write(data)
+            time.sleep(0.2)  # what is sent is read before the end is noticed
+            return
         if state.slow_after is not None and len(data) > state.slow_after:
             self.wfile.write(data[: state.slow_after])
             state.reached.set()

@@ -1,1 +1,1 @@
-"""Files on disk and elsewhere: `files` (atomic), `archive`, `web`, `stores`, `registry`."""
+"""Files on disk and elsewhere: `files`, `receipt`, `archive`, `download`, `stores`, `registry`."""

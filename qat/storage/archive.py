@@ -1,62 +1,33 @@
-"""Archives of a folder, `.tar.lz4` and `.tgz`: pack, fetch, check, extract safely.
+"""Archives of a folder, `.tar.lz4` and `.tgz`: pack, check, extract safely.
 
-Everything is streamed: no archive is ever held in memory or unpacked twice. A file or folder
-gets its final name only when it is whole. Beside an archive lies `NAME.sha256`, in the form that
-`sha256sum -c` reads.
+Everything is streamed: no archive is ever held in memory. A file or folder gets its final name
+only when it is whole. Next to an archive lies `NAME.sha256`, in the form that `sha256sum -c` reads.
 """
 
 import gzip
 import hashlib
-import io
 import shutil
 import tarfile
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
+import lz4.frame
 from tqdm import tqdm
 
-from qat.storage.files import atomic_file, flush_to_disk, sha256_of_file, write_text
-from qat.storage.web import WebFiles
+from qat.storage.files import atomic_file, replace_folder, require_space, sha256_of_file, write_text
+from qat.storage.receipt import read_receipt, receipt_path, stamp, write_receipt
 
 SUFFIXES = (".tar.lz4", ".tgz", ".tar.gz")
 CHUNK_BYTES = 1 << 20
-FREE_MARGIN_BYTES = 64 << 20  # left free, so that a full disk does not take the system along
 GZIP_LEVEL = 6
-GZIP_SIZE_BYTES = 4  # at the end of a gzip file, the unpacked size
-LZ4_HEADER_BYTES = 19  # the longest frame header
+LZ4_MAGIC = b"\x04\x22\x4d\x18"
 
 
 class ArchiveMismatch(ValueError):  # noqa: N818 named like CacheMismatch
     """An archive that is cut, altered, or would write outside its folder."""
-
-
-class CountingReader(io.RawIOBase):
-    """A file read once from the start: hashed and counted on the way."""
-
-    def __init__(self, file: IO[bytes], progress: tqdm) -> None:
-        """Wrap an open binary file."""
-        self._file, self._progress = file, progress
-        self._digest = hashlib.sha256()
-
-    def readable(self) -> bool:
-        """Whether it can be read: always."""
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        """Return the next bytes."""
-        data = self._file.read(size)
-        self._digest.update(data)
-        self._progress.update(len(data))
-        return data
-
-    def finish(self) -> str:
-        """Read what is left; return the sha256 of the whole file in hex."""
-        while self.read(CHUNK_BYTES):
-            pass
-        return self._digest.hexdigest()
 
 
 def archive_stem(name: str) -> str:
@@ -76,10 +47,22 @@ def sidecar(archive: Path) -> Path:
     return archive.with_name(archive.name + ".sha256")
 
 
-def pack_folder(folder: Path, archive: Path, *, leave_out: Collection[str] = ()) -> str:
-    """Write a folder as one archive, and its checksum beside it.
+def parse_checksum(text: str, where: str) -> str:
+    """Return the sha256 in the text of a checksum file.
 
-    The same content gives the same tar: members by name, no owners, no times.
+    Raises:
+        ArchiveMismatch: If it holds none.
+    """
+    words = text.split()
+    if not words or len(words[0]) != hashlib.sha256().digest_size * 2:
+        raise ArchiveMismatch(f"{where} holds no sha256; remove it or make it again")
+    return words[0].lower()
+
+
+def pack_folder(folder: Path, archive: Path, *, leave_out: Collection[str] = ()) -> str:
+    """Write a folder as one archive, and its checksum next to it.
+
+    The same content gives the same archive: members by name, no owners, no times.
 
     Args:
         folder: Becomes the archive's one top folder.
@@ -99,65 +82,40 @@ def pack_folder(folder: Path, archive: Path, *, leave_out: Collection[str] = ())
     archive_stem(archive.name)
     if archive.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{archive} would lie in the folder that it packs; choose another place")
-    inside = sorted(folder.rglob("*"))
-    paths = [folder, *(p for p in inside if p.relative_to(folder).parts[0] not in leave_out)]
+    items = [item for item in sorted(folder.iterdir()) if item.name not in leave_out]
+    paths = [path for item in items for path in (item, *item.rglob("*"))]
     for path in paths:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is a link or a device; replace it by a file to pack it")
-    members = {path: member_of(path, folder) for path in paths}
-    num_bytes = tar_bytes(list(members.values()))
+    num_bytes = sum(path.stat().st_size for path in paths if path.is_file())
     archive.parent.mkdir(parents=True, exist_ok=True)
     require_space(archive.parent, num_bytes // 4, f"packing {folder}")
-    with (
-        atomic_file(archive) as temporary,
-        tqdm(total=num_bytes, unit="B", unit_scale=True, desc=archive.name) as progress,
-    ):
+    top = folder.resolve().name
+    with atomic_file(archive) as temporary:
         with (
-            open_packed(temporary, archive.name, num_bytes) as stream,
-            tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar,
+            open_packed(temporary, archive.name) as stream,
+            tqdm.wrapattr(stream, "write", total=num_bytes, desc=archive.name) as counted,
+            tarfile.open(fileobj=counted, mode="w|", format=tarfile.PAX_FORMAT) as tar,
         ):
-            for path, member in members.items():
-                add_member(tar, path, member)
-                progress.update(member.size)
+            tar.add(folder, top, recursive=False, filter=anonymous)
+            for item in items:
+                tar.add(item, f"{top}/{item.name}", filter=anonymous)
         digest = sha256_of_file(temporary)
     write_text(sidecar(archive), f"{digest}  {archive.name}\n")
     return digest
 
 
-def member_of(path: Path, folder: Path) -> tarfile.TarInfo:
-    """Return a file's or folder's entry, without owner and time."""
-    top = folder.resolve().name
-    member = tarfile.TarInfo(str(PurePosixPath(top, *path.relative_to(folder).parts)))
-    if path.is_dir():
-        member.type, member.mode = tarfile.DIRTYPE, 0o755
-    else:
-        member.size, member.mode = path.stat().st_size, 0o644
-    return member
-
-
-def add_member(tar: tarfile.TarFile, path: Path, member: tarfile.TarInfo) -> None:
-    """Add a file or folder as its entry says."""
-    if member.isdir():
-        tar.addfile(member)
-        return
-    with path.open("rb") as file:
-        tar.addfile(member, file)
-
-
-def tar_bytes(members: list[tarfile.TarInfo]) -> int:
-    """Return the bytes of a tar of the members, so that a frame can state them."""
-    headers = sum(len(member.tobuf(tarfile.PAX_FORMAT)) for member in members)
-    blocks = sum(-(-member.size // tarfile.BLOCKSIZE) for member in members) + 2  # two end it
-    return -(-(headers + blocks * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Return a member without owner and time."""
+    mode = 0o755 if member.isdir() else 0o644
+    return member.replace(mtime=0, mode=mode, uid=0, gid=0, uname="", gname="", deep=False)
 
 
 @contextmanager
-def open_packed(path: Path, name: str, num_bytes: int) -> Iterator[IO[bytes]]:
-    """Open a packed file for writing; its frame is checksummed by its own format."""
+def open_packed(path: Path, name: str) -> Iterator[IO[bytes]]:
+    """Open a packed file for writing; its content is checksummed by its own format."""
     if name.endswith(".lz4"):
-        import lz4.frame
-
-        with lz4.frame.open(path, "wb", content_checksum=True, source_size=num_bytes) as stream:
+        with lz4.frame.open(path, "wb", content_checksum=True) as stream:
             yield stream
     else:
         # Without a time and a name in its header, the same tar gives the same file.
@@ -168,214 +126,116 @@ def open_packed(path: Path, name: str, num_bytes: int) -> Iterator[IO[bytes]]:
             yield stream
 
 
-def copy_archive(source: str, target: Path) -> Path:
-    """Copy an archive from a path or URL, going on where an earlier call was cut short.
-
-    What is there already lies in `.NAME.part`; it gets its name when size and checksum hold. The
-    checksum is that of `SOURCE.sha256`, where the source has one.
-
-    Args:
-        source: A path, or any URL that fsspec opens (https://, gs://, s3://).
-        target: The file to make; skipped when it is there and right.
-
-    Returns:
-        The target.
+def extract_once(archive: Path) -> Path:
+    """Return the folder next to an archive that holds its content, extracted where it is not yet.
 
     Raises:
-        FileNotFoundError: If the source does not exist.
-        ArchiveMismatch: If the copy's checksum differs; the copy is removed.
-        OSError: If the disk is too small.
+        FileExistsError: If a folder of that name was not extracted from the archive, or was
+            changed since, so that replacing it could cost somebody's work.
+        ArchiveMismatch: As in `extract_archive`.
     """
-    files, source_path = open_files(source)
-    if not files.exists(source_path):
-        raise FileNotFoundError(f"{source} does not exist; check its name")
-    num_bytes, wanted = files.size(source_path), stated_sha256(files, source_path)
-    if target.is_file() and (wanted is None or sha256_of_file(target) == wanted):
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    have = part.stat().st_size if part.is_file() else 0
-    if have > num_bytes:
-        part.unlink()
-        have = 0
-    require_space(target.parent, num_bytes - have, f"copying {source}")
-    with (
-        files.open(source_path, "rb") as reader,
-        part.open("ab") as writer,
-        tqdm(total=num_bytes, initial=have, unit="B", unit_scale=True, desc="copy") as progress,
-    ):
-        reader.seek(have)
-        while data := reader.read(CHUNK_BYTES):
-            writer.write(data)
-            progress.update(len(data))
-    flush_to_disk(part)
-    if part.stat().st_size != num_bytes:
-        raise OSError(f"{source} ended early; run the same command again and it goes on from there")
-    if wanted is not None:
-        require_sha256(part, sha256_of_file(part), wanted)
-        write_text(sidecar(target), f"{wanted}  {target.name}\n")
-    part.replace(target)
-    return target
-
-
-def open_files(source: str) -> tuple[Any, str]:
-    """Return the file system of a path or URL, and its path there.
-
-    Raises:
-        ValueError: If no installed package opens such URLs; names the one that would.
-    """
-    if source.startswith(("http://", "https://")):
-        return WebFiles(), source
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(source)
-    except ImportError as error:
-        raise ValueError(f"{source} needs another package: {error}") from error
-
-
-def stated_sha256(files: Any, path: str) -> str | None:
-    """Return the checksum beside a file, None where there is none."""
-    beside = path + ".sha256"
-    if not files.exists(beside):
-        return None
-    words = files.cat_file(beside).decode("ascii", "replace").split()
-    if not words or len(words[0]) != hashlib.sha256().digest_size * 2:
-        raise ArchiveMismatch(f"{beside} holds no sha256; remove it or make it again")
-    return words[0].lower()
-
-
-def require_sha256(part: Path, found: str, wanted: str) -> None:
-    """Refuse and remove a copy whose checksum differs."""
-    if found != wanted:
-        part.unlink()
-        raise ArchiveMismatch(f"{part} had sha256 {found}, stated is {wanted}; fetch it again")
-
-
-def extract_archive(archive: Path, into: Path, *, name: str | None = None) -> Path:
-    """Extract an archive into a folder of its own; whole, or not at all.
-
-    The archive is read once: its checksum (that of the file beside it, where there is one) is
-    known at the end, before anything gets its final name. A folder nested in one of the same
-    name is taken out of it.
-
-    Args:
-        archive: Ends in .tar.lz4, .tgz or .tar.gz.
-        into: Where the folder goes.
-        name: Of the folder; the archive's one top folder, or else its stem, when not given.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FileNotFoundError: If the archive does not exist.
-        FileExistsError: If the folder is there already.
-        ArchiveMismatch: If the archive is cut, altered, or has a member that is absolute, climbs
-            out, or is a link or device.
-        OSError: If the disk is too small.
-    """
-    if not archive.is_file():
-        raise FileNotFoundError(f"archive {archive} does not exist; check its name")
-    stem = archive_stem(archive.name)
-    wanted = stated_sha256(*open_files(str(archive)))
-    into.mkdir(parents=True, exist_ok=True)
-    require_space(into, unpacked_bytes(archive), f"extracting {archive}")
-    temporary = into / f".{archive.name}.extracting"
-    shutil.rmtree(temporary, ignore_errors=True)  # what a kill left
-    temporary.mkdir()
-    try:
-        found = extract_stream(archive, temporary)
-        if wanted is not None and found != wanted:
-            raise ArchiveMismatch(
-                f"{archive} has sha256 {found}, {sidecar(archive).name} says {wanted}; "
-                "fetch it again"
-            )
-        top = top_folder(temporary)
-        folder = into / (name or (stem if top == temporary else top.name))
-        if folder.exists():
-            raise FileExistsError(f"{folder} exists; remove it or choose another --output-dir")
-        top.rename(folder)
-    finally:
+    folder = archive.parent / archive_stem(archive.name)
+    receipt = read_receipt(folder)
+    if receipt and receipt.source_stamp == stamp(archive):
+        return folder
+    if folder.exists() and receipt is None:
+        raise FileExistsError(
+            f"{folder} was not extracted from {archive.name}, or was changed since; "
+            "name the folder itself, or remove it to extract the archive"
+        )
+    digest = check_sidecar(archive)
+    if not (receipt and receipt.sha256 == digest):
+        temporary = archive.with_name(f".{folder.name}.extracting")
+        made = extract_archive(archive, temporary)
+        receipt_path(folder).unlink(missing_ok=True)
+        replace_folder(made, folder)
         shutil.rmtree(temporary, ignore_errors=True)
+    write_receipt(folder, str(archive), digest, source_stamp=stamp(archive))
     return folder
 
 
-def unpacked_bytes(archive: Path) -> int:
-    """Return how many bytes an archive unpacks to: what it states, at least its own size."""
-    packed = archive.stat().st_size
-    with archive.open("rb") as file:
-        if archive.name.endswith(".lz4"):
-            import lz4.frame
+def check_sidecar(archive: Path) -> str:
+    """Return an archive's sha256 in hex, checked against the file next to it where there is one.
 
-            try:
-                stated = lz4.frame.get_frame_info(file.read(LZ4_HEADER_BYTES))["content_size"]
-            except RuntimeError:
-                stated = 0  # no lz4 file: extracting says so
-        elif packed > GZIP_SIZE_BYTES:
-            file.seek(-GZIP_SIZE_BYTES, io.SEEK_END)
-            stated = int.from_bytes(file.read(), "little")  # modulo 4 GiB
-        else:
-            stated = 0
-    return max(packed, stated)
-
-
-def extract_stream(archive: Path, folder: Path) -> str:
-    """Extract an archive's members into a folder; return the archive's sha256 in hex."""
-    with (
-        # lz4 asks for 8 KB at a time, which a mounted drive answers slowly.
-        archive.open("rb", buffering=CHUNK_BYTES) as file,
-        tqdm(total=archive.stat().st_size, unit="B", unit_scale=True, desc="extract") as progress,
-    ):
-        reader = CountingReader(file, progress)
-        try:
-            with open_unpacked(reader, archive.name) as stream:
-                with tarfile.open(fileobj=stream, mode="r|") as tar:
-                    for member in tar:
-                        extract_member(tar, member, archive, folder)
-                while stream.read(CHUNK_BYTES):  # to the end, where the frame's checksum is
-                    pass
-        except (tarfile.TarError, EOFError, gzip.BadGzipFile, RuntimeError, zlib.error) as error:
+    Raises:
+        ArchiveMismatch: If they differ.
+    """
+    digest, path = sha256_of_file(archive), sidecar(archive)
+    if path.is_file():
+        expected = parse_checksum(path.read_text("ascii", "replace"), str(path))
+        if digest != expected:
             raise ArchiveMismatch(
-                f"{archive} is cut or altered ({error}); fetch it again"
-            ) from error
-        return reader.finish()
+                f"{archive} has sha256 {digest}, {path.name} says {expected}; fetch it again"
+            )
+    return digest
+
+
+def extract_archive(archive: Path, folder: Path) -> Path:
+    """Extract an archive into a new folder, which stays only where all of it is right.
+
+    Args:
+        archive: Its first bytes tell its format.
+        folder: Made by this call; what a killed one left there is removed.
+
+    Returns:
+        The folder inside that holds the content: without one top folder around it, and taken out
+        of one of the same name.
+
+    Raises:
+        ArchiveMismatch: If the archive is cut, altered, or has a member that would be written
+            outside the folder, or is a link to there or a device.
+        OSError: If the disk is too small.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    require_space(folder.parent, archive.stat().st_size, f"extracting {archive}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        extract_members(archive, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return top_folder(folder)
+
+
+def extract_members(archive: Path, folder: Path) -> None:
+    """Write an archive's members into a folder.
+
+    Raises:
+        ArchiveMismatch: As in `extract_archive`.
+    """
+    try:
+        with open_unpacked(archive) as stream:
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                tar.extractall(folder, filter=safe_member)
+            while stream.read(CHUNK_BYTES):  # to the end, where the content's checksum is
+                pass
+    except tarfile.FilterError as error:
+        raise ArchiveMismatch(f"{archive}: {error}; refused") from error
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, RuntimeError, zlib.error) as error:
+        raise ArchiveMismatch(f"{archive} is cut or altered ({error}); fetch it again") from error
 
 
 @contextmanager
-def open_unpacked(reader: CountingReader, name: str) -> Iterator[IO[bytes]]:
-    """Open a packed stream for reading."""
-    if name.endswith(".lz4"):
-        import lz4.frame
-
-        with lz4.frame.open(reader, "rb") as stream:
+def open_unpacked(archive: Path) -> Iterator[IO[bytes]]:
+    """Open a packed file for reading; its first bytes tell the format."""
+    # lz4 asks for 8 KB at a time, which a mounted drive answers slowly.
+    with (
+        archive.open("rb", buffering=CHUNK_BYTES) as file,
+        tqdm.wrapattr(file, "read", total=archive.stat().st_size, desc="extract") as counted,
+    ):
+        is_lz4 = file.peek(len(LZ4_MAGIC))[: len(LZ4_MAGIC)] == LZ4_MAGIC
+        with lz4.frame.open(counted, "rb") if is_lz4 else gzip.GzipFile(fileobj=counted) as stream:
             yield stream
-    else:
-        with gzip.GzipFile(fileobj=reader, mode="rb") as stream:
-            yield stream
 
 
-def extract_member(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, archive: Path, folder: Path
-) -> None:
-    """Write one member below a folder, after refusing what could reach elsewhere."""
-    parts = PurePosixPath(member.name.replace("\\", "/")).parts
-    if not (member.isfile() or member.isdir()):
-        raise ArchiveMismatch(f"{archive}: member {member.name!r} is a link or device; refused")
-    if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0]:
-        if member.isdir() and not parts:
-            return  # "." itself
-        raise ArchiveMismatch(f"{archive}: member {member.name!r} reaches outside; refused")
-    if parts[-1].startswith("._"):
-        return  # a Mac's notes on a file
-    target = folder.joinpath(*parts)
-    if member.isdir():
-        target.mkdir(parents=True, exist_ok=True)
-        return
-    require_space(folder, member.size, f"extracting {member.name}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source = tar.extractfile(member)
-    with target.open("wb") as file:
-        shutil.copyfileobj(source, file, CHUNK_BYTES)
+def safe_member(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+    """Return what to write of a member: nothing outside the folder, nothing beyond the disk."""
+    if PurePosixPath(member.name).name.startswith("._"):
+        return None  # AppleDouble: macOS's attributes of a file
+    require_space(Path(folder), member.size, f"extracting {member.name}")
+    # Without a time, files are as old as their extraction, not as the archive says.
+    return tarfile.data_filter(member, folder).replace(mtime=None, deep=False)
 
 
 def top_folder(folder: Path) -> Path:
@@ -388,16 +248,3 @@ def top_folder(folder: Path) -> Path:
         if not is_nested or (top != folder and items[0].name != top.name):
             return top
         top = items[0]
-
-
-def require_space(folder: Path, num_bytes: int, what: str) -> None:
-    """Refuse to start what the disk cannot hold.
-
-    Raises:
-        OSError: With the free and the needed bytes.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes + FREE_MARGIN_BYTES:
-        raise OSError(
-            f"{what} needs {num_bytes:,} bytes and {folder} has {free:,} free; free some space"
-        )

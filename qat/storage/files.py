@@ -1,16 +1,22 @@
-"""Files that are whole or absent: atomic writes, sha256, canonical JSON and its fingerprint."""
+"""Files that are whole or absent: atomic writes, locks, sha256, canonical JSON, fingerprints."""
 
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 FINGERPRINT_HEX = 16  # 64 bits: ample against accident, short enough for a folder name
+FREE_MARGIN_BYTES = 64 << 20  # left free, so that a full disk does not take the system along
+LOCK_SECONDS = 0.2  # enough to retry where a lock file is replaced while it is being opened
 
 
 def canonical_json(value: Any) -> str:
@@ -54,9 +60,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it into place if the block succeeds.
+    """Give a temporary path next to `path`; rename it into place if the block succeeds.
 
-    The former file stays whole until the rename, also when the disk fills up.
+    The previous file stays whole until the rename, also when the disk fills up.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,10 +81,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; swap it into place if the block succeeds.
-
-    The former folder is whole at every moment: under its name, or for the instant between two
-    renames under a hidden one, from which `settle_folder` brings it back.
+    """Give a temporary folder next to `path`; swap it into place if the block succeeds.
 
     Raises:
         FileExistsError: If a file has that name.
@@ -87,37 +90,97 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if path.is_file():
         raise FileExistsError(f"{path} is a file where a folder goes; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    settle_folder(path)
+    recover_interrupted_replace(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             flush_to_disk(file)
-        if path.exists():
-            path.rename(former_folder(path))
-        temporary.rename(path)
-        flush_to_disk(path.parent)
+        replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        settle_folder(path)
 
 
-def settle_folder(path: Path) -> None:
-    """Finish what a process killed while replacing a folder left: put it back or clear it away."""
-    former = former_folder(path)
-    if not former.is_dir():
+def replace_folder(made: Path, path: Path) -> None:
+    """Give a whole folder its final name, in place of the previous one.
+
+    The previous folder is whole at every moment: under its name, or for the instant between two
+    renames under a hidden one, from which `recover_interrupted_replace` brings it back.
+    """
+    try:
+        if path.exists():
+            path.rename(previous_folder(path))
+        made.rename(path)
+        flush_to_disk(path.parent)
+    finally:
+        recover_interrupted_replace(path)
+
+
+def recover_interrupted_replace(path: Path) -> None:
+    """Finish what a process killed in `replace_folder` left: restore or remove the previous one."""
+    previous = previous_folder(path)
+    if not previous.is_dir():
         return
     if path.exists():
-        shutil.rmtree(former, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
     else:
-        former.rename(path)
+        previous.rename(path)
 
 
-def former_folder(path: Path) -> Path:
+def previous_folder(path: Path) -> Path:
     """Return where a folder stays while another takes its place."""
     path = Path(path).absolute()
     return path.with_name(f".{path.name}.old")
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which the system releases when the process dies.
+
+    The lock file lies next to the folder and stays there: a lock file that is removed lets a
+    process that has the old one open and a process that makes a new one in at the same time.
+
+    Raises:
+        ValueError: If another process holds it; tells which one.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    lock = FileLock(path, timeout=LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{folder} is in use by {lock_owner(path)}; wait for it") from error
+    try:
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+        with suppress(OSError):  # a full disk costs the message, not the lock
+            path.write_text(canonical_json(owner), encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def lock_owner(path: Path) -> str:
+    """Return who holds a lock, as far as its file tells."""
+    try:
+        owner = read_json(path)
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "another process"
+
+
+def require_space(folder: Path, num_bytes: int, what: str) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Raises:
+        OSError: With the free and the needed bytes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes + FREE_MARGIN_BYTES:
+        raise OSError(
+            f"{what} needs {num_bytes:,} bytes and {folder} has {free:,} free; free some space"
+        )
 
 
 def flush_to_disk(path: Path) -> None:

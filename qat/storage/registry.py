@@ -1,4 +1,4 @@
-"""Short words for files in a store (L64, q4_fp32, ...), read from speedrun/registry.toml."""
+"""Short names of what lies in a store (L64, q4_fp32, ...), read from speedrun/registry.toml."""
 
 import re
 import tomllib
@@ -14,13 +14,13 @@ CACHE_NAME = re.compile(r"_L\d+_K\d+_R\d+")  # as caches are named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shortcut:
-    """A thing in a store by its word."""
+class StoredItem:
+    """A cache or checkpoint in a store."""
 
     kind: Kind
     name: str
     """Without suffix; also of the folder here."""
-    lies_as: str = ""
+    stored_as: str = ""
     """The file that `sha256` is of."""
     files: tuple[str, ...] = ()
     """What a plain folder holds, for stores that cannot list."""
@@ -44,28 +44,28 @@ class Shortcut:
         return folder / (f"{self.name}.pt" if self.kind == "checkpoint" else self.name)
 
 
-def read_registry(path: Path = REGISTRY) -> dict[str, Shortcut]:
-    """Return all shortcuts by word; none where this is no checkout with a registry.
+def read_registry(path: Path = REGISTRY) -> dict[str, StoredItem]:
+    """Return all items by short name; none where this is no checkout with a registry.
 
     Raises:
-        ValueError: If the file is broken; names it and the word.
+        ValueError: If the file is broken; tells the file and the name.
     """
     if not path.is_file():
         return {}
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML ({error}); mend it") from error
-    shortcuts = {}
-    for word, fields in values.items():
+        raise ValueError(f"{path} is not TOML ({error}); correct it") from error
+    items = {}
+    for name, fields in values.items():
         try:
-            made = Shortcut(**{**fields, "files": tuple(fields.get("files", ()))})
+            made = StoredItem(**{**fields, "files": tuple(fields.get("files", ()))})
         except (TypeError, AttributeError) as error:
-            raise ValueError(f"{path}, {word}: {error}; mend it") from error
+            raise ValueError(f"{path}, {name}: {error}; correct it") from error
         if made.kind not in STORE_FOLDERS:
-            raise ValueError(f"{path}, {word}: kind {made.kind!r} is not cache or checkpoint")
-        shortcuts[word] = made
-    return shortcuts
+            raise ValueError(f"{path}, {name}: kind {made.kind!r} is not cache or checkpoint")
+        items[name] = made
+    return items
 
 
 def likely_kind(address: str) -> Kind:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from qat.cli.fetch import FetchConfig, fetch, main
-from qat.cli.push import PushConfig, push
+from qat.cli.fetch import main
+from qat.pipelines.fetch import FetchConfig, fetch
+from qat.pipelines.push import PushConfig, push
 from qat.storage import stores
 from qat.storage.archive import pack_folder, sidecar
 from qat.storage.registry import read_registry
@@ -23,13 +24,13 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    from qat.cli.init_student import act
+    from qat.pipelines.quantize import quantize
     from qat.pipelines.quantize_config import InitStudentConfig
 
     folder = tmp_path_factory.mktemp("student")
     model = str(save_tiny(folder / "teacher", tiny_llama()))
-    settings = {"scheme": "q4a4", "fit": "moments", "eval": False, "device": "cpu"}
-    act(InitStudentConfig(model=model, output=folder / "q4", **settings))
+    settings = {"plan": "q4a4", "fit": "moments", "eval": False, "device": "cpu"}
+    quantize(InitStudentConfig(model=model, output=folder / "q4", **settings))
     return folder / "q4"
 
 
@@ -66,10 +67,10 @@ def test_the_registry_has_the_words_of_the_seeds():
     registry = read_registry()
     assert set(registry) >= WORDS
     assert registry["L64"].name == "alpaca_chat_think_both_L64_K64_R128"
-    assert registry["q4_fp32"].lies_as == "anemll_v2_q4_a4_from_v1_finetuned.tgz"
-    for shortcut in registry.values():
-        assert shortcut.lies_as.startswith(shortcut.name)
-        assert shortcut.notes
+    assert registry["q4_fp32"].stored_as == "anemll_v2_q4_a4_from_v1_finetuned.tgz"
+    for item in registry.values():
+        assert item.stored_as.startswith(item.name)
+        assert item.notes
 
 
 def test_words_give_a_cache_and_a_checkpoint(stored, capsys):
@@ -170,7 +171,7 @@ def test_a_wrong_checksum_is_told_and_leaves_nothing(stored, capsys):
     assert code == 2
     assert "sha256" in said
     assert "Traceback" not in said
-    assert list((stored / "work" / "caches").iterdir()) == []
+    assert [path.suffix for path in (stored / "work" / "caches").iterdir()] == [".lock"]
     sidecar(packed).write_text(right)
     assert run(capsys, "L64")[0] == 0
 
@@ -179,7 +180,7 @@ def test_the_registry_decides_over_the_store(stored, capsys, cache):
     """Its sha256 and its fingerprint, where it has them, must be those of what is taken."""
     name = "alpaca_chat_think_both_L64_K64_R128"
     registry = stored / "registry.toml"
-    text = f'[L64]\nkind = "cache"\nname = "{name}"\nlies_as = "{name}.tar.lz4"\n'
+    text = f'[L64]\nkind = "cache"\nname = "{name}"\nstored_as = "{name}.tar.lz4"\n'
     registry.write_text(text + f'sha256 = "{"0" * 64}"\n')
     code, _, said = run(capsys, "L64", "--registry", str(registry))
     assert code == 2
@@ -188,7 +189,7 @@ def test_the_registry_decides_over_the_store(stored, capsys, cache):
     code, _, said = run(capsys, "L64", "--registry", str(registry))
     assert code == 2
     assert "fingerprint" in said
-    assert list((stored / "work" / "caches").iterdir()) == []
+    assert [path.suffix for path in (stored / "work" / "caches").iterdir()] == [".lock"]
     fingerprint = json.loads((cache / "manifest.json").read_text())["fingerprint"]
     digest = sidecar(stored / "store" / "qwen3_caches" / f"{name}.tar.lz4").read_text().split()[0]
     registry.write_text(text + f'fingerprint = "{fingerprint}"\nsha256 = "{digest}"\n')
@@ -208,7 +209,7 @@ def test_a_checkpoint_under_a_caches_name_is_refused(here, student, capsys):
     code, _, said = run(capsys, "L64")
     assert code == 2
     assert "no cache" in said
-    assert list((here / "work" / "caches").iterdir()) == []
+    assert [path.suffix for path in (here / "work" / "caches").iterdir()] == [".lock"]
 
 
 def test_a_dry_run_writes_nothing(stored, capsys):

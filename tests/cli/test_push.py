@@ -15,12 +15,12 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def student(tmp_path):
-    from qat.cli.init_student import act
+    from qat.pipelines.quantize import quantize
     from qat.pipelines.quantize_config import InitStudentConfig
 
     model = str(save_tiny(tmp_path / "teacher", tiny_llama()))
-    settings = {"scheme": "q4a4", "fit": "moments", "eval": False, "device": "cpu"}
-    act(InitStudentConfig(model=model, output=tmp_path / "run" / "best", **settings))
+    settings = {"plan": "q4a4", "fit": "moments", "eval": False, "device": "cpu"}
+    quantize(InitStudentConfig(model=model, output=tmp_path / "run" / "best", **settings))
     return tmp_path / "run"
 
 
@@ -52,7 +52,7 @@ def test_a_cache_lands_in_its_folder(cache, store, capsys):
 
 
 def test_a_run_goes_without_what_only_goes_on_with_it(student, store, capsys):
-    """State and wandb's files stay here, links in them notwithstanding."""
+    """State and wandb's files stay here, also with links in them."""
     (student / "state").mkdir()
     (student / "state" / "state.pt").write_bytes(b"large")
     (student / "wandb").mkdir()
@@ -86,7 +86,7 @@ def fixtures_folder():
     for folder in (root / "shared" / "fixtures", root.parent / "shared" / "fixtures"):
         if folder.is_dir():
             return folder
-    pytest.skip("the fixtures of the seeds are not beside this checkout")
+    pytest.skip("the fixtures of the seeds are not next to this checkout")
 
 
 def test_what_is_not_whole_is_not_pushed(cache, student, store, tmp_path, capsys):

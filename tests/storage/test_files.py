@@ -2,6 +2,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ from qat.storage.files import (
     atomic_folder,
     canonical_json,
     fingerprint,
+    folder_lock,
     read_json,
-    settle_folder,
+    recover_interrupted_replace,
     sha256_of_file,
     write_json,
     write_text,
@@ -60,10 +63,10 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
     assert sha256_of_file(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
 
 
-def test_a_failed_write_leaves_the_former_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_the_previous_file_and_nothing_else(tmp_path):
     """A disk that fills up in the middle costs the new file only."""
     path = tmp_path / "file"
-    write_text(path, "former")
+    write_text(path, "previous")
 
     def write_until_the_disk_is_full():
         with atomic_file(path) as temporary:
@@ -73,7 +76,7 @@ def test_a_failed_write_leaves_the_former_file_and_nothing_else(tmp_path):
     with pytest.raises(OSError, match="No space"):
         write_until_the_disk_is_full()
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-    assert path.read_text() == "former"
+    assert path.read_text() == "previous"
 
 
 def test_the_file_appears_only_when_whole(tmp_path):
@@ -87,11 +90,11 @@ def test_the_file_appears_only_when_whole(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-def test_a_failed_folder_leaves_the_former_one(tmp_path):
+def test_a_failed_folder_leaves_the_previous_one(tmp_path):
     """The same for a folder of several files."""
     path = tmp_path / "folder"
     with atomic_folder(path) as temporary:
-        (temporary / "a").write_text("former")
+        (temporary / "a").write_text("previous")
 
     def write_until_interrupted():
         with atomic_folder(path) as temporary:
@@ -101,11 +104,11 @@ def test_a_failed_folder_leaves_the_former_one(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_until_interrupted()
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
-    assert (path / "a").read_text() == "former"
+    assert (path / "a").read_text() == "previous"
 
 
 def test_a_folder_is_replaced_as_one(tmp_path):
-    """Files of the former folder do not linger in the new one, nor aside."""
+    """Files of the previous folder do not linger in the new one, nor aside."""
     path = tmp_path / "folder"
     for name in ("a", "b"):
         with atomic_folder(path) as temporary:
@@ -124,7 +127,7 @@ def write_folder(path, text):
 def killed_swap(tmp_path):
     """A folder whose replacement died between its two renames; nothing was cleaned up."""
     path = tmp_path / "folder"
-    write_folder(path, "former")
+    write_folder(path, "previous")
     path.rename(tmp_path / ".folder.old")
     (tmp_path / ".folder.x.part").mkdir()
     (tmp_path / ".folder.x.part" / "a").write_text("unnamed")
@@ -133,16 +136,16 @@ def killed_swap(tmp_path):
 
 def test_a_folder_hidden_by_a_kill_comes_back_to_a_reader(killed_swap):
     """A process killed between the two renames left no folder under the final name."""
-    settle_folder(killed_swap)
-    assert (killed_swap / "a").read_text() == "former"
+    recover_interrupted_replace(killed_swap)
+    assert (killed_swap / "a").read_text() == "previous"
     assert not (killed_swap.parent / ".folder.old").exists()
 
 
 def test_the_next_write_clears_what_a_kill_left(killed_swap):
-    """The former folder comes back before it is replaced, so that a failed write still keeps it."""
+    """The previous folder comes back first, so that a failed write still keeps it."""
     with pytest.raises(OSError, match="No space"), atomic_folder(killed_swap):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert (killed_swap / "a").read_text() == "former"
+    assert (killed_swap / "a").read_text() == "previous"
     write_folder(killed_swap, "new")
     assert (killed_swap / "a").read_text() == "new"
     assert not (killed_swap.parent / ".folder.old").exists()
@@ -151,16 +154,16 @@ def test_the_next_write_clears_what_a_kill_left(killed_swap):
 def test_a_kill_after_both_renames_costs_nothing(killed_swap):
     """The new folder has its name already: the hidden one is what goes."""
     write_folder(killed_swap, "new")
-    write_folder(killed_swap.parent / ".folder.old", "former")
-    settle_folder(killed_swap)
+    write_folder(killed_swap.parent / ".folder.old", "previous")
+    recover_interrupted_replace(killed_swap)
     assert (killed_swap / "a").read_text() == "new"
     assert not (killed_swap.parent / ".folder.old").exists()
 
 
-def test_a_rename_that_fails_puts_the_former_folder_back(tmp_path, monkeypatch):
+def test_a_rename_that_fails_puts_the_previous_folder_back(tmp_path, monkeypatch):
     """Also without a kill, the name is never left empty."""
     path = tmp_path / "folder"
-    write_folder(path, "former")
+    write_folder(path, "previous")
     rename = Path.rename
 
     def fail_second(self, target):
@@ -171,7 +174,7 @@ def test_a_rename_that_fails_puts_the_former_folder_back(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", fail_second)
     with pytest.raises(OSError, match="Input/output"):
         write_folder(path, "new")
-    assert (path / "a").read_text() == "former"
+    assert (path / "a").read_text() == "previous"
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
@@ -196,3 +199,61 @@ def test_a_file_is_never_replaced_by_a_folder(tmp_path):
     with pytest.raises(FileExistsError, match="notes is a file"):
         write_folder(tmp_path / "notes", "new")
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+HOLD = """
+import sys
+from qat.storage.files import folder_lock
+with folder_lock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds a folder's lock until it is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "folder")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_lock_tells_who_holds_it_and_ends_with_its_process(tmp_path, holder):
+    """The message names process, host and time; a killed process holds nothing."""
+    with (
+        pytest.raises(ValueError, match=rf"in use by process {holder.pid} on \S+ since \d{{4}}-"),
+        folder_lock(tmp_path / "folder"),
+    ):
+        pass
+    holder.kill()
+    holder.wait()
+    with folder_lock(tmp_path / "folder"):
+        pass
+    with folder_lock(tmp_path / "folder"):
+        pass
+
+
+def test_a_lock_file_that_is_replaced_lets_nobody_else_in(tmp_path, monkeypatch):
+    """A builder that had opened a lock file, removed by the one before, shared the folder."""
+    import fcntl
+
+    path, flock, inodes = tmp_path / ".folder.lock", fcntl.flock, []
+
+    def flock_of_a_removed_file(handle, operation):
+        if operation & fcntl.LOCK_EX and not inodes:
+            path.unlink()
+        inodes.append(os.fstat(handle).st_ino)
+        return flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_of_a_removed_file)
+    with folder_lock(tmp_path / "folder"):
+        assert path.stat().st_ino == inodes[-1]
+        with pytest.raises(ValueError, match="in use"), folder_lock(tmp_path / "folder"):
+            pass

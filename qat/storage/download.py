@@ -1,0 +1,227 @@
+"""Downloads from any path or URL that fsspec opens: resumed, checked, whole or absent."""
+
+import time
+from collections.abc import Iterator
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from tqdm import tqdm
+
+from qat.storage.archive import ArchiveMismatch, parse_checksum
+from qat.storage.files import flush_to_disk, read_json, require_space, sha256_of_file, write_json
+
+TIMEOUT_SECONDS = 60  # without one byte
+TRIES = 3  # in a row, without one byte
+WAIT_SECONDS = 1
+CHUNK_BYTES = 1 << 20
+ABSENT = (403, 404, 410)  # object stores answer 403 for what is not there
+# What file systems tell of a file that changes when it does; each tells some of them.
+VERSION_FIELDS = ("size", "mtime", "created", "ETag", "Last-Modified", "LastModified")
+VERSION_FIELDS += ("Content-MD5", "etag", "md5Hash", "generation", "blob_id")
+
+
+def open_files(address: str) -> tuple[Any, str]:
+    """Return the file system of a path or URL, and its path there.
+
+    Raises:
+        ValueError: If no installed package opens such URLs; names the one that would.
+    """
+    options = {}
+    if is_web(address):
+        import aiohttp
+
+        # aiohttp ends every answer after 5 minutes and ignores proxies unless told otherwise.
+        seconds = TIMEOUT_SECONDS
+        timeout = aiohttp.ClientTimeout(None, sock_connect=seconds, sock_read=seconds)
+        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+    try:
+        return fsspec.url_to_fs(address, **options)
+    except ImportError as error:
+        raise ValueError(f"{address} needs another package: {error}") from error
+
+
+def is_web(address: str) -> bool:
+    """Return whether an address is a web server's, which neither lists nor takes files."""
+    return address.startswith(("http://", "https://"))
+
+
+def file_info(address: str) -> dict[str, Any] | None:
+    """Return what is known of a file or folder, None where there is none.
+
+    Raises:
+        ConnectionError: If a web server cannot be reached or fails.
+    """
+    files, path = open_files(address)
+    try:
+        return files.info(path)
+    except NotADirectoryError:
+        return None
+    except FileNotFoundError as error:
+        # fsspec says so of every failure of a web server; the cause tells which one it was.
+        cause = error.__cause__ if is_web(address) else None
+        if cause is None or getattr(cause, "status", None) in ABSENT:
+            return None
+        raise ConnectionError(
+            f"{address} cannot be reached ({cause}); check the address and the network"
+        ) from error
+
+
+def is_file(address: str) -> bool:
+    """Return whether there is a file at a path or URL."""
+    info = file_info(address)
+    return info is not None and info["type"] == "file"
+
+
+def is_folder(address: str) -> bool:
+    """Return whether there is a folder at a path or URL; the web has none."""
+    info = None if is_web(address) else file_info(address)
+    return info is not None and info["type"] == "directory"
+
+
+def stated_sha256(address: str) -> str | None:
+    """Return the checksum next to a file, None where there is none."""
+    checksum = f"{address}.sha256"
+    if not is_file(checksum):
+        return None
+    files, path = open_files(checksum)
+    return parse_checksum(files.cat_file(path).decode("ascii", "replace"), checksum)
+
+
+def part_path(target: Path) -> Path:
+    """Return where a download grows: a hidden file next to its target."""
+    return target.with_name(f".{target.name.removeprefix('.')}.part")
+
+
+def record_path(target: Path) -> Path:
+    """Return where it is recorded which version of a file is being or was downloaded."""
+    return part_path(target).with_suffix(".part.json")
+
+
+def download(source: str, target: Path, *, sha256: str | None = None) -> str:
+    """Copy a file from a path or URL, going on where an earlier call was cut short.
+
+    A half file is gone on with only where the source is still the version that it was begun from,
+    and a whole one taken as it is. `discard` removes the record of that.
+
+    Args:
+        source: A path, or any URL that fsspec opens (https://, gs://, s3://, hf://).
+        target: Gets its name when size and checksum hold.
+        sha256: Expected; else that of `SOURCE.sha256`, where the source has one.
+
+    Returns:
+        The file's sha256 in hex.
+
+    Raises:
+        FileNotFoundError: If the source does not exist.
+        ArchiveMismatch: If the copy's checksum differs; the copy is removed.
+        OSError: If the disk is too small or the connection breaks.
+    """
+    version = file_version(source)
+    part, record = part_path(target), record_path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    is_same = record.is_file() and read_json(record) == version
+    have = sum(file.stat().st_size for file in (target, part) if is_same and file.is_file())
+    require_space(target.parent, int(version["size"]) - have, f"copying {source}")
+    if not is_same:
+        target.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+        write_json(record, version)
+    if not target.is_file():
+        copy_rest(source, part, int(version["size"]))
+    copy = target if target.is_file() else part
+    digest = sha256_of_file(copy)
+    for expected, where in ((version.get("sha256"), "its store"), (sha256, "the registry")):
+        if expected not in (None, digest):
+            copy.unlink()
+            record.unlink()
+            raise ArchiveMismatch(
+                f"{source} has sha256 {digest}, {where} says {expected}; fetch it again, or put "
+                "the right file there"
+            )
+    copy.replace(target)
+    return digest
+
+
+def file_version(source: str) -> dict[str, str]:
+    """Return what tells one version of a file from another: size, times, tags, checksum.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the server does not tell its size.
+    """
+    info = file_info(source)
+    if info is None:
+        raise FileNotFoundError(f"{source} does not exist; check its name")
+    if info["size"] is None:
+        raise ValueError(f"{source}: the server does not tell the size; fetch it by other means")
+    version = {key: str(info[key]) for key in VERSION_FIELDS if info.get(key) is not None}
+    stated = stated_sha256(source)
+    return {"source": source, **version, **({"sha256": stated} if stated else {})}
+
+
+def copy_rest(source: str, part: Path, num_bytes: int) -> None:
+    """Append to a part what it lacks; a broken connection is taken up again where it broke.
+
+    Raises:
+        OSError: If several tries in a row bring nothing.
+    """
+    tries = 0
+    with (
+        part.open("ab") as writer,
+        tqdm(total=num_bytes, unit="B", unit_scale=True, desc="copy") as progress,
+    ):
+        progress.update(writer.tell())
+        while (have := writer.tell()) < num_bytes:
+            try:
+                for data in read_from(source, have):
+                    writer.write(data)
+                    progress.update(len(data))
+                why = "the connection closed early"
+            except ConnectionError as error:
+                why = str(error)
+            tries = 0 if writer.tell() > have else tries + 1
+            if tries == TRIES:
+                raise OSError(f"{source}: {why}; run the same command again and it goes on")
+            time.sleep(WAIT_SECONDS * tries)
+    flush_to_disk(part)
+
+
+def read_from(source: str, offset: int) -> Iterator[bytes]:
+    """Yield a file's bytes from an offset on.
+
+    Raises:
+        ConnectionError: If reading fails; what came before has been yielded.
+    """
+    import aiohttp
+
+    try:
+        file, skip = open_at(source, offset)
+        with file:
+            while data := file.read(CHUNK_BYTES):
+                yield data[skip:]
+                skip = max(skip - len(data), 0)
+    except (OSError, aiohttp.ClientError) as error:
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
+
+
+def open_at(source: str, offset: int) -> tuple[Any, int]:
+    """Return a file opened at an offset, and how many bytes of it must be skipped first."""
+    files, path = open_files(source)
+    if not is_web(source):
+        file = files.open(path, "rb")
+        file.seek(offset)
+        return file, 0
+    # One streamed answer is as fast as the connection, and servers without ranges give it as well:
+    # they send all of the file again, which is skipped.
+    headers = {"Range": f"bytes={offset}-"} if offset else {}
+    headers["Accept-Encoding"] = "identity"
+    file = files.open(path, "rb", block_size=0, size=1, headers=headers)
+    return file, 0 if file.r.status == HTTPStatus.PARTIAL_CONTENT else offset
+
+
+def discard(target: Path) -> None:
+    """Remove a download and its record."""
+    target.unlink(missing_ok=True)
+    record_path(target).unlink(missing_ok=True)
