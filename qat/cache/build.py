@@ -8,10 +8,10 @@ Shape legend: n sequences of a shard, B batch, L tokens of a block, T = L - 1, V
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +49,15 @@ from qat.cache.shard import (
     write_fields,
 )
 from qat.data.text import Blocks
+from qat.model.head import hidden_states, logit_scaling, logits_of
 from qat.runtime.device import Device
-from qat.storage.files import write_json
+from qat.storage.files import folder_lock, write_json
 
 HEAD_FILE = "head.safetensors"
 SHARDS_IN_FLIGHT = 2  # being copied and written while the next one is computed
 BARE_BATCHES = 3  # timed before and after the build
+SCALE_TOKENS = 4096  # of the first blocks: enough for each channel's usual size
+Forward = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,8 @@ class BuildRates:
 class Job:
     """What every step of one build reads."""
 
-    say_word: Callable[[Tensor], Tensor]
-    """Ids (B, T) to logits (B, T, V), or to hidden states (B, T, H)."""
+    forward: Forward
+    """Token and document ids (B, T) to logits (B, T, V), or to hidden states (B, T, H)."""
     blocks: Blocks
     identity: CacheIdentity
     id_dtype: torch.dtype
@@ -97,7 +100,7 @@ def find_built(folder: Path, identity: CacheIdentity) -> CacheManifest | None:
     return None
 
 
-def build_cache(
+def write_cache(
     teacher: nn.Module,
     blocks: Blocks,
     draft: CacheManifest,
@@ -106,7 +109,7 @@ def build_cache(
     batch_size: int,
     device: Device,
 ) -> tuple[CacheManifest, BuildRates]:
-    """Write the teacher's word on blocks; continue where an earlier call was cut short.
+    """Write the teacher's signal on blocks; continue where an earlier call was cut short.
 
     Args:
         teacher: Causal LM on the device, frozen.
@@ -127,14 +130,14 @@ def build_cache(
     if top_k > draft.vocab_size:
         raise ValueError(f"--top-k {top_k} exceeds the vocabulary, {draft.vocab_size}; give less")
     folder.mkdir(parents=True, exist_ok=True)
-    with sole_builder(folder):
+    with folder_lock(folder):
         if built := find_built(folder, draft.identity):
             return built, BuildRates(None, None)
         write_json(folder / BUILDING_FILE, asdict(draft.identity))
         for leftover in folder.glob(".*.part"):
             leftover.unlink()
         job = Job(
-            say_word=teacher_word(teacher, draft.identity.content),
+            forward=teacher_forward(teacher, draft.identity.content),
             blocks=blocks,
             identity=draft.identity,
             id_dtype=id_dtype(draft.vocab_size),
@@ -143,43 +146,18 @@ def build_cache(
             device=device,
         )
         if job.identity.content == "hidden":
-            sample = blocks.token_ids[: job.batch_size]
-            job = replace(job, channel_scale=usual_size(run_word(job, sample)))
+            job = replace(job, channel_scale=prepare_head(teacher, job))
         shards, rates = write_shards(job)
         manifest = replace(
             draft,
             num_sequences=len(blocks),
             num_heldout=blocks.num_heldout,
             shards=shards,
-            head=write_head(teacher, job) if job.channel_scale is not None else None,
+            head=None if job.channel_scale is None else entry_of_file(folder / HEAD_FILE, 0),
         )
         write_manifest(folder, manifest)
         (folder / BUILDING_FILE).unlink()
     return manifest, rates
-
-
-@contextmanager
-def sole_builder(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system takes back when the process dies.
-
-    Raises:
-        ValueError: If another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # no such lock on Windows
-        yield
-        return
-    lock = folder.parent / f".{folder.name}.lock"
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{folder} is being built by another process; wait for it") from error
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def write_shards(job: Job) -> tuple[tuple[FileEntry, ...], BuildRates]:
@@ -190,7 +168,7 @@ def write_shards(job: Job) -> tuple[tuple[FileEntry, ...], BuildRates]:
     missing = [index for index, entry in entries.items() if entry is None]
     if not missing:
         return tuple(entries.values()), BuildRates(None, None)
-    sample = job.blocks.token_ids[: job.batch_size]
+    sample = torch.arange(job.batch_size)
     bare_seconds = time_forward(job, sample)
     num_rows = sum(len(ranges[index]) for index in missing)
     start = time.perf_counter()
@@ -208,7 +186,7 @@ def write_shards(job: Job) -> tuple[tuple[FileEntry, ...], BuildRates]:
         entries |= {index: future.result() for index, future in zip(missing, futures, strict=True)}
     seconds = time.perf_counter() - start
     bare_seconds += time_forward(job, sample)
-    bare_tokens = 2 * BARE_BATCHES * sample.numel()
+    bare_tokens = 2 * BARE_BATCHES * job.batch_size * seq_len
     rates = BuildRates(num_rows * seq_len / seconds, bare_tokens / bare_seconds)
     return tuple(entries.values()), rates
 
@@ -219,42 +197,47 @@ def default_batch_size(device: Device, seq_len: int) -> int:
     return max(1, num_tokens // seq_len)
 
 
-def teacher_word(teacher: nn.Module, content: str) -> Callable[[Tensor], Tensor]:
-    """Return the forward: ids (B, T) to logits (B, T, V), or to hidden states (B, T, H)."""
-    if content == "hidden":
-        return lambda ids: teacher.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    return lambda ids: teacher(input_ids=ids, use_cache=False).logits
+def teacher_forward(teacher: nn.Module, content: str) -> Forward:
+    """Return the function from ids (B, T) to logits (B, T, V), or to hidden states (B, T, H)."""
+    hidden = partial(hidden_states, teacher)
+    return hidden if content == "hidden" else lambda *ids: logits_of(teacher, hidden(*ids))
 
 
-def run_word(job: Job, token_ids: Tensor) -> Tensor:
-    """Return what the teacher says after each token but the last of a block."""
+def run_teacher(job: Job, rows: Tensor) -> Tensor:
+    """Return the teacher's output after each token but the last of some blocks.
+
+    They are padded to the batch size, so that every pass has one shape.
+    """
+    padded = torch.cat([rows, rows[-1:].expand(job.batch_size - len(rows))])
+    is_separate = job.identity.documents == "separate"
+    columns = [job.blocks.token_ids, job.blocks.document_ids if is_separate else None]
+    ids = [
+        column if column is None else column[padded, :-1].to(job.device.torch_device, torch.int64)
+        for column in columns
+    ]
     with torch.no_grad():
-        return job.say_word(token_ids[:, :-1].to(job.device.torch_device, torch.int64))
+        return job.forward(*ids)
 
 
-def time_forward(job: Job, sample: Tensor) -> float:
+def time_forward(job: Job, rows: Tensor) -> float:
     """Return the seconds of `BARE_BATCHES` bare forward passes."""
-    run_word(job, sample)  # the first pass compiles, allocates, picks kernels
+    run_teacher(job, rows)  # the first pass compiles, allocates, picks kernels
     job.device.sync(wait=True)
     start = time.perf_counter()
     for _ in range(BARE_BATCHES):
-        run_word(job, sample)
+        run_teacher(job, rows)
         job.device.sync(wait=True)
     return time.perf_counter() - start
 
 
 def pack_batch(job: Job, rows: Tensor) -> Fields:
-    """Return a batch's fields on the device; nothing here waits for it.
-
-    The last batch of a shard is padded, so that every pass has one shape.
-    """
-    padded = torch.cat([rows, rows[-1:].expand(job.batch_size - len(rows))])
-    word = run_word(job, job.blocks.token_ids[padded])
+    """Return a batch's fields on the device; nothing here waits for it."""
+    output = run_teacher(job, rows)
     with torch.no_grad():
         if job.identity.content == "hidden":
-            fields = pack_hidden(word, job.channel_scale)
+            fields = pack_hidden(output, job.channel_scale)
         else:
-            fields = pack_logits(word, padded, job.identity)
+            fields = pack_logits(output, rows, job.identity)
     job.device.sync()
     return {name: field[: len(rows)] for name, field in fields.items()}
 
@@ -262,7 +245,8 @@ def pack_batch(job: Job, rows: Tensor) -> Fields:
 def pack_logits(logits: Tensor, rows: Tensor, identity: CacheIdentity) -> Fields:
     """Return the fields of logits; draws depend on the seed and the sequence alone."""
     num_positions, vocab_size = logits.shape[1:]
-    generators = [np.random.default_rng([identity.seed, row]) for row in rows.tolist()]
+    row_ids = (rows.tolist() + [int(rows[-1])] * len(logits))[: len(logits)]  # padding repeats
+    generators = [np.random.default_rng([identity.seed, row]) for row in row_ids]
     if identity.content == "sampled":
         offsets = np.stack(
             [generator.random(num_positions, np.float32) for generator in generators]
@@ -290,7 +274,7 @@ def shard_fields(job: Job, rows: Tensor, parts: list[Fields]) -> Fields:
 def write_shard(job: Job, index: int, fields: Fields) -> FileEntry:
     """Bring a shard to the host and write it; return the entry.
 
-    Runs beside the next forward pass, so without tensor operations: they would start threads of
+    Runs during the next forward pass, so without tensor operations: they would start threads of
     their own, and with more threads than cores those of the pass sleep after each operation,
     which takes 5% of its speed (libgomp).
     """
@@ -314,14 +298,26 @@ def kept_shard(job: Job, index: int, rows: Tensor) -> FileEntry | None:
     return entry_of_file(path, len(rows))
 
 
-def write_head(teacher: nn.Module, job: Job) -> FileEntry:
-    """Write what turns stored hidden states into logits; return the entry."""
-    fields = {
-        "weight": teacher.get_output_embeddings().weight.detach().cpu(),
-        "channel_scale": job.channel_scale.cpu(),
-    }
-    softcap = getattr(teacher.config, "final_logit_softcapping", None)
-    if softcap:
-        fields["softcap"] = torch.tensor(float(softcap))
+def prepare_head(teacher: nn.Module, job: Job) -> Tensor:
+    """Write what turns stored hidden states into logits; return its channel scale, (H,).
+
+    It is written before the first shard and read by whoever continues the build: all shards must
+    be packed with the scale that the reader unpacks with.
+    """
     path = job.folder / HEAD_FILE
-    return write_fields(path, fields, ids=job.id_dtype, num_sequences=0)
+    try:
+        return read_fields(path)["channel_scale"].to(job.device.torch_device)
+    except (CacheMismatch, KeyError):
+        for shard in job.folder.glob("shard_*"):  # packed with a scale that is lost
+            shard.unlink()
+    rows = torch.arange(min(len(job.blocks), max(1, SCALE_TOKENS // job.identity.seq_len)))
+    outputs = [run_teacher(job, part)[: len(part)].float() for part in rows.split(job.batch_size)]
+    channel_scale = usual_size(torch.cat(outputs))
+    head = teacher.get_output_embeddings()
+    fields = {"weight": head.weight.detach().cpu(), "channel_scale": channel_scale.cpu()}
+    if getattr(head, "bias", None) is not None:
+        fields["bias"] = head.bias.detach().cpu()
+    scaling = zip(("factor", "softcap"), logit_scaling(teacher.config), strict=True)
+    fields |= {name: torch.tensor(float(value)) for name, value in scaling if value is not None}
+    write_fields(path, fields, ids=job.id_dtype, num_sequences=0)
+    return channel_scale

@@ -1,4 +1,4 @@
-"""The teacher's word on a position as bytes: one pair of functions for each content.
+"""The teacher's signal at a position as bytes: one pair of functions for each content.
 
     top-k    ids, their log-probabilities, log of the mass outside them
     sampled  the same for few ids, then draws from the rest; with M draws of mass `tail`,
@@ -26,7 +26,7 @@ SMALLEST_GROUP = 8  # below it the two-step search saves nothing
 # Float32 logits held at a time; on a CPU they stay in its last cache.
 CHUNK_BYTES_CPU = 3_200_000
 CHUNK_BYTES = 2**29
-LOWEST_LOG_PROB = -80.0  # e^-80 is zero beside any other mass; infinity would poison a mean
+LOWEST_LOG_PROB = -80.0  # e^-80 is zero next to any other mass; infinity would poison a mean
 INT8_LARGEST = 127
 SMALLEST_SCALE = 6.2e-5  # about float16's smallest normal number
 
@@ -185,20 +185,20 @@ def normalize(log_probs: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_chunks(
-    logits: Tensor, pack: Callable[[Tensor, Tensor | None], Fields], beside: Tensor | None = None
+    logits: Tensor, pack: Callable[[Tensor, Tensor | None], Fields], other: Tensor | None = None
 ) -> Fields:
     """Return `pack` of the logits, a few positions at a time.
 
     Args:
         logits: (B, T, V).
-        pack: From (n, V) logits and the same rows of `beside` to fields (n, ...).
-        beside: (B, T, ...), cut like the logits.
+        pack: From (n, V) logits and the same rows of `other` to fields (n, ...).
+        other: (B, T, ...), cut like the logits.
     """
     shape = logits.shape[:2]
     num_bytes = CHUNK_BYTES_CPU if logits.device.type == "cpu" else CHUNK_BYTES
     size = max(1, num_bytes // (4 * logits.shape[-1]))
     rows = logits.flatten(0, 1).split(size)
-    others = [None] * len(rows) if beside is None else beside.flatten(0, 1).split(size)
+    others = [None] * len(rows) if other is None else other.flatten(0, 1).split(size)
     parts = [pack(part, other) for part, other in zip(rows, others, strict=True)]
     return {
         name: torch.cat([part[name] for part in parts]).unflatten(0, shape) for name in parts[0]

@@ -1,8 +1,10 @@
-"""Settings of `qat build-cache`; imports no torch, so that help is quick."""
+"""Settings of the commands on caches; imports no torch, so that help is quick."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from tyro.conf import Positional
 
 Content = Literal["top-k", "sampled", "hidden"]
 Format = Literal["auto", "alpaca", "sharegpt", "messages", "dolly", "text"]
@@ -13,14 +15,14 @@ NUM_DRAWS = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildCacheConfig:
-    """Write the teacher's word on a data set, once, for every student to learn from."""
+    """Write the teacher's logits on a data set, once, for every student to learn from."""
 
     teacher: str
     """Hugging Face folder or hub name of the teacher."""
     data: str
     """A json, jsonl, parquet or text file, a folder of them, or a hub name (name@revision)."""
     format: Format = "auto"
-    """What the records' fields mean; auto finds out from the first record."""
+    """What the records' fields mean; auto tells from the first record."""
     thinking: Literal["none", "false", "true", "both", "all"] = "none"
     """The chat template's enable_thinking; both and all render each record several times, none
     joins the contents without a template."""
@@ -32,7 +34,7 @@ class BuildCacheConfig:
     top_k: int | None = None
     """Ids kept exactly at each position; 64 for top-k, 8 for sampled."""
     num_negatives: int = 0
-    """Uniformly drawn ids at each position beside the content (the seeds' R)."""
+    """Uniformly drawn ids at each position in addition to the content."""
     loss_on: Literal["all", "assistant"] = "all"
     """Which tokens count."""
     num_sequences: int | None = None
@@ -76,3 +78,27 @@ class BuildCacheConfig:
     def kept_ids(self) -> int:
         """Ids kept exactly at each position."""
         return DEFAULT_TOP_K[self.content] if self.top_k is None else self.top_k
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectCacheConfig:
+    """Show what a cache holds; its shards are checked on the way."""
+
+    cache: Positional[Path]
+    """The cache's folder, native or of the form meta.json and shard_*.pt."""
+    teacher: str | None = None
+    """Folder or hub name whose tokenizer decodes the sample; ids are shown without it."""
+    sequence: int = 0
+    """The sequence that is shown."""
+    plot: Path | None = None
+    """Image file for tail mass, probability by rank and bytes by field."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertCacheConfig:
+    """Convert a cache of meta.json and shard_*.pt to ours: checked, memory-mapped, smaller."""
+
+    source: Positional[Path]
+    """The cache's folder: meta.json and shard_*.pt, also nested in a folder."""
+    target: Positional[Path]
+    """The folder to make."""

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,16 +12,21 @@ from typing import Any, Literal
 
 from qat.cache.config import NUM_DRAWS, BuildCacheConfig
 from qat.data.records import source_revision
+from qat.data.text import bos_id, holds_one_document
 from qat.storage.files import canonical_json, fingerprint, read_json, write_json
 
 CODEC_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 BUILDING_FILE = "building.json"  # the identity of a cache whose shards are being written
+TOKENIZER_HASH_VERSION = 2
 StoredContent = Literal["top-k", "sampled", "hidden", "conditional"]
+# Fields that caches of version 0.1.0 lack. Their defaults say what those caches are, and are left
+# out of the fingerprint, so that it stays the one that was recorded.
+ADDED_FIELDS = ("tokenizer_hash_version", "block_start", "block_start_id", "documents")
 
 
-class CacheMismatch(ValueError):  # noqa: N818 the house names it so
-    """A cache that does not belong to what is asked of it."""
+class CacheMismatch(ValueError):  # noqa: N818 the documented name
+    """A cache that does not fit the model, tokenizer or run that asks for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,21 +35,21 @@ class FileEntry:
 
     file: str
     sha256: str | None
-    """None only for files of the seeds' form, which keep no checksum."""
+    """None only for files of an imported cache, which keeps no checksum."""
     num_bytes: int
     num_sequences: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheIdentity:
-    """All that decides a cache's bytes on one device. None = not known (the seeds' form)."""
+    """All that decides a cache's bytes on one device. None = not known (an imported cache)."""
 
     content: StoredContent
-    """conditional: top-k without the tail's mass, as the seeds' caches are."""
+    """conditional: top-k without the tail's mass, as imported caches are."""
     teacher_weights: str | None
     """Hash of the teacher's weight files."""
     tokenizer_sha256: str | None
-    """Of the sorted vocabulary."""
+    """As `tokenizer_sha256` computes it."""
     template_sha256: str | None
     """Of the chat template; None where none was used."""
     data_revision: str | None
@@ -62,11 +68,20 @@ class CacheIdentity:
     dtype: str | None
     """The teacher's."""
     codec_version: int = CODEC_VERSION
+    tokenizer_hash_version: int = 1
+    block_start: Literal["bos", "none"] = "none"
+    """bos: every block starts with BOS, as the teacher was trained."""
+    block_start_id: int | None = None
+    """Token id of BOS."""
+    documents: Literal["separate", "joined"] = "joined"
+    """separate: documents in one block do not attend to each other."""
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits that name the cache."""
-        return fingerprint(asdict(self))
+        defaults = {item.name: item.default for item in fields(self) if item.name in ADDED_FIELDS}
+        values = asdict(self).items()
+        return fingerprint({k: v for k, v in values if k not in defaults or v != defaults[k]})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +92,7 @@ class CacheManifest:
     teacher_name: str | None
     data_name: str | None
     vocab_size: int | None
-    """Width of the teacher's logits, padding included; None where an old cache does not tell."""
+    """Width of the teacher's logits, padding included; None where an old cache does not say."""
     num_sequences: int
     num_heldout: int
     """The last sequences are the held-out ones."""
@@ -177,24 +192,37 @@ def require_equal(recorded: Any, given: Any, field: str, remedy: str) -> None:
         raise CacheMismatch(f"the cache has {field} {recorded}, here it is {given}; {remedy}")
 
 
-def require_identity(recorded: CacheIdentity, wanted: CacheIdentity, folder: Path) -> None:
+def require_identity(recorded: CacheIdentity, expected: CacheIdentity, folder: Path) -> None:
     """Refuse a folder that holds another cache than the one to be built.
 
     Raises:
         CacheMismatch: With the first field that differs and both values.
     """
     for field in fields(CacheIdentity):
-        before, now = getattr(recorded, field.name), getattr(wanted, field.name)
-        if before != now:
+        found, asked = getattr(recorded, field.name), getattr(expected, field.name)
+        if found != asked:
             raise CacheMismatch(
-                f"{folder} holds a cache with {field.name} {before}, asked for is {now}; "
+                f"{folder} holds a cache with {field.name} {found}, asked for is {asked}; "
                 "choose another --name or remove the folder"
             )
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """Return a hash of the sorted vocabulary: it survives saving and loading."""
-    return hashlib.sha256(canonical_json(tokenizer.get_vocab()).encode()).hexdigest()
+def tokenizer_sha256(tokenizer: Any, version: int = TOKENIZER_HASH_VERSION) -> str:
+    """Return a hash of a tokenizer that survives saving and loading.
+
+    Version 2 covers all that turns text into ids: normalizer, pre-tokenizer, merges, added tokens,
+    post-processor. Version 1, of caches made by 0.1.0, covers the sorted vocabulary alone.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if version == 1:
+        content = tokenizer.get_vocab()
+    elif backend is not None:
+        content = json.loads(backend.to_str())
+        for volatile in ("version", "truncation", "padding"):  # calls change the last two
+            content.pop(volatile, None)
+    else:  # written in Python, or of another library
+        content = [tokenizer.get_vocab(), tokenizer.all_special_ids, tokenizer("")["input_ids"]]
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
 def template_sha256(tokenizer: Any) -> str | None:
@@ -203,24 +231,26 @@ def template_sha256(tokenizer: Any) -> str | None:
     return hashlib.sha256(canonical_json(template).encode()).hexdigest() if template else None
 
 
-def wanted_identity(
+def expected_identity(
     config: BuildCacheConfig, *, tokenizer: Any, teacher_weights: str, dtype: str
 ) -> CacheIdentity:
     """Return the identity of the cache that a config asks for.
 
     Args:
-        config: What is asked for.
+        config: Of `qat build-cache`.
         tokenizer: The teacher's.
         teacher_weights: Hash of the teacher's weights.
-        dtype: The teacher's, as the flag's word.
+        dtype: The teacher's, as the flag names it.
 
     Raises:
         ValueError: If the data source cannot be read.
     """
+    bos = bos_id(tokenizer)
     return CacheIdentity(
         content=config.content,
         teacher_weights=teacher_weights,
         tokenizer_sha256=tokenizer_sha256(tokenizer),
+        tokenizer_hash_version=TOKENIZER_HASH_VERSION,
         template_sha256=None if config.thinking == "none" else template_sha256(tokenizer),
         data_revision=source_revision(config.data),
         format=config.format,
@@ -234,6 +264,9 @@ def wanted_identity(
         heldout_ratio=config.heldout_ratio,
         seed=config.seed,
         dtype=dtype,
+        block_start="none" if bos is None else "bos",
+        block_start_id=bos,
+        documents="joined" if holds_one_document(config.data) else "separate",
     )
 
 

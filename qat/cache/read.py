@@ -25,25 +25,26 @@ from qat.cache.manifest import (
 )
 from qat.cache.shard import check_sha256, check_size, read_fields
 from qat.distill.teacher import TeacherSignal, dense_signal
+from qat.model.head import scale_logits
 
 Split = Literal["train", "heldout", "all"]
 Head = Callable[[Tensor], Tensor]
-# Beside the content, for whoever asks `fields` for them; no loss does.
+# Stored with the content for whoever asks `fields` for them; no loss does.
 UNUSED_FIELDS = ("negative_ids", "negative_log_probs", "negative_logits")
 
 
 @dataclass(frozen=True)
 class CacheBatch:
-    """Blocks and the teacher's word on them, unpacked where it is asked for.
+    """Blocks and the teacher's signal on them, unpacked on first use.
 
-    Fields are a few times smaller than the signal, and of hidden states hundreds of times: moved
-    first and unpacked after, they spare the way to the device, and the head runs there.
+    Fields are a few times smaller than the signal, of hidden states hundreds of times: moved to
+    the device before they are unpacked, they need less transfer, and the head runs there.
     """
 
     input_ids: Tensor
     """(B, L) int64."""
     document_ids: Tensor | None
-    """(B, L) int64; None where the cache keeps none."""
+    """(B, L) int64; None where the documents of a block are one text to the teacher."""
     mask: Tensor
     """(B, T) bool; True = the position counts."""
     fields: Fields
@@ -131,7 +132,7 @@ class TeacherCache:
 
     @property
     def vocab_size(self) -> int | None:
-        """Width of the teacher's logits; None where an old cache does not tell."""
+        """Width of the teacher's logits; None where an old cache does not say."""
         return self.manifest.vocab_size
 
     def sequence_ids(self, split: Split = "all") -> np.ndarray:
@@ -165,7 +166,8 @@ class TeacherCache:
         input_ids = fields.pop("input_ids").long()
         documents = fields.pop("document_ids", None)
         used = {name: field for name, field in fields.items() if name not in UNUSED_FIELDS}
-        documents = None if documents is None else documents.long()
+        is_separate = self.manifest.identity.documents == "separate"
+        documents = documents.long() if is_separate else None
         return CacheBatch(input_ids, documents, mask, used, self._logits)
 
     def fields(self, sequence_ids: np.ndarray | list[int]) -> Fields:
@@ -214,10 +216,8 @@ class TeacherCache:
         hidden = unpack_hidden(fields, stored["channel_scale"])
         if self._head is not None:
             return self._head(hidden)
-        logits = functional.linear(hidden, stored["weight"])
-        if "softcap" in stored:
-            logits = torch.tanh(logits / stored["softcap"]) * stored["softcap"]
-        return logits
+        logits = functional.linear(hidden, stored["weight"], stored.get("bias"))
+        return scale_logits(logits, stored.get("factor"), stored.get("softcap"))
 
     def require_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer, or a chat template, other than the teacher's.
@@ -227,9 +227,8 @@ class TeacherCache:
         """
         identity = self.manifest.identity
         remedy = "use the teacher's tokenizer, or build a cache with this one"
-        require_equal(
-            identity.tokenizer_sha256, tokenizer_sha256(tokenizer), "tokenizer_sha256", remedy
-        )
+        given = tokenizer_sha256(tokenizer, identity.tokenizer_hash_version)
+        require_equal(identity.tokenizer_sha256, given, "tokenizer_sha256", remedy)
         require_equal(
             identity.template_sha256, template_sha256(tokenizer), "template_sha256", remedy
         )

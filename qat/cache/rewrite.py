@@ -26,7 +26,7 @@ def rewrite_cache(cache: TeacherCache, folder: Path) -> CacheManifest:
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists; remove it or choose another name")
-    ids = id_dtype(cache.vocab_size or 2**31)  # old caches may not tell
+    ids = id_dtype(cache.vocab_size or 2**31)  # old caches may not say
     with atomic_folder(folder) as made:
         entries = []
         ranges = shard_ranges(cache.num_sequences, cache.seq_len)

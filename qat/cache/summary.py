@@ -4,8 +4,8 @@ Shape legend: N sequences looked at, T positions of each, K top-k.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,49 +22,85 @@ TOP_SHOWN = 5
 DENSE_TOP_K = 64  # of full logits, the tail is what lies outside so many ids
 
 
-def summarize_cache(cache: TeacherCache, *, num_sequences: int = 1024) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSummary:
+    """What a cache holds."""
+
+    content: str
+    """What it keeps of each position."""
+    fingerprint: str
+    """16 hex digits that name the cache."""
+    teacher: str | None
+    data: str | None
+    thinking: str | None
+    vocab_size: int | None
+    """Width of the teacher's logits."""
+    seq_len: int
+    block_start: str
+    """bos: every block starts with BOS; none: it starts with text."""
+    block_start_id: int | None
+    """Token id of BOS."""
+    documents: str
+    """separate: documents in one block do not attend to each other; joined: they do."""
+    top_k: int
+    sequences: int
+    heldout_sequences: int
+    shards: int
+    tokens: int
+    bytes_per_token: float
+    bytes_per_token_by_field: dict[str, float]
+    head_bytes: int
+    counted_ratio: float
+    """Share of the predicted tokens that count."""
+    tail_mass: dict[str, float] | None
+    """Outside the exact ids; None where the content does not say."""
+
+
+def summarize_cache(cache: TeacherCache, *, num_sequences: int = 1024) -> CacheSummary:
     """Return what a cache holds.
 
     Args:
         cache: Any.
         num_sequences: Looked at for tail mass and counted tokens, spread over the cache; their
             shards are checked on the way.
-
-    Returns:
-        JSON values; `tail_mass` is None where the content does not tell.
     """
     manifest, identity = cache.manifest, cache.manifest.identity
     counted, tails = [], []
-    for fields, signal in looked_at(cache, num_sequences):
+    for fields, signal in sampled_batches(cache, num_sequences):
         counted.append(fields["loss_mask"][:, 1:].float().mean().item())
         tails.append(tail_mass(signal))
-    return {
-        "content": identity.content,
-        "fingerprint": manifest.fingerprint,
-        "teacher": manifest.teacher_name,
-        "data": manifest.data_name,
-        "thinking": identity.thinking,
-        "vocab_size": manifest.vocab_size,
-        "seq_len": identity.seq_len,
-        "top_k": identity.top_k,
-        "sequences": manifest.num_sequences,
-        "heldout_sequences": manifest.num_heldout,
-        "shards": len(manifest.shards),
-        "tokens": manifest.num_tokens,
-        "bytes_per_token": manifest.bytes_per_token,
-        "bytes_per_token_by_field": bytes_by_field(cache),
-        "head_bytes": manifest.head_bytes,
-        "counted_ratio": float(np.mean(counted)),
-        "tail_mass": describe(torch.cat(tails)) if tails[0] is not None else None,
-    }
+    return CacheSummary(
+        content=identity.content,
+        fingerprint=manifest.fingerprint,
+        teacher=manifest.teacher_name,
+        data=manifest.data_name,
+        thinking=identity.thinking,
+        vocab_size=manifest.vocab_size,
+        seq_len=identity.seq_len,
+        block_start=identity.block_start,
+        block_start_id=identity.block_start_id,
+        documents=identity.documents,
+        top_k=identity.top_k,
+        sequences=manifest.num_sequences,
+        heldout_sequences=manifest.num_heldout,
+        shards=len(manifest.shards),
+        tokens=manifest.num_tokens,
+        bytes_per_token=manifest.bytes_per_token,
+        bytes_per_token_by_field=bytes_by_field(cache),
+        head_bytes=manifest.head_bytes,
+        counted_ratio=float(np.mean(counted)),
+        tail_mass=describe(torch.cat(tails)) if tails[0] is not None else None,
+    )
 
 
-def looked_at(cache: TeacherCache, num_sequences: int) -> Iterator[tuple[Fields, TeacherSignal]]:
+def sampled_batches(
+    cache: TeacherCache, num_sequences: int
+) -> Iterator[tuple[Fields, TeacherSignal]]:
     """Yield fields and signals of sequences spread evenly over the cache."""
     count = min(num_sequences, cache.num_sequences)
     chosen = np.linspace(0, cache.num_sequences - 1, count).astype(np.int64)
     calls = -(-count // SEQUENCES_A_CALL)
-    for rows in tqdm(np.array_split(chosen, calls), desc="look", leave=False):
+    for rows in tqdm(np.array_split(chosen, calls), desc="read", leave=False):
         yield cache.fields(rows), cache.batch(rows).signal
 
 
@@ -119,7 +155,7 @@ def plot_cache(cache: TeacherCache, path: Path, *, num_sequences: int = 256) -> 
     """
     from matplotlib.figure import Figure
 
-    signals = [signal for _, signal in looked_at(cache, num_sequences)]
+    signals = [signal for _, signal in sampled_batches(cache, num_sequences)]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     tail_axes, rank_axes, bytes_axes = figure.subplots(1, 3)
     tails = [tail_mass(signal) for signal in signals]

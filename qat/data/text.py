@@ -4,6 +4,9 @@ records (`read_records`) -> documents (`read_documents`) -> two sets (`split_doc
 -> blocks (`pack_blocks`). A record is one line of the data; its renderings, one for each
 thinking mode, are documents that stay on the same side of the split.
 
+Models that were trained with BOS before every text (Gemma, Llama 3, Mistral) find it where they
+expect it: at the start of every document, and of every block, where one is cut in two.
+
 Shape legend: N blocks, L tokens of a block.
 """
 
@@ -16,16 +19,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qat.data.records import Record, read_records, read_text
+from qat.data.records import TEXT_SUFFIXES, Record, read_records, read_text, source_files
 
 Format = Literal["alpaca", "sharegpt", "messages", "dolly", "text"]
 Thinking = Literal["none", "false", "true", "both", "all"]
 LossOn = Literal["all", "assistant"]
 Turn = dict[str, str]
 
-# In the seeds' order: both is off then on; all is on, off, then without a template.
+# In the order of the caches of the first generation: both is off then on.
 RENDERINGS: dict[Thinking, tuple[Thinking, ...]] = {
     "none": ("none",),
     "false": ("false",),
@@ -43,6 +46,7 @@ FIELDS: dict[Format, tuple[str, ...]] = {
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer")
 THINK_SPAN = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+COLUMN_DTYPES = (torch.int32, torch.bool, torch.int32)  # of token ids, loss mask, document ids
 RECORDS_A_CALL = 256  # documents given to the tokenizer at once: enough to feed its threads
 
 
@@ -106,13 +110,26 @@ def read_blocks(source: str, tokenizer: Any, plan: TextPlan) -> Blocks:
     if plan.num_sequences is not None:
         # One block more for each split, whose last partial block is dropped.
         documents = take_tokens(documents, (plan.num_sequences + 2) * plan.seq_len)
-    return blocks_of_documents(list(documents), eos_id(tokenizer), plan, source)
+    separator, bos = eos_id(tokenizer), bos_id(tokenizer)
+    return blocks_of_documents(list(documents), separator, plan, source, bos=bos)
 
 
 def blocks_of_documents(
-    documents: list[Document], separator: int, plan: TextPlan, source: str = "the data"
+    documents: list[Document],
+    separator: int,
+    plan: TextPlan,
+    source: str = "the data",
+    *,
+    bos: int | None = None,
 ) -> Blocks:
     """Split documents in two, pack each set, keep at most `plan.num_sequences` blocks.
+
+    Args:
+        documents: In order.
+        separator: As in `pack_blocks`.
+        plan: Length, number and split of the blocks.
+        source: Name of the data, for the error message.
+        bos: As in `pack_blocks`.
 
     Raises:
         ValueError: If not one block is full.
@@ -127,8 +144,8 @@ def blocks_of_documents(
         )
     num_heldout = count_heldout(num_blocks, plan.heldout_ratio)
     train, heldout = split_documents(documents, num_heldout * plan.seq_len, plan.seed)
-    heldout_blocks = pack_blocks(heldout, plan.seq_len, separator)
-    train_blocks = pack_blocks(train, plan.seq_len, separator)
+    heldout_blocks = pack_blocks(heldout, plan.seq_len, separator, bos)
+    train_blocks = pack_blocks(train, plan.seq_len, separator, bos)
     num_heldout = min(num_heldout, len(heldout_blocks))
     num_train = len(train_blocks)
     if plan.num_sequences is not None:
@@ -137,7 +154,9 @@ def blocks_of_documents(
 
 
 def text_blocks(path: str, tokenizer: Any, seq_len: int, limit: int | None = None) -> Tensor:
-    """Return a plain text file as blocks, (N, L) int64: one document, no special tokens.
+    """Return a plain text file as blocks, (N, L) int64, each after BOS where the model expects it.
+
+    BOS is context: it takes one of the L places, and the L - 1 tokens after it are predicted.
 
     Args:
         path: UTF-8 text file.
@@ -153,11 +172,14 @@ def text_blocks(path: str, tokenizer: Any, seq_len: int, limit: int | None = Non
         # Text has far fewer than 32 characters a token; what lies beyond need not be read.
         text = text[: limit * seq_len * 32]
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    num_blocks = len(token_ids) // seq_len
+    bos = bos_id(tokenizer)
+    num_new = seq_len if bos is None else seq_len - 1
+    num_blocks = len(token_ids) // num_new
     if num_blocks == 0:
         raise ValueError(f"{path} has {len(token_ids)} tokens, less than one block of {seq_len}")
     num_blocks = num_blocks if limit is None else min(num_blocks, limit)
-    return torch.tensor(token_ids[: num_blocks * seq_len]).view(num_blocks, seq_len)
+    blocks = torch.tensor(token_ids[: num_blocks * num_new]).view(num_blocks, num_new)
+    return blocks if bos is None else nn.functional.pad(blocks, (1, 0), value=bos)
 
 
 # Records to rendered text.
@@ -179,7 +201,7 @@ def detect_format(record: Record) -> Format:
 
 
 def turns_of(record: Record, kind: Format) -> list[Turn]:
-    """Return a record's turns, roles in the chat template's words.
+    """Return a record's turns, roles as chat templates name them.
 
     Raises:
         KeyError: If a field is missing.
@@ -299,9 +321,10 @@ def read_documents(source: str, tokenizer: Any, plan: TextPlan) -> Iterator[Docu
             f"--thinking {plan.thinking} needs a chat template and this tokenizer has none; "
             "pass --thinking none"
         )
-    rendered = render_records(read_records(source), tokenizer, plan)
+    rendered, bos = render_records(read_records(source), tokenizer, plan), bos_id(tokenizer)
     while chunk := list(itertools.islice(rendered, RECORDS_A_CALL)):
-        yield from tokenize(chunk, tokenizer, plan.loss_on)
+        for document in tokenize(chunk, tokenizer, plan.loss_on):
+            yield document if bos is None else begin_with(document, bos)
 
 
 def render_records(
@@ -378,6 +401,32 @@ def inside_spans(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarra
     return inside
 
 
+def begin_with(document: Document, bos: int) -> Document:
+    """Return a document that starts with BOS; chat templates have often written it already."""
+    if document.token_ids[:1].tolist() == [bos]:
+        return document
+    return Document(
+        np.concatenate([np.array([bos], np.int32), document.token_ids]),
+        np.concatenate([np.zeros(1, bool), document.is_counted]),
+        document.record,
+    )
+
+
+def bos_id(tokenizer: Any) -> int | None:
+    """Return the id that the tokenizer puts before every text, None where it puts none.
+
+    What it does to an empty string decides: many have a `bos_token` that they never add.
+    """
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else None
+
+
+def holds_one_document(source: str) -> bool:
+    """Whether a data source is a single plain text file."""
+    files = source_files(source)
+    return len(files) == 1 and files[0].suffix in TEXT_SUFFIXES
+
+
 def eos_id(tokenizer: Any) -> int:
     """Return the id that ends a document.
 
@@ -447,35 +496,57 @@ def cut_longest(documents: list[Document], num_tokens: int) -> tuple[list[Docume
     return [document for document in rest if len(document.token_ids)], tail
 
 
-def pack_blocks(documents: list[Document], seq_len: int, separator: int) -> Blocks:
+def pack_blocks(
+    documents: list[Document], seq_len: int, separator: int, bos: int | None = None
+) -> Blocks:
     """Join documents, one separator after each, and cut them into blocks.
 
-    The last partial block is dropped, and so are blocks in which no predicted token counts.
+    The last partial block is dropped, and so are blocks in which no predicted token counts. A
+    document's first token does not count: what comes before it belongs to another document.
 
     Args:
         documents: In order.
         seq_len: L.
         separator: Token id, EOS as a rule. It counts where its document's last token does.
+        bos: Put at the start of each block that does not begin with it.
 
     Returns:
         Blocks whose document ids number the given documents.
     """
+    if not documents:
+        return Blocks(*(torch.zeros(0, seq_len, dtype=kind) for kind in COLUMN_DTYPES))
     end = np.array([separator], np.int32)
-    token_ids = [part for document in documents for part in (document.token_ids, end)]
-    is_counted = [part for item in documents for part in (item.is_counted, item.is_counted[-1:])]
-    sizes = [len(document.token_ids) + 1 for document in documents]
+    token_ids = np.concatenate([x for item in documents for x in (item.token_ids, end)])
+    is_counted = np.concatenate(
+        [x for item in documents for x in (item.is_counted, item.is_counted[-1:])]
+    )
+    sizes = np.array([len(document.token_ids) + 1 for document in documents])
+    is_counted[np.cumsum(sizes) - sizes] = False
     document_ids = np.repeat(np.arange(len(documents), dtype=np.int32), sizes)
-    num_blocks = sum(sizes) // seq_len
-    columns = [
-        torch.from_numpy(column[: num_blocks * seq_len].copy()).view(num_blocks, seq_len)
-        for column in (
-            np.concatenate([*token_ids, end[:0]]),
-            np.concatenate([*is_counted, np.zeros(0, bool)]),
-            document_ids,
-        )
-    ]
+    starts, is_begun = block_starts(token_ids, seq_len, bos)
+    places = starts[:, None] + np.arange(seq_len) - ~is_begun[:, None]  # (N, L)
+    places[:, 0] = starts
+    columns = [torch.from_numpy(x[places]) for x in (token_ids, is_counted, document_ids)]
+    if bos is not None:
+        columns[0][:, 0] = bos
     keeps = columns[1][:, 1:].any(dim=1)  # the first token of a block is never predicted
     return Blocks(*(column[keeps] for column in columns))
+
+
+def block_starts(
+    token_ids: np.ndarray, seq_len: int, bos: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each block's first token is taken, (N,), and whether BOS need not be added."""
+    if bos is None:
+        starts = np.arange(len(token_ids) // seq_len) * seq_len
+        return starts, np.ones(len(starts), bool)
+    is_bos = token_ids == bos
+    starts, place = [], 0
+    while place < len(token_ids) and place + seq_len - (not is_bos[place]) <= len(token_ids):
+        starts.append(place)
+        place += seq_len - int(not is_bos[place])
+    starts = np.array(starts, np.int64)
+    return starts, is_bos[starts]
 
 
 def join_blocks(train: Blocks, num_train: int, heldout: Blocks, num_heldout: int) -> Blocks:

@@ -1,4 +1,4 @@
-"""The seeds' caches (`meta.json`, `shard_00000.pt`, ...) as ours: the one place of their words.
+"""The seeds' caches (`meta.json`, `shard_00000.pt`, ...) as ours; only here are their key names.
 
 They keep raw logits on K ids and no log-partition, so a probability is known only relative to
 the other K: the content is "conditional". Their R uniform ids are read but no loss uses them.

@@ -1,15 +1,17 @@
 import filecmp
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from qat.cache import shard
-from qat.cache.build import build_cache, default_batch_size
+from qat.cache.build import default_batch_size, write_cache
 from qat.cache.manifest import CacheIdentity, CacheMismatch, draft_manifest
 from qat.cache.read import TeacherCache
 from qat.data.text import TextPlan, read_blocks
 from qat.distill.teacher import dense_signal
+from qat.model.head import hidden_states, logits_of
 from qat.runtime.device import Device
 from tests.tiny import (
     TINY_MODELS,
@@ -58,6 +60,7 @@ def identity_of(content="top-k", **changes):
         "heldout_ratio": 0.125,
         "seed": 0,
         "dtype": "fp32",
+        "documents": "separate",
     }
     return CacheIdentity(**{**values, **changes})
 
@@ -70,7 +73,7 @@ def build(folder, blocks, *, teacher=None, content="top-k", batch_size=4, **chan
         vocab_size=VOCAB_SIZE,
     )
     teacher = teacher or tiny_llama()
-    return build_cache(teacher, blocks, draft, folder, batch_size=batch_size, device=CPU)
+    return write_cache(teacher, blocks, draft, folder, batch_size=batch_size, device=CPU)
 
 
 def die_after(model, num_calls):
@@ -105,7 +108,9 @@ def test_a_cache_says_what_the_live_teacher_says(tmp_path, blocks, content, name
     batch = cache.batch(cache.sequence_ids())
     assert torch.equal(batch.input_ids, blocks.token_ids.long())
     assert torch.equal(batch.document_ids, blocks.document_ids.long())
-    live = dense_signal(teacher(batch.input_ids[:, :-1]).logits, blocks.loss_mask[:, 1:])
+    ids = batch.input_ids[:, :-1], batch.document_ids[:, :-1]
+    logits = logits_of(teacher, hidden_states(teacher, *ids))
+    live = dense_signal(logits, blocks.loss_mask[:, 1:])
     assert torch.equal(batch.signal.mask, live.mask)
     if content == "hidden":
         p, q = live.log_probs.exp(), batch.signal.log_probs
@@ -118,7 +123,7 @@ def test_a_cache_says_what_the_live_teacher_says(tmp_path, blocks, content, name
 def test_final_softcap_reaches_the_reader(tmp_path, blocks):
     """Gemma's cap on logits is part of the head that a hidden cache keeps."""
     teacher = TINY_MODELS["gemma"](final_logit_softcapping=1.5)
-    build(tmp_path / "c", blocks, teacher=teacher, content="hidden")
+    build(tmp_path / "c", blocks, teacher=teacher, content="hidden", documents="joined")
     batch = TeacherCache.open(tmp_path / "c").batch([0])
     live = dense_signal(teacher(batch.input_ids[:, :-1]).logits, batch.signal.mask)
     torch.testing.assert_close(batch.signal.log_probs, live.log_probs, atol=0.05, rtol=0)
@@ -148,6 +153,54 @@ def test_a_cut_build_goes_on_to_the_same_bytes(tmp_path, blocks, content, num_ca
     assert_same_folders(tmp_path / "a", tmp_path / "b")
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "b").glob("shard*")}
     assert before.items() <= after.items()
+
+
+@pytest.mark.parametrize("content", TOP_K)
+def test_a_cut_build_goes_on_with_another_batch_size(tmp_path, blocks, content):
+    """The scale of hidden states came from the first batch; kept shards had that of another."""
+    teacher = tiny_llama()
+    whole = build(tmp_path / "a", blocks, content=content)
+    with pytest.raises(Killed):
+        build(tmp_path / "b", blocks, teacher=die_after(teacher, 14), content=content)
+    build(tmp_path / "b", blocks, content=content, batch_size=3)
+    first, second = TeacherCache.open(tmp_path / "a"), TeacherCache.open(tmp_path / "b")
+    assert len(whole[0].shards) > 2
+    for row in range(len(blocks)):
+        signals = [cache.batch([row]).signal.log_probs for cache in (first, second)]
+        torch.testing.assert_close(*signals, atol=2e-2, rtol=0)
+
+
+def test_shards_whose_scale_is_lost_are_made_again(tmp_path, blocks):
+    """A head that cannot be read leaves shards that nobody can decode."""
+    build(tmp_path / "a", blocks, content="hidden")
+    with pytest.raises(Killed):
+        build(tmp_path / "b", blocks, teacher=die_after(tiny_llama(), 14), content="hidden")
+    (tmp_path / "b" / "head.safetensors").write_bytes(b"cut")
+    build(tmp_path / "b", blocks, content="hidden", batch_size=3)
+    first, second = TeacherCache.open(tmp_path / "a"), TeacherCache.open(tmp_path / "b")
+    for row in range(len(blocks)):
+        signals = [cache.batch([row]).signal.log_probs for cache in (first, second)]
+        torch.testing.assert_close(*signals, atol=2e-2, rtol=0)
+
+
+def test_joined_documents_attend_to_each_other(tmp_path, blocks):
+    """As in caches of version 0.1.0, whose readers get no document ids."""
+    build(tmp_path / "c", blocks, documents="joined")
+    batch = TeacherCache.open(tmp_path / "c").batch(np.arange(len(blocks)))
+    assert batch.document_ids is None
+    live = tiny_llama()(batch.input_ids[:, :-1]).logits.log_softmax(-1)
+    truth = live.gather(-1, batch.signal.token_ids)
+    torch.testing.assert_close(batch.signal.log_probs, truth, atol=1e-2, rtol=0)
+
+
+def test_a_heads_bias_reaches_the_reader(tmp_path, blocks):
+    """Each token's own number."""
+    teacher = tiny_llama(tied=False)
+    teacher.lm_head = torch.nn.Linear(64, VOCAB_SIZE).requires_grad_(False)
+    build(tmp_path / "c", blocks, teacher=teacher, content="hidden", documents="joined")
+    batch = TeacherCache.open(tmp_path / "c").batch([0])
+    live = dense_signal(teacher(batch.input_ids[:, :-1]).logits, batch.signal.mask)
+    torch.testing.assert_close(batch.signal.log_probs, live.log_probs, atol=0.05, rtol=0)
 
 
 def test_a_damaged_shard_of_a_cut_build_is_made_again(tmp_path, blocks):
@@ -190,11 +243,11 @@ def test_a_build_of_another_version_is_not_gone_on_with(tmp_path, blocks):
 
 
 def test_two_builders_do_not_share_a_folder(tmp_path, blocks):
-    """The second is told; the first goes on."""
+    """The second is refused; the first continues."""
     teacher = tiny_llama()
 
     def build_again(*_):
-        with pytest.raises(ValueError, match="another process"):
+        with pytest.raises(ValueError, match="in use by process"):
             build(tmp_path / "c", blocks)
 
     handle = teacher.register_forward_pre_hook(build_again)
@@ -204,13 +257,13 @@ def test_two_builders_do_not_share_a_folder(tmp_path, blocks):
 
 
 def test_negatives_do_not_change_the_signal(tmp_path, blocks):
-    """They lie beside the content, uniform over the vocabulary, equal for equal seeds."""
+    """They are uniform over the vocabulary, equal for equal seeds."""
     build(tmp_path / "a", blocks)
     build(tmp_path / "b", blocks, num_negatives=64)
-    plain, beside = TeacherCache.open(tmp_path / "a"), TeacherCache.open(tmp_path / "b")
+    plain, drawn = TeacherCache.open(tmp_path / "a"), TeacherCache.open(tmp_path / "b")
     ids = plain.sequence_ids()
-    assert torch.equal(plain.batch(ids).signal.log_probs, beside.batch(ids).signal.log_probs)
-    negatives = beside.fields(ids)["negative_ids"]
+    assert torch.equal(plain.batch(ids).signal.log_probs, drawn.batch(ids).signal.log_probs)
+    negatives = drawn.fields(ids)["negative_ids"]
     assert negatives.shape == (len(blocks), SEQ_LEN - 1, 64)
     counts = torch.bincount(negatives.flatten(), minlength=VOCAB_SIZE).double()
     assert counts.min() > 0.7 * counts.mean()
@@ -229,7 +282,7 @@ def test_a_sampled_position_takes_at_most_100_bytes_of_a_large_vocabulary(tmp_pa
         data_name="a",
         vocab_size=vocab_size,
     )
-    manifest, _ = build_cache(teacher, text_blocks, draft, tmp_path / "c", batch_size=8, device=CPU)
+    manifest, _ = write_cache(teacher, text_blocks, draft, tmp_path / "c", batch_size=8, device=CPU)
     header_bytes = 1200 * len(manifest.shards)
     assert manifest.bytes_per_token - header_bytes / manifest.num_tokens <= 100
 

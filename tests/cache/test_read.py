@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 
@@ -6,8 +7,9 @@ import pytest
 import torch
 
 from qat.cache import shard
-from qat.cache.manifest import CacheMismatch
+from qat.cache.manifest import ADDED_FIELDS, CacheMismatch
 from qat.cache.read import TeacherCache, shuffled_batches
+from qat.cache.rewrite import rewrite_cache
 from tests.tiny import VOCAB_SIZE, tiny_cache, tiny_llama, tiny_tokenizer
 
 
@@ -61,15 +63,15 @@ def test_batches_resume_anywhere(folder, batch_size):
 def test_an_epoch_sees_every_training_sequence_once(folder):
     """Each epoch in an order of its own, and nothing that is held out."""
     cache = TeacherCache.open(folder)
-    wanted = cache.batch(cache.sequence_ids("train")).input_ids
-    count = len(wanted)
+    expected = cache.batch(cache.sequence_ids("train")).input_ids
+    count = len(expected)
     rows = [
         batch.input_ids
         for batch in itertools.islice(shuffled_batches(cache, batch_size=1, seed=0), 2 * count)
     ]
     epochs = [torch.cat(rows[:count]), torch.cat(rows[count:])]
     for epoch in epochs:
-        assert sorted(epoch.tolist()) == sorted(wanted.tolist())
+        assert sorted(epoch.tolist()) == sorted(expected.tolist())
     assert not torch.equal(*epochs)
 
 
@@ -130,6 +132,36 @@ def test_an_altered_manifest_is_refused(copy):
     path.write_text(json.dumps(values))
     with pytest.raises(CacheMismatch, match="codec_version 99"):
         TeacherCache.open(copy)
+
+
+def make_old(folder):
+    """Give a cache the manifest of version 0.1.0: no added field, hash of the vocabulary."""
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    identity = {
+        name: value for name, value in values["identity"].items() if name not in ADDED_FIELDS
+    }
+    vocabulary = json.dumps(tiny_tokenizer().get_vocab(), sort_keys=True, separators=(",", ":"))
+    identity["tokenizer_sha256"] = hashlib.sha256(vocabulary.encode()).hexdigest()
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    values |= {"identity": identity, "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    path.write_text(json.dumps(values))
+    return values["fingerprint"]
+
+
+def test_a_cache_of_version_0_1_0_still_opens(copy, tmp_path):
+    """Its fingerprint stays, its tokenizer is compared by vocabulary, its documents are joined."""
+    recorded = make_old(copy)
+    cache = TeacherCache.open(copy)
+    assert cache.fingerprint == recorded
+    assert cache.batch([0]).document_ids is None
+    cache.require_tokenizer(tiny_tokenizer())
+    other = tiny_tokenizer()
+    other.add_tokens(["cat"])
+    with pytest.raises(CacheMismatch, match="tokenizer_sha256"):
+        cache.require_tokenizer(other)
+    assert rewrite_cache(cache, tmp_path / "again").fingerprint == recorded
+    assert TeacherCache.open(tmp_path / "again").fingerprint == recorded
 
 
 def test_what_does_not_belong_is_refused_with_both_values(folder):

@@ -120,7 +120,7 @@ def test_a_template_without_thinking_is_told_once(sources, tmp_path, capsys):
 
 
 def test_defaults_are_told_by_the_content():
-    """K is 64 for top-k, few beside draws, none for hidden states."""
+    """K is 64 for top-k, few next to draws, none for hidden states."""
     kept = {
         content: BuildCacheConfig(teacher="t", data="d", content=content).kept_ids
         for content in ("top-k", "sampled", "hidden")

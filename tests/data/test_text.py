@@ -11,7 +11,9 @@ from qat.data.text import (
     Blocks,
     Document,
     TextPlan,
+    begin_with,
     blocks_of_documents,
+    bos_id,
     count_heldout,
     detect_format,
     ignores_thinking,
@@ -23,9 +25,10 @@ from qat.data.text import (
     text_blocks,
     turns_of,
 )
-from tests.tiny import CHAT_TEMPLATE, tiny_records, tiny_tokenizer, write_jsonl
+from tests.tiny import CHAT_TEMPLATE, tiny_records, tiny_tokenizer, with_bos, write_jsonl
 
-SEPARATOR = 999
+SEPARATOR, BOS = 999, 998
+BOS_ID = 256  # <|endoftext|> of the tiny tokenizer
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
 # As Qwen3's: earlier turns lose their thoughts, the last one gets an empty span.
 REWRITING_TEMPLATE = (
@@ -163,7 +166,7 @@ def test_the_end_of_an_answer_counts_with_it(tmp_path):
 
 
 def test_a_sample_without_counted_tokens_is_refused_with_its_index(tmp_path):
-    """The index says which sample to mend."""
+    """The index says which sample to correct."""
     records = [{"messages": TURNS}, {"messages": TURNS[:1]}]
     path = write_jsonl(tmp_path / "a.jsonl", records)
     plan = TextPlan(seq_len=8, loss_on="assistant")
@@ -192,7 +195,7 @@ def test_records_that_cannot_be_used_are_refused(tmp_path, records, plan, said):
 # Packing and splitting.
 
 
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), seq_len=st.integers(2, 7))
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), seq_len=st.integers(3, 7))
 @settings(deadline=None)
 def test_packing_loses_only_the_last_partial_block(lengths, seq_len):
     """Blocks read in a row are the documents in a row, one separator after each."""
@@ -205,7 +208,48 @@ def test_packing_loses_only_the_last_partial_block(lengths, seq_len):
     assert blocks.token_ids.shape == (len(stream) // seq_len, seq_len)
     assert blocks.token_ids.flatten().tolist() == [token for token, _ in kept]
     assert blocks.document_ids.flatten().tolist() == [number for _, number in kept]
-    assert blocks.loss_mask.all()
+    numbers = [number for _, number in stream]
+    counts = [index > 0 and numbers[index - 1] == number for index, number in enumerate(numbers)]
+    assert blocks.loss_mask.flatten().tolist() == counts[: len(kept)]
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), seq_len=st.integers(3, 7))
+@settings(deadline=None)
+def test_each_block_starts_with_bos_and_none_is_a_label(lengths, seq_len):
+    """Without the added ones, blocks in a row are the documents in a row, each after its own."""
+    documents = [begin_with(item, BOS) for item in documents_of(lengths)]
+    stream = [token for item in documents for token in [*item.token_ids.tolist(), SEPARATOR]]
+    blocks = pack_blocks(documents, seq_len, SEPARATOR, BOS)
+    assert (blocks.token_ids[:, 0] == BOS).all()
+    is_label = blocks.loss_mask[:, 1:]
+    assert not (is_label & (blocks.token_ids[:, 1:] == BOS)).any()
+    assert (is_label | (blocks.token_ids[:, 1:] == BOS)).all()
+    packed = [token for token in blocks.token_ids.flatten().tolist() if token != BOS]
+    kept = [token for token in stream if token != BOS][: len(packed)]
+    assert packed == kept
+    assert len(stream) - stream.count(BOS) - len(packed) < seq_len
+    is_start = blocks.document_ids.diff(dim=1) != 0
+    assert torch.equal(is_start, blocks.token_ids[:, 1:] == BOS)
+
+
+def test_the_tokenizer_tells_whether_texts_start_with_bos():
+    """By what it does to a text: a `bos_token` that it never adds does not count."""
+    assert bos_id(tiny_tokenizer()) is None
+    unused = tiny_tokenizer()
+    unused.bos_token = "<|im_start|>"
+    assert bos_id(unused) is None
+    assert bos_id(with_bos(tiny_tokenizer())) == BOS_ID
+
+
+def test_documents_start_with_bos_once(tmp_path):
+    """Templates that write it, as Gemma's, get no second one."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TURNS}, {"messages": TURNS}])
+    tokenizer = with_bos(tiny_tokenizer("{{ '<|endoftext|>' }}" + CHAT_TEMPLATE))
+    for thinking in ("none", "false"):
+        plan = TextPlan(seq_len=8, thinking=thinking)
+        for item in read_documents(str(path), tokenizer, plan):
+            assert item.token_ids.tolist().count(BOS_ID) == 1
+            assert item.token_ids[0] == BOS_ID
 
 
 def test_blocks_in_which_nothing_counts_are_dropped():
@@ -220,7 +264,7 @@ def test_blocks_in_which_nothing_counts_are_dropped():
 
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
-    seq_len=st.integers(2, 8),
+    seq_len=st.integers(3, 8),
     ratio=st.sampled_from([0.0, 0.125, 0.5]),
     limit=st.none() | st.integers(1, 20),
     seed=st.integers(0, 3),
@@ -294,3 +338,15 @@ def test_text_blocks_are_the_text(tmp_path):
     assert torch.equal(text_blocks(path, tokenizer, 16, limit=3), blocks[:3])
     with pytest.raises(ValueError, match="less than one block"):
         text_blocks(path, tokenizer, 10_000)
+
+
+def test_text_blocks_start_with_bos_where_the_model_expects_it(tmp_path):
+    """It takes a place of each block; the text goes on from block to block without a gap."""
+    text = "Two small birds near the old boat.\n" * 20
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    tokenizer = with_bos(tiny_tokenizer())
+    blocks = text_blocks(path, tokenizer, 16)
+    assert (blocks[:, 0] == BOS_ID).all()
+    assert len(blocks) == len(text) // 15
+    assert text.startswith(tokenizer.decode(blocks[:, 1:].flatten()))

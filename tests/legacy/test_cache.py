@@ -117,7 +117,7 @@ def test_a_bad_shard_is_named(seeds_cache, how):
         open_teacher_cache(seeds_cache)
 
 
-@pytest.mark.skipif(not FIXTURES.is_dir(), reason="no fixtures beside the checkout")
+@pytest.mark.skipif(not FIXTURES.is_dir(), reason="no fixtures next to the checkout")
 @pytest.mark.parametrize("name", ["v1_q2a4_qwen3", "v2_q2a4_qwen3", "v2_q4a4_qwen3"])
 def test_the_teacher_agrees_with_its_cache(name):
     """The base model as its own student: the seeds' loss (temperature 2, times 4) is nothing."""

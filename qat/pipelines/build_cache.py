@@ -1,0 +1,97 @@
+"""A teacher and a data set to a cache, which is found again where it exists."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qat.cache.build import BuildRates, default_batch_size, find_built, write_cache
+from qat.cache.config import BuildCacheConfig
+from qat.cache.manifest import CacheIdentity, default_name, draft_manifest, expected_identity
+from qat.data.records import source_name
+from qat.data.text import Blocks, TextPlan, ignores_thinking, read_blocks
+from qat.model.load import load_dense, load_tokenizer, model_identity
+from qat.runtime.device import Device, dtype_name
+from qat.tracking.messages import say
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildCacheResult:
+    """A whole cache."""
+
+    cache: Path
+    """Its folder."""
+    tokens: int
+    """In all blocks."""
+    bytes_per_token: float
+    """Of the shards."""
+    head_bytes: int
+    """Of the teacher's output matrix; 0 where the content needs none."""
+    tokens_per_second: float | None
+    """Of this build; None where nothing was left to do, as in the field below."""
+    bare_forward_tokens_per_second: float | None
+    """Of the teacher's forward pass alone."""
+    fingerprint: str
+    """16 hex digits that name the cache."""
+
+
+def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
+    """Build the cache, continue a build that was cut short, or find the whole cache.
+
+    Raises:
+        ValueError: If the data, the tokenizer or a setting cannot be used.
+        FileNotFoundError: If the teacher or the data do not exist.
+        CacheMismatch: If the folder holds another cache.
+    """
+    data_name = source_name(config.data)  # first, so that a wrong path is reported at once
+    device = Device.detect(config.device)
+    dtype = device.dtype_from_name(config.dtype)
+    say(device.describe())
+    tokenizer = load_tokenizer(config.teacher)
+    named = model_identity(config.teacher)  # of files, so a whole cache is found without loading
+    identity = expected_identity(
+        config, tokenizer=tokenizer, teacher_weights=named["weights"], dtype=dtype_name(dtype)
+    )
+    folder = config.output_dir / (config.name or default_name(identity, data_name))
+    manifest, rates = find_built(folder, identity), BuildRates(None, None)
+    if manifest:
+        say(f"{folder} is already complete: nothing to do")
+    else:
+        blocks = read_blocks(config.data, tokenizer, text_plan(config, tokenizer))
+        say(describe_blocks(blocks, identity))
+        teacher = load_dense(config.teacher, dtype=dtype)
+        device.place(teacher)
+        draft = draft_manifest(
+            identity,
+            teacher_name=named["name"],
+            data_name=data_name,
+            vocab_size=teacher.get_output_embeddings().weight.shape[0],
+        )
+        batch_size = config.batch_size or default_batch_size(device, config.seq_len)
+        manifest, rates = write_cache(
+            teacher, blocks, draft, folder, batch_size=batch_size, device=device
+        )
+    return BuildCacheResult(
+        cache=folder,
+        tokens=manifest.num_tokens,
+        bytes_per_token=manifest.bytes_per_token,
+        head_bytes=manifest.head_bytes,
+        tokens_per_second=rates.tokens_per_second,
+        bare_forward_tokens_per_second=rates.bare_forward_tokens_per_second,
+        fingerprint=manifest.fingerprint,
+    )
+
+
+def describe_blocks(blocks: Blocks, identity: CacheIdentity) -> str:
+    """Return one line on the blocks and how they begin."""
+    start = "" if identity.block_start == "none" else f", BOS ({identity.block_start_id}) first"
+    return (
+        f"{len(blocks)} blocks of {identity.seq_len} tokens{start}, {blocks.num_heldout} held out; "
+        f"documents {identity.documents}"
+    )
+
+
+def text_plan(config: BuildCacheConfig, tokenizer: Any) -> TextPlan:
+    """Return how the text becomes blocks; report a template that ignores thinking."""
+    if config.thinking != "none" and tokenizer.chat_template and ignores_thinking(tokenizer):
+        say(f"this chat template ignores enable_thinking: {config.thinking} renders the same once")
+    return TextPlan(**{field.name: getattr(config, field.name) for field in fields(TextPlan)})
