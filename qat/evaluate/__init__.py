@@ -1,1 +1,1 @@
-"""Held-out numbers: `kl` on a cache, `perplexity` on a text, `generate` answers."""
+"""Held-out numbers: `kl`, then `on_cache` and `on_text`; answers: `generate`."""

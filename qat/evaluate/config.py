@@ -1,4 +1,4 @@
-"""Flags of `qat evaluate` and `qat generate`."""
+"""Flags of `qat evaluate`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,10 @@ class EvaluateConfig:
     model_id: str | None = None
     """Full-precision model of a `.pt` checkpoint: folder or hub name; the one its config names."""
     cache_dir: Path | None = None
-    """Teacher cache to measure on."""
+    """Teacher cache to measure on: its held-out split."""
     teacher: str | None = None
-    """Full-precision model to compare with on --text."""
+    """Full-precision model to compare with: kl_nats is then over its whole vocabulary, also on a
+    cache that keeps a part of it."""
     text: Path | None = None
     """Plain text file to measure on."""
     seq_len: int = 64
@@ -32,8 +33,6 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if (self.cache_dir is None) == (self.text is None):
             raise ValueError("give one of --cache-dir and --text to measure on")
-        if self.teacher and self.text is None:
-            raise ValueError("--teacher goes with --text; a cache holds its teacher's word already")
         if self.num_sequences is not None and self.num_sequences < 1:
             raise ValueError(
                 f"--num-sequences {self.num_sequences} must be 1 or more; leave it out for all"

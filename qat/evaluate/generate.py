@@ -69,8 +69,8 @@ def prompt_token_ids(tokenizer: Any, prompt: str, template: Template) -> list[in
 def require_context(
     model: nn.Module, token_ids: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
-    """Check that every prompt and its answer fit the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    """Refuse unless every prompt and its answer fit the model's context."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, token_ids), default=0) + max_new_tokens
     if limit is not None and longest > limit:
         raise ValueError(
@@ -118,7 +118,11 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 
 def pad_token_id(model: nn.Module, tokenizer: Any) -> int:
     """Return a token to pad with; any will do, as the mask hides it."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, model.config.eos_token_id)
+    candidates = (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+        model.config.get_text_config().eos_token_id,
+    )
     known = [token for token in candidates if isinstance(token, int)]
     return known[0] if known else 0
 
@@ -133,8 +137,8 @@ def answer_file(
 ) -> dict[str, int]:
     """Write the rows of an instruction file with their outputs filled in.
 
-    The output file appears only when whole. Until then answers gather in a `.part.jsonl` beside
-    it, which a later call with the same rows and settings continues.
+    The output file appears only when whole. Until then answers gather in a `.part.jsonl` next
+    to it, which a later call with the same rows and settings continues.
 
     Args:
         data: JSON lines with instruction, input, output.
@@ -152,11 +156,11 @@ def answer_file(
     rows = read_rows(data)
     if output.exists() and not output.samefile(data):
         raise ValueError(f"--output {output} exists; remove it or name another file")
-    wanted = [n for n, row in enumerate(rows) if overwrite_outputs or not row.get("output")]
+    unanswered = [n for n, row in enumerate(rows) if overwrite_outputs or not row.get("output")]
     part = output.with_suffix(".part.jsonl")
-    header = {"settings": settings, "rows": fingerprint([prompt_of(rows[n]) for n in wanted])}
+    header = {"settings": settings, "rows": fingerprint([prompt_of(rows[n]) for n in unanswered])}
     answers = read_part(part, header)
-    open_rows = [n for n in wanted if n not in answers]
+    open_rows = [n for n in unanswered if n not in answers]
     resumed = len(answers)
     with part.open("a", encoding="utf-8") as file:
         for position, text in answer([prompt_of(rows[n]) for n in open_rows]):
@@ -171,7 +175,7 @@ def answer_file(
     return {
         "rows": len(rows),
         "answered": len(open_rows),
-        "kept": len(rows) - len(wanted),
+        "kept": len(rows) - len(unanswered),
         "resumed": resumed,
     }
 

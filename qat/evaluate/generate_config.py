@@ -1,4 +1,4 @@
-"""What `qat generate` can be told."""
+"""Flags of `qat generate`."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from qat.distill.teacher import TeacherSignal, dense_signal
-from qat.evaluate.kl import evaluate_batches
+from qat.evaluate.kl import LazyTeacher, Numbers, evaluate_batches, live_teacher
 from qat.model.surgery import hold_weights
 
 
@@ -18,8 +17,12 @@ def evaluate_on_text(
     device: torch.device,
     dtype: torch.dtype,
     batch_size: int = 8,
-) -> dict[str, float | int | None]:
-    """Return kl_nats, kd_loss, perplexity, its error, top1_agreement and tokens.
+    num_context: int = 0,
+) -> Numbers:
+    """Return the numbers of `evaluate_batches`; the KL is exact.
+
+    Every position after the context is compared, the last one of a block too; perplexity is of
+    the tokens that the block itself holds after them.
 
     Args:
         model: The student, on the device; quantized weights are formed once.
@@ -28,27 +31,34 @@ def evaluate_on_text(
         device: Where the batches go.
         dtype: Compute dtype.
         batch_size: Blocks of a forward pass.
+        num_context: Positions at the start of a block that do not count: 1 where it is BOS.
 
     Raises:
         ValueError: If there is no block, or the two have different vocabularies.
     """
     if not len(blocks):
         raise ValueError("--text is shorter than one block; give more text or a smaller --seq-len")
-    sizes = model.config.vocab_size, (teacher or model).config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"--teacher has a vocabulary of {sizes[1]}, the student of {sizes[0]}; "
-            "give the model that the student was made from"
-        )
+    widths = [one.config.get_text_config().vocab_size for one in (model, teacher or model)]
+    require_equal_widths(*widths)
     hold_weights(model, dtype)
 
-    def batches() -> Iterator[tuple[Tensor, TeacherSignal]]:
+    def batches() -> Iterator[tuple[Tensor, LazyTeacher]]:
         for part in blocks.to(device).split(batch_size):
-            mask = torch.ones(part.shape[0], part.shape[1] - 1, dtype=torch.bool, device=device)
-            logits = (teacher or model)(input_ids=part, use_cache=False).logits[:, :-1]
-            yield part, dense_signal(logits, mask)
+            mask = torch.ones_like(part, dtype=torch.bool)
+            mask[:, :num_context] = False
+            yield part, LazyTeacher(mask) if teacher is None else live_teacher(teacher, part, mask)
 
-    values = evaluate_batches(model, batches(), description="evaluate")
-    if teacher is None:
-        values |= dict.fromkeys(("kl_nats", "kd_loss", "top1_agreement"))
-    return values
+    return evaluate_batches(model, batches(), description="evaluate")
+
+
+def require_equal_widths(student: int, teacher: int) -> None:
+    """Refuse two vocabularies of different sizes.
+
+    Raises:
+        ValueError: With both.
+    """
+    if student != teacher:
+        raise ValueError(
+            f"--teacher has a vocabulary of {teacher}, the student of {student}; "
+            "give the model that the student was made from"
+        )

@@ -14,14 +14,27 @@ from typing import Any
 from tyro.conf import Positional
 
 from qat.storage.files import atomic_file, write_text
-from qat.tracking.record import METRICS, SUMMARY, read_config, read_rows, read_summary
+from qat.tracking.record import (
+    KL_NAMES,
+    METRICS,
+    SETTINGS,
+    SUMMARY,
+    flat_settings,
+    read_config,
+    read_rows,
+    read_summary,
+)
 
-SELECT_BY = "eval/kl_nats"  # the number that names the best step
-FINAL = ("train/loss", SELECT_BY, "eval/kd_loss", "eval/perplexity", "eval/top1_agreement")
+KL_CURVES = tuple(f"eval/{name}" for name in KL_NAMES)  # the first one names the best step
+FINAL = ("train/loss", *KL_CURVES, "eval/kd_loss", "eval/perplexity", "eval/top1_agreement")
 BITS = ("bits_per_weight", "bits_per_weight_mlp", "bits_per_weight_model")
-CURVES = {"train/loss": "training loss", SELECT_BY: "held-out KL (nats)"}
+CURVES = {
+    "train/loss": "training loss",
+    "eval/kl_nats": "held-out KL (nats)",
+    "eval/kl_nats_lower": "held-out KL,\nlower bound (nats)",
+}
 AXES = {"step": "steps", "train/tokens_seen": "tokens", "train/seconds": "seconds"}
-NAMES = ("output_dir", "output", "wandb_run")  # settings that name a run, so always differ
+NAMES = ("output_dir", "output", "tracking.name")  # settings that name a run, so always differ
 LARGE = 10_000.0  # from here on, fractions are noise
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; }
 table { border-collapse: collapse; margin: 1em 0; }
@@ -149,18 +162,9 @@ def make_run(
     merged: dict[int, dict[str, Any]] = {}
     for row in rows:
         merged.setdefault(row["step"], {}).update(row)
-    return Run(name, flatten(config), dict(sorted(merged.items())), summary)
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings under keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    return Run(
+        name, flat_settings(config.get(SETTINGS, config)), dict(sorted(merged.items())), summary
+    )
 
 
 def settings_table(runs: Sequence[Run]) -> Table:
@@ -188,12 +192,17 @@ def numbers_table(runs: Sequence[Run]) -> Table:
 
 def numbers_of(run: Run) -> dict[str, Any]:
     """Return a run's numbers; None where it does not tell. Unlogged ones come from the summary."""
-    best_step, best = min(run.series(SELECT_BY), key=lambda pair: pair[1], default=(None, None))
+    lowest = {
+        key: min(run.series(key), key=lambda pair: pair[1], default=None) for key in KL_CURVES
+    }
     tokens, seconds = (final(run, key) for key in ("train/tokens_seen", "train/seconds"))
     return {
         "steps": max(run.rows, default=run.summary.get("steps")),
-        "best_kl_nats": best if best is not None else run.summary.get("best_kl_nats"),
-        "best_step": best_step,
+        **{
+            f"best_{name}": lowest[key][1] if lowest[key] else run.summary.get(f"best_{name}")
+            for key, name in zip(KL_CURVES, KL_NAMES, strict=True)
+        },
+        "best_step": next((pair[0] for pair in lowest.values() if pair), None),
         **{f"final_{key.split('/')[1]}": final(run, key) for key in FINAL},
         "tokens": tokens,
         "seconds": seconds,
@@ -254,7 +263,7 @@ def along(run: Run, key: str, axis: str) -> tuple[list[float], list[float]]:
 
 
 def as_markdown(numbers: Table, settings: Table, plot: Path | None) -> str:
-    """Return the comparison as Markdown; the plot lies beside it."""
+    """Return the comparison as Markdown; the plot is in the same folder."""
     parts = ["# Runs compared", markdown_table(numbers)]
     if settings.rows:
         parts += ["## Settings that differ", markdown_table(settings)]
@@ -286,14 +295,14 @@ def as_page(numbers: Table, settings: Table, plot: Path | None) -> str:
 def html_table(table: Table) -> str:
     """Return a table in HTML."""
 
-    def row(cells: Sequence[Any], tag: str) -> str:
+    def row(cells: Sequence[object], tag: str) -> str:
         return "".join(f"<{tag}>{html.escape(show(cell))}</{tag}>" for cell in cells)
 
     lines = [row(table.header, "th"), *(row(cells, "td") for cells in table.rows)]
     return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-def show(cell: Any) -> str:
+def show(cell: object) -> str:
     """Return a cell's text: four digits for fractions, nothing for None."""
     if isinstance(cell, float):
         return f"{cell:.4g}" if abs(cell) < LARGE else f"{cell:.0f}"

@@ -15,6 +15,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from qat.reports.compare import Run, Table, final, markdown_table, numbers_of, show
+from qat.tracking.record import KL_NAMES
 
 RUNS_TITLE = "## Run History"
 TABLE_START, TABLE_END = "<!-- records: `qat log-run` writes this table -->", "<!-- /records -->"
@@ -27,7 +28,8 @@ Runs with what they were for, how they were started and what came out.
 {TABLE_START}
 {TABLE_END}
 
-In bold: the smallest kl_nats of a cache. Numbers of different caches are not comparable.
+In bold: the smallest KL of a cache. kl_nats is over the whole vocabulary; kl_nats_lower, from a
+cache that keeps a part of it, lies below. Numbers of different caches are not comparable.
 
 {RUNS_TITLE}
 """
@@ -37,10 +39,10 @@ FACTS = re.compile(r"^<!-- run: (?P<facts>\{.*\}) -->$", re.MULTILINE)
 CURVES = {  # what a run tells of itself, as the log calls it
     "eval/kd_loss": "kd_loss",
     "eval/kl_nats": "kl_nats (held-out)",
+    "eval/kl_nats_lower": "kl_nats_lower (held-out)",
     "eval/perplexity": "perplexity",
     "train/loss": "training loss",
 }
-SHOWN_FLAGS = ("mlp_only", "attn_only", "max_steps", "batch_size", "lr")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +56,7 @@ class LogRunConfig:
     goal: str
     """What the run was for, in one line."""
     log: Path = Path("speedrun/log.md")
-    """The log; plots go into `plots` beside it."""
+    """The log; plots go into `plots` next to it."""
     instance: str | None = None
     """Where it ran, such as "Colab T4"; what the run recorded when not given."""
     notes: tuple[str, ...] = ()
@@ -106,18 +108,25 @@ def command_line(program: str, flags: dict[str, Any], defaults: dict[str, Any]) 
 
 def run_name(run: Run, header: dict[str, Any]) -> str:
     """Return {format}_{preset}_{mlp|e2e}_{loss}_{fp32|fp16}, parts left out that are unknown."""
-    scheme = header.get("scheme", {})
-    layer = scheme.get("mlp", {})
+    plan = header.get("plan", {})
     loss = best(run, "eval/kd_loss")
     is_trained = bool(run.rows)
     parts = [
         "v2",
-        scheme.get("name"),
-        ("mlp" if run.config.get("mlp_only") else "e2e") if is_trained else "init",
+        plan.get("name"),
+        ("mlp" if run.config.get("layers") == "mlp" else "e2e") if is_trained else "init",
         None if loss is None else f"{loss:.2f}",
-        ("fp32" if layer.get("stored_dtype") == "float32" else "fp16") if layer else None,
+        stored_name(header) if header else None,
     ]
     return "_".join(part for part in parts if part)
+
+
+def stored_name(header: dict[str, Any]) -> str:
+    """Return fp32 where a format stores float32 numbers, else fp16."""
+    from qat.quant.plan import kind_specs
+
+    specs = [spec for spec in kind_specs(header["plan"]).values() if spec is not None]
+    return "fp32" if any(spec.stored_dtype == "float32" for spec in specs) else "fp16"
 
 
 def best(run: Run, key: str) -> float | None:
@@ -140,7 +149,7 @@ def record_of(facts: Facts, name: str, instance: str) -> dict[str, Any]:
         "steps": numbers["steps"],
         "seconds": numbers["seconds"] or run.summary.get("seconds"),
         "tokens_per_second": numbers["tokens_per_second"] or run.summary.get("tokens_per_second"),
-        "kl_nats": best(run, "eval/kl_nats"),
+        **{name: best(run, f"eval/{name}") for name in KL_NAMES},
         "kd_loss": best(run, "eval/kd_loss"),
         "perplexity": best(run, "eval/perplexity"),
         "bits": header.get("metrics", {}).get("bits_per_weight_mlp")
@@ -167,7 +176,7 @@ def entry_text(facts: Facts, config: LogRunConfig, plot: str | None) -> str:
     if facts.command:
         parts.append(f"**Command**:\n```bash\n{facts.command}\n```")
     parts += [
-        f"**Result**: {result_word(facts.run)}",
+        f"**Result**: {result_status(facts.run)}",
         markdown_table(result_table(facts.run)),
         *([f"![{config.name}]({plot})"] if plot else []),
         "**Notes**:\n" + "\n".join(f"- {note}" for note in config.notes or ("none",)),
@@ -187,15 +196,16 @@ def config_lines(facts: Facts) -> list[str]:
     flags, header = facts.run.config, facts.header
     base = header.get("base_model", {}).get("name")
     lines = [
-        f"Model: {base}, scheme {header['scheme']['name']}" if header else "Model: not recorded",
+        f"Model: {base}, plan {header['plan']['name']}" if header else "Model: not recorded",
         f"Cache: {flags.get('cache_dir') or 'see fingerprint'} ({header.get('cache_fingerprint')})",
     ]
-    if "v2_checkpoint" in flags:
-        what = "MLP-only" if flags.get("mlp_only") else "end to end"
+    if "max_steps" in flags:
+        lr, schedule = flags.get("optim.lr"), flags.get("optim.schedule")
+        what = {"mlp": "MLP-only", "attention": "attention-only"}.get(flags.get("layers"))
         lines += [
-            f"Checkpoint: `{flags['v2_checkpoint']}`",
-            f"Training: {what}, {flags.get('max_steps')} steps",
-            f"Batch: {flags.get('batch_size')}, LR: {flags.get('lr')} ({flags.get('schedule')})",
+            f"Checkpoint: `{flags.get('checkpoint')}`",
+            f"Training: {what or 'end to end'}, {flags['max_steps']} steps",
+            f"Batch: {flags.get('batch_size')}, LR: {lr} ({schedule})",
         ]
     elif "made_by" in header:
         made_by = header["made_by"]
@@ -205,7 +215,7 @@ def config_lines(facts: Facts) -> list[str]:
     return lines + ([f"Commit: {', '.join(commits)}"] if commits else [])
 
 
-def result_word(run: Run) -> str:
+def result_status(run: Run) -> str:
     """Return whether a run has ended."""
     return "COMPLETE" if run.summary else f"STOPPED at step {max(run.rows, default=0)}"
 
@@ -256,17 +266,17 @@ def add_entry(log: str, name: str, entry: str) -> str:
         return f"{log[:start]}{body.rstrip()}\n\n{entry}\n{log[end:]}".rstrip() + "\n"
     first = found[0].start()
     after = ENTRY.search(body, found[0].end())
-    former = body[first : after.start() if after else len(body)]
-    if not same_run(former, entry):
+    previous = body[first : after.start() if after else len(body)]
+    if not same_run(previous, entry):
         raise ValueError(f"--name {name} is in the log already, for another run; choose another")
     return (
-        log[: start + first] + entry + "\n" + log[start + first + len(former) :]
+        log[: start + first] + entry + "\n" + log[start + first + len(previous) :]
     ).rstrip() + "\n"
 
 
-def same_run(former: str, entry: str) -> bool:
+def same_run(previous: str, entry: str) -> bool:
     """Return whether two entries tell of the same run."""
-    facts = [read_facts(text) for text in (former, entry)]
+    facts = [read_facts(text) for text in (previous, entry)]
     keys = ("identity", "date") if facts[1][0].get("identity") is None else ("identity",)
     return bool(facts[0]) and all(facts[0][0].get(key) == facts[1][0].get(key) for key in keys)
 
@@ -304,22 +314,22 @@ def with_table(log: str) -> str:
 
 
 def records_table(records: Sequence[dict[str, Any]]) -> Table:
-    """Return a row a run, the smallest kl_nats of each cache in bold."""
+    """Return a row a run, the smallest KL of each cache in bold."""
     header = ["Name", "Run", "Date", "Instance", "Steps", "Time", "tokens/s"]
-    header += ["kl_nats", "kd_loss", "perplexity", "bits in MLP"]
-    least: dict[Any, float] = {}
-    for one in records:
-        if one["kl_nats"] is not None:
-            least[one["cache"]] = min(one["kl_nats"], least.get(one["cache"], one["kl_nats"]))
-    rows = []
-    for one in records:
-        is_best = one["kl_nats"] is not None and one["kl_nats"] == least[one["cache"]]
-        kl = f"**{show(one['kl_nats'])}**" if is_best else one["kl_nats"]
-        rows.append(
-            [
-                *(one["name"], one["run"], one["date"], one["instance"], one["steps"]),
-                *(clock(one["seconds"]), one["tokens_per_second"]),
-                *(kl, one["kd_loss"], one["perplexity"], one["bits"]),
-            ]
-        )
+    header += [*KL_NAMES, "kd_loss", "perplexity", "bits in MLP"]
+
+    def kl_cell(one: dict[str, Any], name: str) -> Any:
+        known = [r[name] for r in records if r["cache"] == one["cache"] and r.get(name) is not None]
+        value = one.get(name)
+        return f"**{show(value)}**" if known and value == min(known) else value
+
+    rows = [
+        [
+            *(one["name"], one["run"], one["date"], one["instance"], one["steps"]),
+            *(clock(one["seconds"]), one["tokens_per_second"]),
+            *(kl_cell(one, name) for name in KL_NAMES),
+            *(one["kd_loss"], one["perplexity"], one["bits"]),
+        ]
+        for one in records
+    ]
     return Table(header, rows)

@@ -7,7 +7,7 @@ from qat.model.checkpoint import CheckpointHeader
 from qat.storage.files import read_json, write_text
 
 CARD_NAME = "README.md"
-SUMMARY_NAME = "summary.json"  # of a run, beside its best and final students
+SUMMARY_NAME = "summary.json"  # of a run, next to its best and final students
 
 TRANSFORMERS = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,12 +79,12 @@ def write_card(
     dtype: str | None,
     output: Path,
 ) -> Path:
-    """Write the card into an exported folder, or beside a single file under its name.
+    """Write the card into an exported folder, or next to a single file under its name.
 
     Args:
         report: What the export says, with the student's bits per weight.
         header: Of the student; None for a full-precision model.
-        checkpoint: Where the student lies; a run's summary beside it is quoted.
+        checkpoint: where the student is; a run's summary next to it is quoted.
         target: The format.
         dtype: Of dense parts, None where not asked for.
         output: Where the export is.
@@ -97,7 +97,7 @@ def write_card(
     sections = [
         front_matter(target, header),
         f"# {output.stem}",
-        first_words(target, dtype, header),
+        introduction(target, dtype, header),
         table(facts(target, header, report, training_of(checkpoint))),
         "## How to load it",
         LOADING[target].replace("PATH", str(loaded_from.name)),
@@ -115,13 +115,13 @@ def front_matter(target: str, header: CheckpointHeader | None) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def first_words(target: str, dtype: str | None, header: CheckpointHeader | None) -> str:
+def introduction(target: str, dtype: str | None, header: CheckpointHeader | None) -> str:
     """Return one sentence that says what the files are."""
     if header is None or dtype is not None and target in ("gguf", "hf"):
         return f"Dense weights in {dtype or 'fp32'}, as reference for packed files."
     return (
-        f"{header.base_model.get('name', 'A model')}, quantized with scheme "
-        f"{header.scheme['name']} and distilled; every quantized weight in these files equals the "
+        f"{header.base_model.get('name', 'A model')}, quantized with plan "
+        f"{header.plan['name']} and distilled; every quantized weight in these files equals the "
         "trained one to the bit (`export.json`)."
     )
 
@@ -137,7 +137,7 @@ def facts(
     head = report.get("head") or {}
     return {
         "base model": header and header.base_model.get("name"),
-        "scheme": header and header.scheme["name"],
+        "plan": header and header.plan["name"],
         "format": target,
         "bits per weight, quantized layers": report.get("bits_per_weight"),
         "bits per weight, MLP": report.get("bits_per_weight_mlp"),
@@ -146,6 +146,7 @@ def facts(
         "embeddings and head": head.get("type"),
         "noise of embeddings and head (SQNR, dB)": head.get("sqnr_db"),
         "KL to the teacher, held out (nats)": metrics.get("kl_nats"),
+        "KL to the teacher, held out, lower bound (nats)": metrics.get("kl_nats_lower"),
         "perplexity, held out": metrics.get("perplexity"),
         "top-1 agreement": metrics.get("top1_agreement"),
         "training tokens": training.get("tokens_seen"),
@@ -161,7 +162,7 @@ def table(values: dict[str, Any]) -> str:
     return "\n".join(["| what | value |", "|---|---|", *rows])
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a number with four digits after the point at most."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -53,9 +53,9 @@ def commit_of(folder: Path) -> str | None:
 
 
 def add_session(folder: Path, environment: dict[str, Any], *, is_resumed: bool) -> None:
-    """Write a session into a run's folder: after the former ones where it goes on with them."""
-    former = read_sessions(folder) if is_resumed else []
-    write_json(Path(folder) / ENVIRONMENT, [*former, environment])
+    """Write a session into a run's folder: after the previous ones where it goes on with them."""
+    previous = read_sessions(folder) if is_resumed else []
+    write_json(Path(folder) / ENVIRONMENT, [*previous, environment])
 
 
 def read_sessions(folder: Path) -> list[dict[str, Any]]:

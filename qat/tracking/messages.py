@@ -1,8 +1,40 @@
-"""Lines for people, on standard error; standard output is for JSON."""
+"""Messages for people go to the logger `qat`; standard output is for results as JSON.
 
+A command shows them on standard error. A program that uses the Python API decides for itself, for
+instance with `logging.basicConfig(level=logging.INFO)`.
+"""
+
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOGGER = logging.getLogger("qat")
 
 
 def say(text: str) -> None:
-    """Print a line for people."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 the one place that speaks
+    """Log a message at level INFO."""
+    LOGGER.info(text)
+
+
+class StandardErrorHandler(logging.Handler):
+    """Writes each message as it is to what `sys.stderr` is at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message."""
+        print(self.format(record), file=sys.stderr, flush=True)  # noqa: T201
+
+
+@contextmanager
+def messages_on_standard_error() -> Iterator[None]:
+    """Show messages of level INFO and above within the block, once each."""
+    handler, level, propagate = StandardErrorHandler(), LOGGER.level, LOGGER.propagate
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
+        LOGGER.propagate = propagate

@@ -1,16 +1,27 @@
-"""A run's folder: config.json, metrics.jsonl (one row a step and kind) and summary.json."""
+"""A run's folder: config.json, metrics.jsonl (one row a step and kind) and summary.json.
+
+config.json holds what the run was asked for under `config`, so that `--config FILE` asks for it
+again; a program's own keys are next to it.
+"""
 
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from qat.storage.files import read_json, write_json, write_text
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+# Held-out distance from the teacher: over the whole vocabulary, or from a cache that keeps a part.
+KL_NAMES = ("kl_nats", "kl_nats_lower")
+SETTINGS = "config"  # the key of config.json that holds a command's whole config
+
+Config = TypeVar("Config")
 
 
 class RunRecord:
@@ -43,6 +54,11 @@ class RunRecord:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write how the run ended; its presence says that it did."""
         write_json(self.folder / SUMMARY, dict(summary))
+
+
+def kl_name(values: Mapping[str, Any]) -> str | None:
+    """Return which KL some numbers have: the exact one where known, else the other, or None."""
+    return next((name for name in KL_NAMES if values.get(name) is not None), None)
 
 
 def json_number(value: float) -> float | int | None:
@@ -84,3 +100,84 @@ def read_summary(folder: Path) -> dict[str, Any]:
 def read_if_present(path: Path) -> dict[str, Any]:
     """Return a JSON object from a file, empty where there is none."""
     return read_json(path) if path.is_file() else {}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the config of the command that made a run's folder; empty where none is recorded."""
+    return read_config(folder).get(SETTINGS, {})
+
+
+def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by the names that flags have, joined with dots."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        is_group = isinstance(value, dict)
+        flat |= flat_settings(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
+    return flat
+
+
+def config_as_json(value: object) -> Any:
+    """Return a config, a nested dataclass, as JSON holds it: tuples as lists, paths as strings."""
+    if is_dataclass(value):
+        return {f.name: config_as_json(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, tuple):
+        return [config_as_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def config_from_json(config_type: type[Config], values: Any, prefix: str = "") -> Config:
+    """Return the config that JSON values stand for; keys that are left out have their defaults.
+
+    Args:
+        config_type: Dataclass of plain values, tuples, paths and such dataclasses.
+        values: As `config_as_json` gives them.
+        prefix: Of its keys, as messages name them.
+
+    Raises:
+        ValueError: If a key is unknown or lacking, or a value of another type; names the key.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'config'} {values!r} is not a JSON object")
+    known = {f.name: f for f in fields(config_type)}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"{prefix}{unknown[0]} is not one of {', '.join(known)}")
+    required = [f.name for f in known.values() if f.default is f.default_factory is MISSING]
+    if lacking := [name for name in required if name not in values]:
+        raise ValueError(f"{prefix}{lacking[0]} is missing")
+    hints = get_type_hints(config_type)
+    return config_type(
+        **{name: value_from_json(hints[name], v, f"{prefix}{name}") for name, v in values.items()}
+    )
+
+
+def value_from_json(hint: Any, value: Any, key: str) -> Any:
+    """Return a field's value of the type that it is declared with.
+
+    Raises:
+        ValueError: If JSON holds one of another type; names the key.
+    """
+    kind, options = get_origin(hint), get_args(hint)
+    if is_dataclass(hint):
+        return config_from_json(hint, value, f"{key}.")
+    if kind in (Union, UnionType):
+        if value is None:
+            return None
+        return value_from_json(options[0], value, key)
+    if kind is Literal:
+        fits = value in options
+    elif kind is tuple:
+        if isinstance(value, list):
+            return tuple(value_from_json(options[0], item, key) for item in value)
+        fits = False
+    elif hint is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+    elif hint is Path:
+        return Path(value_from_json(str, value, key))
+    else:
+        fits = type(value) is hint
+    if not fits:
+        expected = (
+            " | ".join(map(str, options)) if kind is Literal else getattr(hint, "__name__", hint)
+        )
+        raise ValueError(f"{key} {value!r} is not of type {expected}")
+    return float(value) if hint is float else value

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from qat.storage.files import read_json, write_json
 from qat.tracking.environment import add_session, describe_environment
-from qat.tracking.record import RunRecord
+from qat.tracking.record import SETTINGS, RunRecord
 
 WANDB_ID = "wandb.json"
 COMPARE = "compare"  # the kind of run that a comparison is sent as
@@ -135,14 +135,15 @@ def open_tracker(
     """
     record = RunRecord(folder, resume_step=resume_step)
     record.write_config(config)
+    settings = config.get(SETTINGS, config)
     add_session(
         record.folder,
-        describe_environment(config.get("device", "auto")),
+        describe_environment(settings.get("device", "auto")),
         is_resumed=resume_step is not None,
     )
     sinks: list[Sink] = [LocalSink(record)]
     if wandb is not None:
-        sinks.append(WandbSink(folder, config, resume=resume_step is not None, **wandb))
+        sinks.append(WandbSink(folder, settings, resume=resume_step is not None, **wandb))
     return Tracker(sinks)
 
 
@@ -211,13 +212,13 @@ def read_wandb_run(run: Any) -> dict[str, Any]:
     return {"name": run.name, "config": dict(run.config), "rows": rows, "summary": summary}
 
 
-def is_ours(key: str, value: Any) -> bool:
+def is_ours(key: str, value: object) -> bool:
     """Whether a key of W&B is one that was sent, with a number that counts."""
     is_own = key.startswith("_") or key == STEP_KEY
     return not is_own and isinstance(value, int | float) and math.isfinite(value)
 
 
-def start_wandb(**settings: Any) -> Any:
+def start_wandb(**settings: object) -> Any:
     """Return a started W&B run, or say in one line why there is none.
 
     Raises:

@@ -6,20 +6,31 @@ from torch.nn import functional
 
 from qat.distill.kl import forward_kl, kd_loss
 from qat.distill.teacher import dense_signal, top_k_signal
-from qat.evaluate.kl import evaluate_batches, perplexity_of
-from tests.tiny import tiny_llama
-
-DISTANCES = ("kl_nats", "kd_loss", "perplexity", "perplexity_stderr", "top1_agreement")
+from qat.evaluate.kl import (
+    CHUNK_BYTES,
+    evaluate_batches,
+    live_teacher,
+    mean_and_stderr,
+    perplexity_of,
+    teacher_of_hidden,
+)
+from qat.model.head import hidden_states, logits_of
+from tests.tiny import LargestTensor, tiny_llama
 
 
 def problem(*, rows=6, length=9, ratio=0.7, top_k=None):
-    """Return token ids and the word of another model on them."""
+    """Return token ids and another model's logits on them as a signal."""
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(261, (rows, length), generator=generator)
     mask = torch.rand(rows, length - 1, generator=generator) < ratio
     logits = tiny_llama(seed=1)(token_ids).logits[:, :-1]
     signal = dense_signal(logits, mask) if top_k is None else top_k_signal(logits, mask, top_k)
     return token_ids, signal
+
+
+def near(values):
+    """Return what equals these numbers to float32's precision."""
+    return {name: value and pytest.approx(value, rel=1e-4) for name, value in values.items()}
 
 
 def in_parts(token_ids, signal, size):
@@ -42,7 +53,19 @@ def test_each_number_is_what_it_is_called(top_k):
         best = signal.token_ids[..., 0]
     nll = functional.cross_entropy(logits[mask], token_ids[:, 1:][mask])
     assert found["tokens"] == int(mask.sum())
-    assert found["kl_nats"] == pytest.approx(forward_kl(logits, signal)[mask].mean().item(), 1e-5)
+    kl = forward_kl(logits, signal)[mask]
+    exact, lower = ("kl_nats", "kl_nats_lower") if top_k is None else ("kl_nats_lower", "kl_nats")
+    assert found[exact] == pytest.approx(kl.mean().item(), 1e-5)
+    assert found[lower] is None
+    for name, share in (
+        ("median", 0.5),
+        ("p90", 0.9),
+        ("p95", 0.95),
+        ("p99", 0.99),
+        ("p999", 0.999),
+    ):
+        assert found[f"kl_{name}"] == pytest.approx(kl.quantile(share).item(), rel=1e-4)
+    assert found["kl_max"] == pytest.approx(kl.max().item(), rel=1e-4)
     assert found["kd_loss"] == pytest.approx(kd_loss(logits, signal)[mask].mean().item(), 1e-5)
     assert found["perplexity"] == pytest.approx(nll.exp().item(), 1e-4)
     agreement = (logits.argmax(-1) == best)[mask].float().mean().item()
@@ -55,7 +78,7 @@ def test_how_sequences_are_batched_does_not_matter():
     token_ids, signal = problem()
     whole = evaluate_batches(model, [(token_ids, signal)], description="test")
     parts = evaluate_batches(model, in_parts(token_ids, signal, 2), description="test")
-    assert parts == {name: pytest.approx(value, rel=1e-5) for name, value in whole.items()}
+    assert parts == near(whole)
 
 
 def test_logits_are_held_for_a_chunk_of_positions_only():
@@ -65,7 +88,7 @@ def test_logits_are_held_for_a_chunk_of_positions_only():
     model.lm_head.register_forward_hook(lambda _head, _x, logits: sizes.append(len(logits)))
     chunked = evaluate_batches(model, [problem()], description="test", chunk_tokens=7)
     assert sizes == [7] * 6 + [6]
-    assert chunked == {name: pytest.approx(value, rel=1e-5) for name, value in whole.items()}
+    assert chunked == near(whole)
 
 
 def test_the_teacher_itself_is_at_no_distance():
@@ -77,10 +100,52 @@ def test_the_teacher_itself_is_at_no_distance():
     assert found["top1_agreement"] == 1.0
 
 
+def test_a_lazy_teacher_is_the_dense_one():
+    """From its hidden states, or run on the batch itself; at all positions or without the last."""
+    model, teacher = tiny_llama(), tiny_llama(seed=1)
+    token_ids, signal = problem()
+    dense = evaluate_batches(model, [(token_ids, signal)], description="test")
+    hidden = hidden_states(teacher, token_ids)[:, :-1]
+    of_hidden = teacher_of_hidden(hidden, lambda rows: logits_of(teacher, rows), signal.mask)
+    for lazy in (of_hidden, live_teacher(teacher, token_ids, signal.mask)):
+        found = evaluate_batches(model, [(token_ids, lazy)], description="test", chunk_tokens=5)
+        assert found == near(dense)
+
+
+def test_the_last_position_has_a_distance_and_no_label():
+    """Where the mask spans whole blocks, perplexity is of the same tokens as without it."""
+    model, teacher = tiny_llama(), tiny_llama(seed=1)
+    token_ids, _ = problem()
+    mask = torch.ones_like(token_ids, dtype=torch.bool)
+    whole = evaluate_batches(
+        model, [(token_ids, live_teacher(teacher, token_ids, mask))], description="test"
+    )
+    log_p, log_q = (m(token_ids).logits.log_softmax(-1) for m in (teacher, model))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    assert whole["kl_nats"] == pytest.approx(expected, rel=1e-5)
+    assert whole["tokens"] == token_ids.numel()
+    short = live_teacher(teacher, token_ids, mask[:, :-1])
+    cut = evaluate_batches(model, [(token_ids, short)], description="test")
+    assert whole["perplexity"] == pytest.approx(cut["perplexity"], rel=1e-6)
+
+
+def test_logits_of_neither_side_are_held_for_a_batch():
+    """At a vocabulary of 262,144 no tensor is larger than a chunk's logits."""
+    model = tiny_llama(vocab_size=262144, hidden_size=16, head_dim=4, intermediate_size=16)
+    token_ids = torch.arange(4 * 32).view(4, 32)  # logits of all of it: 134 MB a side
+    mask = torch.ones_like(token_ids, dtype=torch.bool)
+    with torch.no_grad(), LargestTensor() as largest:
+        lazy = live_teacher(model, token_ids, mask)
+        found = evaluate_batches(model, [(token_ids, lazy)], description="test")
+    assert abs(found["kl_nats"]) < 1e-6
+    assert CHUNK_BYTES / 2 < largest.num_bytes <= CHUNK_BYTES < 4 * 32 * 262144 * 4
+
+
 def test_nothing_that_counts_has_no_numbers():
     """None, which JSON can hold; not NaN."""
     found = evaluate_batches(tiny_llama(), [problem(ratio=0.0)], description="test")
-    assert found == {**dict.fromkeys(DISTANCES), "tokens": 0}
+    assert found.pop("tokens") == 0
+    assert set(found.values()) == {None}
 
 
 def test_no_gradient_is_kept():
@@ -91,34 +156,36 @@ def test_no_gradient_is_kept():
 
 
 def test_the_error_bar_is_that_of_repeated_draws():
-    """Sequences drawn anew many times scatter by what one draw says, to a tenth."""
+    """Sequences drawn anew many times scatter by what one draw gives, to a tenth."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(count):
         level = 3 + 0.5 * torch.randn(count, generator=generator)  # tokens of a text go together
         tokens = torch.randint(20, 60, (count,), generator=generator).double()
         noise = torch.randn(count, generator=generator) * tokens.sqrt()
-        return (level * tokens + noise).tolist(), tokens.tolist()
+        return level * tokens + noise, tokens
 
-    draws = [perplexity_of(*draw(50)) for _ in range(400)]
-    scatter = torch.tensor([perplexity for perplexity, _ in draws]).std().item()
-    claimed = sum(stderr for _, stderr in draws) / len(draws)
-    assert claimed == pytest.approx(scatter, rel=0.1)
+    draws = [draw(50) for _ in range(400)]
+    for estimate in (perplexity_of, mean_and_stderr):
+        means, errors = zip(*(estimate(*one) for one in draws), strict=True)
+        scatter = torch.tensor(means).std().item()
+        assert sum(errors) / len(errors) == pytest.approx(scatter, rel=0.1)
 
 
 def test_one_sequence_has_no_error_bar():
     """There is nothing to compare it with."""
-    assert perplexity_of([20.0], [10]) == (pytest.approx(math.exp(2)), None)
+    found = perplexity_of(torch.tensor([20.0]), torch.tensor([10.0]))
+    assert found == (pytest.approx(math.exp(2)), None)
 
 
 def test_equal_sequences_have_an_error_of_zero():
     """And a perplexity of their common level."""
-    perplexity, stderr = perplexity_of([20.0, 40.0], [10, 20])
+    perplexity, stderr = perplexity_of(torch.tensor([20.0, 40.0]), torch.tensor([10.0, 20.0]))
     assert perplexity == pytest.approx(math.exp(2))
     assert stderr == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_hopeless_student_still_has_a_number():
     """exp(10000) is no float; what is reported is finite."""
-    perplexity, _ = perplexity_of([1e6], [100])
+    perplexity, _ = perplexity_of(torch.tensor([1e6]), torch.tensor([100.0]))
     assert math.isfinite(perplexity)

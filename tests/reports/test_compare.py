@@ -1,6 +1,6 @@
 import pytest
 
-from qat.reports.compare import Run, along, compare_runs, numbers_of, settings_table
+from qat.reports.compare import Run, along, compare_runs, numbers_of, numbers_table, settings_table
 from qat.tracking.record import RunRecord
 
 
@@ -95,3 +95,17 @@ def test_what_is_missing_is_said_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="name run folders"):
         compare_runs([tmp_path / "empty"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_bounds_and_exact_distances_have_columns_of_their_own(tmp_path):
+    """A lower bound never stands under the exact number's name; each run's best step is its own."""
+    exact = Run("exact", {}, {1: {"eval/kl_nats": 2.0, "eval/kl_nats_lower": 0.1}}, {})
+    bound = Run("bound", {}, {1: {"eval/kl_nats_lower": 3.0}, 2: {"eval/kl_nats_lower": 1.0}}, {})
+    table = numbers_table([exact, bound])
+    first, second = (dict(zip(table.header, row, strict=True)) for row in table.rows)
+    assert (first["best_kl_nats"], first["best_step"]) == (2.0, 1)
+    assert (second["best_kl_nats"], second["best_kl_nats_lower"], second["best_step"]) == (
+        None,
+        1.0,
+        2,
+    )

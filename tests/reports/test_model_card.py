@@ -1,16 +1,17 @@
 """The card says what is known of a student, and how to load what was exported."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qat.model.checkpoint import CheckpointHeader
-from qat.quant.scheme import scheme_from_name
 from qat.reports.model_card import LOADING, write_card
 from qat.storage.files import write_json
+from tests.tiny import plan_of, tiny_llama
 
 HEADER = CheckpointHeader(
-    scheme=scheme_from_name("deploy").to_dict(),
+    plan=plan_of(tiny_llama(), "deploy").to_dict(),
     base_model={"name": "tiny-135M", "path": "models/tiny"},
     cache_fingerprint="0123456789abcdef",
     metrics={"kl_nats": 0.51234, "perplexity": 21.5},
@@ -31,7 +32,7 @@ def card(tmp_path, to, header=HEADER, report=REPORT, **flags):
 
 @pytest.mark.parametrize("to", LOADING)
 def test_every_format_has_a_card(tmp_path, to):
-    """Base model, scheme, bits, closeness, training, cache, and its own way of loading."""
+    """Base model, plan, bits, closeness, training, cache, and its own way of loading."""
     path = card(tmp_path, to)
     text = path.read_text()
     assert path == tmp_path / "student-2bit" / "README.md"
@@ -51,8 +52,17 @@ def test_a_single_file_has_its_card_beside_it(tmp_path):
 
 
 def test_what_is_not_known_is_left_out(tmp_path):
-    """A dense reference of a full-precision model has no scheme and no cache."""
+    """A dense reference of a full-precision model has no plan and no cache."""
     text = Path(card(tmp_path, "gguf", header=None, dtype="fp16")).read_text()
     assert "None" not in text
     assert "Dense weights in fp16" in text
-    assert "scheme" not in text
+    assert "plan" not in text
+
+
+def test_a_bound_is_called_one(tmp_path):
+    """A lower bound of the KL does not stand under the exact number's name."""
+    header = replace(HEADER, metrics={"kl_nats": None, "kl_nats_lower": 0.25})
+    lines = Path(card(tmp_path, "gguf", header=header)).read_text().splitlines()
+    assert [line for line in lines if "KL to" in line] == [
+        "| KL to the teacher, held out, lower bound (nats) | 0.25 |"
+    ]

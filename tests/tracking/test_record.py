@@ -1,9 +1,24 @@
 import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
-from qat.tracking.record import METRICS, RunRecord, read_config, read_rows, read_summary
+from qat.storage.files import write_json
+from qat.tracking.record import (
+    CONFIG,
+    METRICS,
+    SETTINGS,
+    RunRecord,
+    config_as_json,
+    config_from_json,
+    read_config,
+    read_rows,
+    read_settings,
+    read_summary,
+)
 
 
 def test_rows_come_back_in_order(tmp_path):
@@ -59,3 +74,54 @@ def test_config_and_summary_come_back_and_may_be_absent(tmp_path):
     record.write_config({"lr": 1e-4})
     record.write_summary({"best_kl_nats": 0.5})
     assert (read_config(tmp_path), read_summary(tmp_path)) == ({"lr": 1e-4}, {"best_kl_nats": 0.5})
+
+
+@dataclass(frozen=True)
+class Part:
+    """Nested settings."""
+
+    rate: float = 1.0
+    mode: Literal["a", "b"] = "a"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A command's settings."""
+
+    folder: Path
+    names: tuple[str, ...] = ()
+    count: int | None = None
+    is_on: bool = False
+    part: Part = field(default_factory=Part)
+
+
+def test_a_config_is_the_same_after_json(tmp_path):
+    """Paths, tuples, nested parts, None; a whole number where a float goes."""
+    config = Settings(Path("x/y"), ("a", "b"), 3, True, Part(2.0, "b"))
+    write_json(tmp_path / CONFIG, {SETTINGS: config_as_json(config)})
+    assert config_from_json(Settings, read_settings(tmp_path)) == config
+    rate = config_from_json(Settings, {"folder": "x", "part": {"rate": 2}}).part.rate
+    assert (rate, type(rate)) == (2.0, float)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"folder": "x", "width": 1}, "width is not one of folder, names"),
+        ({"folder": "x", "part": {"speed": 1}}, "part.speed is not one of rate, mode"),
+        ({}, "folder is missing"),
+        ([], "config .* is not a JSON object"),
+        ({"folder": "x", "part": 3}, "part 3 is not a JSON object"),
+        ({"folder": 3}, "folder 3 is not of type str"),
+        ({"folder": "x", "names": "ab"}, "names 'ab' is not of type"),
+        ({"folder": "x", "names": [1]}, "names 1 is not of type str"),
+        ({"folder": "x", "count": True}, "count True is not of type int"),
+        ({"folder": "x", "is_on": 1}, "is_on 1 is not of type bool"),
+        ({"folder": "x", "part": {"mode": "c"}}, r"part.mode 'c' is not of type a \| b"),
+        ({"folder": "x", "part": {"rate": "1"}}, "part.rate '1' is not of type float"),
+    ],
+)
+def test_what_a_config_does_not_hold_is_refused(values, message):
+    """With the key and what it takes."""
+    with pytest.raises(ValueError, match=message):
+        config_from_json(Settings, values)

@@ -1,0 +1,113 @@
+"""Measure a student, or any model, on a cache or a text."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from qat.cache.read import TeacherCache
+from qat.data.text import bos_id, text_blocks
+from qat.evaluate.config import EvaluateConfig
+from qat.evaluate.on_cache import evaluate_on_cache
+from qat.evaluate.on_text import evaluate_on_text, require_equal_widths
+from qat.model.checkpoint import bits_per_weight, dense_parts_in
+from qat.model.head import require_separable_head
+from qat.model.load import load_tokenizer, model_identity, vocabulary_size
+from qat.pipelines.open_checkpoint import load_model, open_checkpoint
+from qat.pipelines.students import open_cache
+from qat.runtime.device import Device
+from qat.tracking.messages import say
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateResult:
+    """Held-out numbers of a model; None where one cannot be known."""
+
+    kl_nats: float | None
+    """Mean KL(teacher || student) over the whole vocabulary: from a live teacher, or from a cache
+    of hidden states."""
+    kl_nats_lower: float | None
+    """In its place from other caches: of the cached tokens and the rest as one cell, a lower bound;
+    from a sampled cache, or one without the rest's mass, an estimate."""
+    kl_stderr: float | None
+    """Standard error of the mean over sequences."""
+    kl_median: float | None
+    """Of the KL of single tokens, as are those that follow."""
+    kl_p90: float | None
+    kl_p95: float | None
+    kl_p99: float | None
+    kl_p999: float | None
+    kl_max: float | None
+    kd_loss: float | None
+    """The Speedrun Log's loss: temperature 2, cached tokens only."""
+    top1_agreement: float | None
+    """Share of tokens where both have the same likeliest token."""
+    perplexity: float | None
+    perplexity_stderr: float | None
+    tokens: int
+    """Positions that were compared."""
+    bits_per_weight: float | None
+    """Of quantized layers."""
+    bits_per_weight_mlp: float | None
+    bits_per_weight_model: float | None
+
+
+def evaluate(config: EvaluateConfig) -> EvaluateResult:
+    """Load a model, measure it, return its numbers.
+
+    Raises:
+        FileNotFoundError: If a checkpoint, cache or text is not there.
+        ValueError: If they do not belong together.
+    """
+    device = Device.detect(config.device)
+    dtype = device.dtype_from_name(config.dtype)
+    say(device.describe())
+    opened = open_checkpoint(config.checkpoint, model_id=config.model_id)
+    place = {"device": device.torch_device, "dtype": dtype, "batch_size": config.batch_size}
+    require_same_vocabulary(config, opened.text_folder)
+    if config.cache_dir is None:
+        tokenizer = load_tokenizer(opened.text_folder)
+        blocks = text_blocks(config.text, tokenizer, config.seq_len, config.num_sequences)
+        num_context = 0 if bos_id(tokenizer) is None else 1
+        measure = partial(evaluate_on_text, blocks=blocks, num_context=num_context, **place)
+    else:
+        width = vocabulary_size(opened.text_folder)
+        cache = open_cache(config.cache_dir, opened.text_folder, width)
+        say_if_other_teacher(config, cache)
+        limit = config.num_sequences
+        measure = partial(evaluate_on_cache, cache=cache, num_sequences=limit, **place)
+    # A student's few dense parts are loaded as they are stored, so that their bits are counted.
+    loaded = torch.float32 if opened.header else dtype
+    model, _header = load_model(config.checkpoint, model_id=config.model_id, dtype=loaded)
+    sizes = bits_per_weight(model)
+    teacher = load_model(config.teacher, dtype=dtype)[0] if config.teacher else None
+    with dense_parts_in(model, dtype), device.hosting(model):
+        if teacher is not None:
+            device.place(teacher)
+        for one in (model, teacher):
+            if one is not None and not device.compiles_steps:
+                require_separable_head(one)
+        return EvaluateResult(**measure(model, teacher=teacher), **sizes)
+
+
+def require_same_vocabulary(config: EvaluateConfig, folder: Path) -> None:
+    """Refuse a teacher of another vocabulary before anything is loaded.
+
+    Raises:
+        ValueError: With both widths.
+    """
+    if config.teacher:
+        require_equal_widths(
+            vocabulary_size(folder), vocabulary_size(open_checkpoint(config.teacher).text_folder)
+        )
+
+
+def say_if_other_teacher(config: EvaluateConfig, cache: TeacherCache) -> None:
+    """Say so where the live teacher is not the model that the cache was built with."""
+    recorded = cache.manifest.identity.teacher_weights
+    if not config.teacher or recorded is None:
+        return
+    opened = open_checkpoint(config.teacher)
+    if opened.header or model_identity(opened.path)["weights"] != recorded:
+        say("--teacher is not the cache's: kl_nats is against --teacher, kd_loss the cache's")
