@@ -10,14 +10,15 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3Config,
     Qwen3ForCausalLM,
 )
 
@@ -48,27 +49,58 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     return tokenizer
 
 
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Let a tokenizer begin every text with <|endoftext|>, as Gemma's and Llama 3's do."""
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A",
+        special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)],
+    )
+    return tokenizer
+
+
 def tiny_llama(*, tied: bool = True, seed: int = 0, **changes) -> LlamaForCausalLM:
     """Return a random Llama; `changes` go to its config."""
-    return _make(LlamaForCausalLM, LlamaConfig, tied=tied, seed=seed, **changes)
+    return tiny_model("llama", tied=tied, seed=seed, **changes)
 
 
 def tiny_qwen3(*, tied: bool = True, seed: int = 0, **changes) -> Qwen3ForCausalLM:
     """Return a random Qwen3 (q and k norms); `changes` go to its config."""
-    return _make(Qwen3ForCausalLM, Qwen3Config, tied=tied, seed=seed, **changes)
+    return tiny_model("qwen3", tied=tied, seed=seed, **changes)
 
 
 def tiny_gemma(*, tied: bool = True, seed: int = 0, **changes) -> Gemma3ForCausalLM:
     """Return a random Gemma 3 text model (sliding window, scaled embeddings)."""
-    changes = {"sliding_window": 16, "query_pre_attn_scalar": 16, **changes}
-    return _make(Gemma3ForCausalLM, Gemma3TextConfig, tied=tied, seed=seed, **changes)
+    return tiny_model("gemma3", tied=tied, seed=seed, **changes)
 
 
 TINY_MODELS = {"llama": tiny_llama, "qwen3": tiny_qwen3, "gemma": tiny_gemma}
 
 
-def _make(model_type, config_type, *, tied, seed, **changes):
-    """Build a model whose logits spread enough for KL to mean something."""
+SLIDING = {"sliding_window": 16, "query_pre_attn_scalar": 16}
+# Family to the classes' first name in transformers and what its config needs to differ.
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),  # biases in attention
+    "qwen3": ("Qwen3", {}),
+    "mistral": ("Mistral", {}),
+    "smollm3": ("SmolLM3", {}),
+    "gemma2": ("Gemma2", {**SLIDING, "final_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3", SLIDING),
+    "phi": ("Phi", {}),  # a bias in the head
+    "phi3": ("Phi3", {}),
+    "granite": ("Granite", {"logits_scaling": 4.0}),
+    "olmo2": ("Olmo2", {}),
+    "cohere": ("Cohere", {"logit_scale": 0.25}),
+}
+
+
+def tiny_model(family: str, *, tied: bool = True, seed: int = 0, **changes) -> PreTrainedModel:
+    """Return a random model of a family, whose logits spread enough for KL to mean something."""
+    name, own = FAMILIES[family]
+    config_type = getattr(transformers, f"{name}TextConfig", None) or getattr(
+        transformers, f"{name}Config"
+    )
     sizes = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -85,29 +117,60 @@ def _make(model_type, config_type, *, tied, seed, **changes):
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = config_type(**{**sizes, **changes}, tie_word_embeddings=tied)
-        model = model_type(config)
+        config = config_type(**{**sizes, **own, **changes}, tie_word_embeddings=tied)
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
     return model.eval().requires_grad_(False)
 
 
-def tiny_student(family: str = "llama", scheme: str = "q2a4", *, tied: bool = True, **changes):
+def tiny_student(family: str = "llama", plan: str = "q2a4", *, tied: bool = True, **changes):
     """Return a quantized tiny model, uncalibrated; `changes` go to its config."""
-    from qat.quant.scheme import scheme_from_name
-
-    found = scheme_from_name(scheme)
-    kinds = (found.mlp, found.attention)  # a name has synonyms
-    return copy.deepcopy(_student(family, kinds, tied, tuple(changes.items())))
+    return copy.deepcopy(_student(family, plan, tied, tuple(changes.items())))
 
 
 @cache
-def _student(family, kinds, tied, changes):
+def _student(family, plan, tied, changes):
     """Fit a student once a process: most of what a test of one costs."""
-    from qat.pipelines.quantize import init_student
-    from qat.quant.scheme import Scheme
+    return quantize_plainly(TINY_MODELS[family](tied=tied, **dict(changes)), plan)
 
-    student = TINY_MODELS[family](tied=tied, **dict(changes))
-    init_student(student, Scheme(name="tiny", mlp=kinds[0], attention=kinds[1]))
-    return student
+
+def quantize_plainly(model, plan: str):
+    """Return a model quantized in place, every weight counted alike."""
+    from qat.model.surgery import dense_weights
+    from qat.pipelines.fit_layers import FitTask, fit_with_moments
+
+    found = plan_of(model, plan)
+    modules = dense_weights(model, found)
+    task = FitTask(
+        specs=found.quantized, weight_of=lambda name: modules[name].weight, row_weights={}
+    )
+    task.check()
+    fit_with_moments(model, task, None)
+    return model
+
+
+def plan_of(model, plan: str = "q2a4"):
+    """Return a plan for a model, dense or quantized."""
+    from qat.model.surgery import model_tensors
+    from qat.quant.plan import read_plan
+
+    return read_plan(plan, model_tensors(model))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation makes within the block."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Run an operation and look at what it returns."""
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor._base is None:
+                # An operation may return what it was given, such as a weight.
+                is_given = any(tensor is given for given in tree_leaves([args, kwargs]))
+                size = 0 if is_given else tensor.numel() * tensor.element_size()
+                self.num_bytes = max(self.num_bytes, size)
+        return made
 
 
 def save_tiny(folder: Path, model, tokenizer=None) -> Path:
@@ -117,13 +180,13 @@ def save_tiny(folder: Path, model, tokenizer=None) -> Path:
     return Path(folder)
 
 
-def save_student(folder: Path, student, text_source: Path, **fields) -> Path:
-    """Write a native checkpoint; `fields` go to its header, the scheme's name among them."""
+def save_student(folder: Path, student, text_source: Path, plan: str = "q2a4", **fields) -> Path:
+    """Write a native checkpoint of a student of a plan; `fields` go to its header."""
     from qat.model.checkpoint import CheckpointHeader, write_checkpoint
-    from qat.quant.scheme import scheme_from_name
 
-    scheme = scheme_from_name(fields.pop("scheme", "q2a4"))
-    header = CheckpointHeader(**{"scheme": scheme.to_dict(), "base_model": {}, **fields})
+    header = CheckpointHeader(
+        **{"plan": plan_of(student, plan).to_dict(), "base_model": {}, **fields}
+    )
     write_checkpoint(student, header, folder, text_source=text_source)
     return Path(folder)
 
@@ -176,7 +239,7 @@ def tiny_cache(folder: Path, teacher=None, **changes) -> Path:
         changes: Fields of `BuildCacheConfig` (seq_len, top_k, content, ...).
     """
     from qat.cache.config import BuildCacheConfig
-    from qat.cli.build_cache import build
+    from qat.pipelines.build_cache import build_cache
 
     folder = Path(folder)
     teacher_folder = save_tiny(folder / "teacher", teacher or tiny_llama())
@@ -192,4 +255,4 @@ def tiny_cache(folder: Path, teacher=None, **changes) -> Path:
     }
     if changes.get("content") != "hidden":
         settings["top_k"] = 8
-    return Path(build(BuildCacheConfig(**{**settings, **changes}))["cache"])
+    return build_cache(BuildCacheConfig(**{**settings, **changes})).cache

@@ -1,7 +1,7 @@
 """Activation statistics of each quantizable linear, from a few forward passes.
 
-`collect_second_moments` watches a whole model at once. `walk_blocks` goes one transformer block at
-a time and stops before each linear whose turn it is, so that its statistics come from the inputs
+`collect_second_moments` watches a whole model at once. `walk_decoder_layers` goes one decoder layer
+at a time and stops before each linear whose turn it is, so that its statistics come from the inputs
 that the layers fitted before it really feed.
 
 Shape legend: B batch, T tokens, I in, D hidden size.
@@ -17,21 +17,28 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qat.model.head import Tokens, hidden_states, separate_documents
 from qat.runtime.device import run_recorded
 
 GRAM_PANEL = 384  # columns of a product: spares most of the lower triangle, still wide
+Batch = Tensor | Tokens
 
 
 @torch.no_grad()
 def collect_second_moments(
-    model: nn.Module, linears: dict[str, nn.Module], batches: Iterable[Tensor]
+    model: nn.Module,
+    linears: dict[str, nn.Module],
+    batches: Iterable[Batch],
+    *,
+    head: str | None = None,
 ) -> dict[str, Tensor]:
     """Return the mean square of every input channel of each linear, (I,) float32.
 
     Args:
         model: Causal LM in eval mode.
         linears: Modules to watch, by name.
-        batches: Token ids, (B, T) each, on the model's device.
+        batches: Token ids, (B, T) each, on the model's device; `Tokens` where documents are packed.
+        head: Name under which the head's inputs are returned; None = not at all.
 
     Raises:
         ValueError: If there is no batch, or a statistic is not finite.
@@ -42,38 +49,45 @@ def collect_second_moments(
 
     def watch(name: str):
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            if not last or last[0] is not x:
-                last[:] = [x, x.flatten(0, -2).float().square().sum(0)]
-            total = last[1]
-            sums[name] = sums[name] + total if name in sums else total
+            add(name, inputs[0])
 
         return hook
 
+    def add(name: str, x: Tensor) -> None:
+        if not last or last[0] is not x:
+            last[:] = [x, x.flatten(0, -2).float().square().sum(0)]
+        sums[name] = sums[name] + last[1] if name in sums else last[1]
+
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in linears.items()]
+    if head is not None:
+        norm = model.get_decoder().norm
+        handles.append(norm.register_forward_hook(lambda _norm, _inputs, out: add(head, out)))
     try:
-        for token_ids in tqdm(batches, desc="calibrate", unit="batch", leave=False):
+        for batch in map(Tokens.of, tqdm(batches, desc="calibrate", unit="batch", leave=False)):
             last.clear()
             # Not the head: a few rows of it take 5 GB of scratch memory at 150,000 tokens (oneDNN).
-            model.get_decoder()(input_ids=token_ids, use_cache=False)
-            num_tokens += token_ids.numel()
-            run_recorded(token_ids.device)
+            hidden_states(model, *batch)
+            num_tokens += batch.token_ids.numel()
+            run_recorded(batch.token_ids.device)
     finally:
         for handle in handles:
             handle.remove()
     if not num_tokens:
         raise ValueError("calibration has no tokens; give a cache with at least one sequence")
-    moments = {name: total / num_tokens for name, total in sums.items()}
-    for name, moment in moments.items():
-        if not torch.isfinite(moment).all():
-            raise ValueError(
-                f"{name}: inputs hold NaN or infinity during calibration; try --dtype fp32"
-            )
-    return moments
+    return {name: finite_mean(name, total, num_tokens) for name, total in sums.items()}
+
+
+def finite_mean(name: str, total: Tensor, count: int) -> Tensor:
+    """Return total / count, refused if it is not finite."""
+    if not torch.isfinite(total).all():
+        raise ValueError(
+            f"{name}: inputs hold NaN or infinity during calibration; try --dtype fp32"
+        )
+    return total / count
 
 
 def collect_loss_weights(
-    model: nn.Module, linears: Iterable[str], batches: Sequence[Tensor], *, seed: int = 0
+    model: nn.Module, linears: Iterable[str], batches: Sequence[Batch], *, seed: int = 0
 ) -> dict[str, list[Tensor]]:
     """Return how strongly each token's output of each linear moves the end loss, (B, T) a batch.
 
@@ -84,7 +98,7 @@ def collect_loss_weights(
     Args:
         model: Causal LM in eval mode.
         linears: Names of the modules to watch.
-        batches: Token ids, (B, T) each, on the model's device.
+        batches: Token ids, (B, T) each, on the model's device; `Tokens` where documents are packed.
         seed: Of the drawn tokens.
 
     Source:
@@ -101,9 +115,10 @@ def collect_loss_weights(
     handles = [model.get_submodule(x).register_forward_hook(watch(x)) for x in weights]
     generator = torch.Generator().manual_seed(seed)
     try:
-        for token_ids in tqdm(batches, desc="weigh tokens", unit="batch", leave=False):
-            embedded = model.get_input_embeddings()(token_ids).detach().requires_grad_()
-            logits = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1)
+        for batch in map(Tokens.of, tqdm(batches, desc="weigh tokens", unit="batch", leave=False)):
+            embedded = model.get_input_embeddings()(batch.token_ids).detach().requires_grad_()
+            apart = separate_documents(model.get_decoder().config, batch)
+            logits = model(inputs_embeds=embedded, **apart, use_cache=False).logits.flatten(0, 1)
             drawn = draw(logits, generator)
             loss = nn.functional.cross_entropy(logits.float(), drawn, reduction="sum")
             torch.autograd.grad(loss, embedded)
@@ -134,11 +149,11 @@ class Stream:
     """Hidden states of every batch before a block, and what else each block is called with."""
 
     hidden: list[Tensor]  # (B, T, D) each
-    arguments: dict[str, dict[str, Any]]  # by block name
+    arguments: list[dict[str, dict[str, Any]]]  # of each batch, by block name
 
     def run(self, name: str, block: nn.Module, batch: int) -> Tensor:
         """Return the hidden states after a block."""
-        output = block(self.hidden[batch], **self.arguments[name])
+        output = block(self.hidden[batch], **self.arguments[batch][name])
         return output[0] if isinstance(output, tuple) else output
 
     def advance(self, name: str, block: nn.Module) -> None:
@@ -152,11 +167,12 @@ class StopForward(Exception):  # noqa: N818 no error, a way out
 
 
 @torch.no_grad()
-def walk_blocks(
+def walk_decoder_layers(
     model: nn.Module,
     names: Iterable[str],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     *,
+    head: str | None = None,
     reference: nn.Module | None = None,
     token_weights: dict[str, list[Tensor]] | None = None,
 ) -> Iterator[tuple[list[str], InputStatistics]]:
@@ -168,7 +184,8 @@ def walk_blocks(
     Args:
         model: Causal LM in eval mode that turns into the quantized one.
         names: The linears to fit.
-        batches: Token ids, (B, T) each, on the model's device.
+        batches: Token ids, (B, T) each, on the model's device; `Tokens` where documents are packed.
+        head: Name under which the inputs of the head are yielded last; None = not at all.
         reference: The full-precision model; the model itself as it comes when not given.
         token_weights: How much each token counts for each linear, (B, T) a batch; linears that
             share an input share the mean. Alike when not given.
@@ -180,11 +197,11 @@ def walk_blocks(
     if not batches:
         raise ValueError("calibration has no tokens; give a cache with at least one sequence")
     blocks = linears_by_block(names)
-    last = list(blocks)[-1]
+    last = list(blocks)[-1] if head is None else last_decoder_layer(model)
     stream = open_stream(model, batches, last)
     dense = stream if reference is None else open_stream(reference, batches, last)
     dense = Stream(list(dense.hidden), dense.arguments)
-    for name in stream.arguments:
+    for name in stream.arguments[0]:
         block = model.get_submodule(name)
         if reference is None:
             reference_block = copy.deepcopy(block)
@@ -202,6 +219,45 @@ def walk_blocks(
             for linear in group:
                 del dense_inputs[linear]
         stream.advance(name, block)
+    if head is not None:
+        yield [head], head_statistics(model, reference or model, stream, dense)
+
+
+def last_decoder_layer(model: nn.Module) -> str:
+    """Return the name of a model's last decoder layer."""
+    last = model.get_decoder().layers[-1]
+    return next(name for name, module in model.named_modules() if module is last)
+
+
+def head_statistics(
+    model: nn.Module, reference: nn.Module, stream: Stream, dense: Stream
+) -> InputStatistics:
+    """Return the statistics of what the head reads: hidden states after the last norm.
+
+    Args:
+        model: As quantized so far.
+        reference: The full-precision model.
+        stream: After the quantized model's decoder layers.
+        dense: After the full-precision model's.
+
+    Raises:
+        ValueError: If one is not finite.
+    """
+    norm, dense_norm = model.get_decoder().norm, reference.get_decoder().norm
+    width = stream.hidden[0].shape[-1]
+    hessian = torch.zeros(width, width, device=stream.hidden[0].device)
+    drift = torch.zeros_like(hessian)
+    total = 0
+    for hidden, expected in zip(stream.hidden, dense.hidden, strict=True):
+        x = norm(hidden).flatten(0, -2)
+        change = dense_norm(expected).flatten(0, -2) - x
+        add_gram(hessian, x.float())
+        drift += change.to(expected.dtype).T @ x.to(expected.dtype)
+        total += len(x)
+    if not (torch.isfinite(hessian).all() and torch.isfinite(drift).all()):
+        raise ValueError("the head's inputs hold NaN or infinity; try --dtype fp32")
+    hessian = hessian.triu() + hessian.triu(1).T
+    return InputStatistics(hessian=hessian / total, drift=drift / total)
 
 
 def linears_by_block(names: Iterable[str]) -> dict[str, list[str]]:
@@ -219,14 +275,36 @@ def linears_by_block(names: Iterable[str]) -> dict[str, list[str]]:
     return blocks
 
 
-def open_stream(model: nn.Module, batches: Sequence[Tensor], last: str) -> Stream:
+def open_stream(model: nn.Module, batches: Sequence[Batch], last: str) -> Stream:
     """Return the hidden states before the first block, and each block's other arguments.
 
-    Blocks up to `last` are seen in one forward pass of one sequence; what they get beside hidden
-    states (positions, masks) has no batch axis of its own and serves every batch.
+    Blocks up to `last` are seen. Where each sequence is one document, what blocks get in addition
+    to hidden states (positions, masks) has no batch axis of its own: one sequence's serves all.
     """
     prefix = re.match(r"(.*\.)\d+$", last)[1]
-    count = int(last.removeprefix(prefix)) + 1
+    names = [f"{prefix}{index}" for index in range(int(last.removeprefix(prefix)) + 1)]
+    first = model.get_submodule(names[0])
+    hidden, arguments, shared = [], [], {}
+    for batch in map(Tokens.of, batches):
+        hidden.append(input_of(first, lambda batch=batch: hidden_states(model, *batch)))
+        if batch.document_ids is not None:
+            arguments.append(block_arguments(model, names, batch))
+            continue
+        length = batch.token_ids.shape[1]
+        if length not in shared:
+            shared[length] = block_arguments(model, names, Tokens(batch.token_ids[:1]))
+        arguments.append(shared[length])
+    return Stream(hidden, arguments)
+
+
+def block_arguments(
+    model: nn.Module, names: Sequence[str], batch: Tokens
+) -> dict[str, dict[str, Any]]:
+    """Return each block's arguments but the hidden states in a forward pass.
+
+    Raises:
+        ValueError: If the blocks do not simply follow each other.
+    """
     seen: dict[str, dict[str, Any]] = {}
     ends: list[tuple[Tensor, Tensor]] = []
 
@@ -239,13 +317,12 @@ def open_stream(model: nn.Module, batches: Sequence[Tensor], last: str) -> Strea
 
         return hook
 
-    names = [f"{prefix}{index}" for index in range(count)]
     handles = [
         model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True)
         for name in names
     ]
     try:
-        model.get_decoder()(input_ids=batches[0][:1], use_cache=False)
+        hidden_states(model, *batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -255,9 +332,7 @@ def open_stream(model: nn.Module, batches: Sequence[Tensor], last: str) -> Strea
                 f"{type(model).__name__} does more between its blocks than pass hidden states on; "
                 "fit it with --fit moments"
             )
-    first = model.get_submodule(names[0])
-    hidden = [input_of(first, lambda ids=ids: model(ids, use_cache=False)) for ids in batches]
-    return Stream(hidden, seen)
+    return seen
 
 
 def input_of(module: nn.Module, call: Callable[[], Any]) -> Tensor:

@@ -79,36 +79,48 @@ def tempered(
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Mean divergence over counted positions, with the gradient found in the forward pass."""
+    """Mean divergence over counted positions, with the gradients found in the forward pass."""
 
     @staticmethod
     def forward(
         ctx,
         hidden: Tensor,
+        head_weight: Tensor | None,
         head: Head,
         signal: TeacherSignal,
         divergence: Divergence,
         chunk_tokens: int,
     ) -> Tensor:
         """Return the scalar loss of hidden states (N, H)."""
-        wants_gradient = ctx.needs_input_grad[0]
+        wants_hidden, wants_head = ctx.needs_input_grad[:2]
         count = signal.mask.sum().clamp_min(1)
         total = torch.zeros((), device=hidden.device)
-        gradient = torch.empty_like(hidden) if wants_gradient else None
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        # Chunks add up in float32: a head's rows get one small gradient from each.
+        d_head = torch.zeros_like(head_weight, dtype=torch.float32) if wants_head else None
         for rows, part in signal.chunks(chunk_tokens):
-            with torch.set_grad_enabled(wants_gradient):
-                chunk = hidden[rows].detach().requires_grad_(wants_gradient)
+            with torch.set_grad_enabled(wants_hidden or wants_head):
+                chunk = hidden[rows].detach().requires_grad_(wants_hidden)
                 loss = (divergence(head(chunk, part), part) * part.mask).sum() / count
             total += loss.detach()
-            if wants_gradient:
-                gradient[rows] = torch.autograd.grad(loss, chunk)[0]
-        ctx.gradient = gradient
+            sources = [chunk] * wants_hidden + [head_weight] * wants_head
+            gradients = list(torch.autograd.grad(loss, sources)) if sources else []
+            if wants_head:
+                d_head += gradients.pop()
+            if wants_hidden:
+                d_hidden[rows] = gradients.pop()
+        ctx.gradients = (d_hidden, d_head)
+        ctx.dtypes = (hidden.dtype, head_weight.dtype if wants_head else None)
         return total
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """Return the stored gradient, scaled."""
-        return (ctx.gradient * upstream).to(ctx.gradient.dtype), None, None, None, None
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the stored gradients, scaled."""
+        gradients = [
+            None if gradient is None else (gradient * upstream).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        ]
+        return *gradients, None, None, None, None
 
 
 def chunked_loss(
@@ -117,11 +129,10 @@ def chunked_loss(
     signal: TeacherSignal,
     divergence: Divergence,
     *,
+    head_weight: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
     """Return the mean divergence over counted positions, a float32 scalar.
-
-    The head's own weights get no gradient: it stays as it is in every mode of training.
 
     Args:
         hidden: Final hidden states on the T predicted positions, (B, T, H).
@@ -129,6 +140,9 @@ def chunked_loss(
             signal's n positions.
         signal: The teacher on the same positions.
         divergence: Makes (n,) nats of such logits and the signal's n positions.
+        head_weight: Leaf that `head` computes with, (V, H), where it trains; it gets its gradient.
         chunk_tokens: Positions at a time; bounds memory, does not change the result.
     """
-    return ChunkedLoss.apply(hidden.flatten(0, 1), head, signal.flatten(), divergence, chunk_tokens)
+    return ChunkedLoss.apply(
+        hidden.flatten(0, 1), head_weight, head, signal.flatten(), divergence, chunk_tokens
+    )

@@ -6,17 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.grids.scalar import fits_float16, fixed_codebook
-from qat.model.layers import FakeQuantLinear
+from qat.grids.scalar import fits_float16
+from qat.model.layers import FakeQuantWeight
 from qat.storage.files import read_json, write_json
 
 REPORT_NAME = "export.json"
 
 
-def require_codebook(name: str, layer: FakeQuantLinear) -> None:
+def require_codebook(name: str, layer: FakeQuantWeight) -> None:
     """Refuse a layer whose codebook moved off the values of its grid."""
-    fixed = fixed_codebook(layer.scheme.codebook, layer.scheme.bits)
-    if not torch.equal(layer.codebook.detach(), fixed):
+    if not torch.equal(layer.codebook.detach(), layer.spec.grid.start_codebook()):
         raise ValueError(
             f"{name}: its codebook was trained away from the format's values; "
             "train without --trainable codebooks"
@@ -24,7 +23,7 @@ def require_codebook(name: str, layer: FakeQuantLinear) -> None:
 
 
 @torch.no_grad()
-def require_float16(name: str, layer: FakeQuantLinear) -> None:
+def require_float16(name: str, layer: FakeQuantWeight) -> None:
     """Refuse a layer with a scale that float16 does not hold."""
     scale = layer.full_scale()
     if not fits_float16(scale) or not torch.equal(scale.half().float(), scale):
@@ -48,7 +47,7 @@ def equal_weights(first: Tensor, second: Tensor) -> bool:
     return equal_bits(first + 0.0, second + 0.0)
 
 
-def require_equal(name: str, found: Tensor, layer: FakeQuantLinear) -> None:
+def require_equal(name: str, found: Tensor, layer: FakeQuantWeight) -> None:
     """Refuse a weight read back that is not the trained one.
 
     Args:

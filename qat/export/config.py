@@ -16,7 +16,7 @@ class ExportConfig:
     checkpoint: str
     """The student: native folder, run folder (its best) or `.pt` file with its config.json."""
     to: Target
-    """hf: dense safetensors that plain transformers loads. hf-quantized: packed, any scheme, loads
+    """hf: dense safetensors that plain transformers loads. hf-quantized: packed, any plan, loads
     after `import qat.export.plugin`. gguf: llama.cpp and its kin. mlx: mlx-lm.
     compressed-tensors: transformers and vLLM. coreml: an ML program of the quantized linears."""
     output: Path

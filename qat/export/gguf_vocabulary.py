@@ -1,15 +1,18 @@
 """A tokenizer as the keys of a GGUF file: tokens, types, merges, and how text is split first.
 
 Runtimes split text by a name (`pre`), not by the tokenizer's own rules, and a wrong name gives
-other tokens without a word. The name is found by behaviour: the tokenizer and the splits that a
+other tokens without an error. The name is found by behaviour: the tokenizer and the splits that a
 name stands for must cut a probe text alike.
 
 Source: llama.cpp's llama-vocab.cpp for the splits of each name.
 """
 
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # token types
 NORMALIZERS = (None, "NFC")  # others change text in ways that runtimes do not know
@@ -46,7 +49,7 @@ class Vocabulary:
     chat_template: str | None = None
 
 
-def read_vocabulary(tokenizer: Any, vocab_size: int) -> Vocabulary:
+def read_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Vocabulary:
     """Return a byte-level BPE tokenizer as GGUF keeps it.
 
     Args:
@@ -109,7 +112,7 @@ def list_tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list
     return tokens, types
 
 
-def find_pre(tokenizer: Any, *, ignores_merges: bool) -> str:
+def find_pre(tokenizer: PreTrainedTokenizerFast, *, ignores_merges: bool) -> str:
     """Return the name of the splits that a tokenizer makes.
 
     Raises:
@@ -141,7 +144,7 @@ def probe_ends(name: str) -> list[int]:
     return ends
 
 
-def split(pattern: Any, text: str) -> list[str]:
+def split(pattern: re.Pattern[str], text: str) -> list[str]:
     """Return a text's matches and what lies between them, in order."""
     pieces, position = [], 0
     for match in pattern.finditer(text):

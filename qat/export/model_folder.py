@@ -15,15 +15,15 @@ from qat.export.checks import (
     write_report,
 )
 from qat.model.checkpoint import copy_text_files
-from qat.model.layers import FakeQuantLinear
+from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import quantized_layers
 from qat.storage.files import atomic_folder, read_json, write_json
 
 SHARD_SIZE = "5GB"  # larger files are refused by some hosts and file systems
 LOSSLESS_ORDER = (torch.bfloat16, torch.float16, torch.float32)
 
-Writer = Callable[[str, FakeQuantLinear], dict[str, Tensor]]
-Reader = Callable[[str, FakeQuantLinear, dict[str, Tensor]], Tensor]
+Writer = Callable[[str, FakeQuantWeight], dict[str, Tensor]]
+Reader = Callable[[str, FakeQuantWeight, dict[str, Tensor]], Tensor]
 
 
 def dense_parts(student: nn.Module) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def holds(dtype: torch.dtype, tensor: Tensor) -> bool:
     return dtype == torch.float32 or torch.equal(tensor.to(dtype).float(), tensor.float())
 
 
-def require_students(student: nn.Module) -> dict[str, FakeQuantLinear]:
+def require_students(student: nn.Module) -> dict[str, FakeQuantWeight]:
     """Return the quantized layers; refuse a model that has none."""
     layers = quantized_layers(student)
     if not layers:
@@ -55,30 +55,37 @@ def require_students(student: nn.Module) -> dict[str, FakeQuantLinear]:
 
 
 def require_integer_grid(
-    name: str, layer: FakeQuantLinear, *, bits: tuple[int, ...], group_sizes: tuple[int, ...]
+    name: str,
+    layer: FakeQuantWeight,
+    *,
+    kinds: tuple[str, ...] = ("int",),
+    bits: tuple[int, ...],
+    group_sizes: tuple[int, ...],
 ) -> None:
-    """Refuse a layer that is not on a symmetric integer grid with one scale a group.
+    """Refuse a layer that is not on an integer grid with one scale a group.
 
     Args:
         name: Of the layer.
-        layer: Its scheme and values.
+        layer: Its format and values.
+        kinds: Of codebooks that the format has.
         bits: What the format has.
         group_sizes: What the format has; empty for any.
 
     Raises:
         ValueError: If so; names the layer, the value and the remedy.
     """
-    scheme = layer.scheme
-    convert = "convert it first (`qat convert --scheme deploy`) or export --to hf"
-    if scheme.codebook != "int" or scheme.rank or scheme.scale_floor is not None:
-        what = f"rank {scheme.rank}" if scheme.rank else f"a {scheme.codebook} codebook"
-        raise ValueError(f"{name} has {what}, the format integers times a scale; {convert}")
-    if scheme.bits not in bits:
-        raise ValueError(f"{name} has {scheme.bits} bits, the format {bits}; {convert}")
-    group_size = scheme.group_size or layer.in_features
+    spec = layer.spec
+    convert = "convert it first (`qat convert --plan deploy`) or export --to hf"
+    if spec.grid.kind not in kinds or spec.rank or spec.floor is not None:
+        raise ValueError(
+            f"{name} is {spec.name}, the format holds integers times a scale; {convert}"
+        )
+    if spec.bits not in bits:
+        raise ValueError(f"{name} has {spec.bits} bits, the format {bits}; {convert}")
+    group_size = spec.group_size or layer.in_features
     if group_sizes and group_size not in group_sizes:
         raise ValueError(f"{name} has groups of {group_size}, the format {group_sizes}; {convert}")
-    if group_size * scheme.bits % 32:
+    if group_size * spec.bits % 32:
         raise ValueError(f"{name}: groups of {group_size} fill no 32-bit words; {convert}")
     require_codebook(name, layer)
     require_float16(name, layer)
@@ -158,7 +165,7 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tens
 
 
 def compare_with_files(
-    layers: dict[str, FakeQuantLinear], dense: dict[str, Tensor], folder: Path, read: Reader
+    layers: dict[str, FakeQuantWeight], dense: dict[str, Tensor], folder: Path, read: Reader
 ) -> int:
     """Return the number of tensors in a folder's files, each equal to the student's.
 
@@ -188,11 +195,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def layers_by_grid(
-    layers: dict[str, FakeQuantLinear],
+    layers: dict[str, FakeQuantWeight],
 ) -> dict[tuple[int, int], list[str]]:
     """Return the names of layers by (bits, group size), the most frequent grid first."""
     grids: dict[tuple[int, int], list[str]] = {}
     for name, layer in layers.items():
-        scheme = layer.scheme
-        grids.setdefault((scheme.bits, scheme.group_size or layer.in_features), []).append(name)
+        spec = layer.spec
+        grids.setdefault((spec.bits, spec.group_size or layer.in_features), []).append(name)
     return dict(sorted(grids.items(), key=lambda item: -len(item[1])))

@@ -34,9 +34,9 @@ def compare_with_runtime(
     """
     rows = []
     for token_ids in tqdm(prompts, desc="parity", unit="prompt", leave=False):
-        answer, wanted = answer_greedily(student, token_ids, num_new_tokens)
+        answer, expected = answer_greedily(student, token_ids, num_new_tokens)
         found = torch.from_numpy(np.ascontiguousarray(runtime(token_ids + answer[:-1]))).float()
-        rows.append(compare_logits(wanted, found[:, : wanted.shape[1]], len(token_ids), answer))
+        rows.append(compare_logits(expected, found[:, : expected.shape[1]], len(token_ids), answer))
     positions = sum(row["positions"] for row in rows)
     return {
         "max_logit_difference": max(row["max_logit_difference"] for row in rows),
@@ -62,25 +62,25 @@ def answer_greedily(
 
 
 def compare_logits(
-    wanted: Tensor, found: Tensor, num_prompt_tokens: int, answer: list[int]
+    expected: Tensor, found: Tensor, num_prompt_tokens: int, answer: list[int]
 ) -> dict[str, Any]:
     """Return one prompt's row.
 
     Args:
-        wanted: Of the student, (T, V).
+        expected: Of the student, (T, V).
         found: Of the runtime, (T, V).
         num_prompt_tokens: Tokens before the answer.
         answer: The student's tokens.
     """
-    expected, actual = wanted.log_softmax(-1), found.log_softmax(-1)
-    kl = (expected.exp() * (expected - actual)).sum(-1)  # (T,)
+    target, actual = expected.log_softmax(-1), found.log_softmax(-1)
+    kl = (target.exp() * (target - actual)).sum(-1)  # (T,)
     best = found[num_prompt_tokens - 1 :].argmax(-1).tolist()
     differing = [place for place, token in enumerate(answer) if token != best[place]]
     return {
         "positions": len(kl),
-        "max_logit_difference": float((wanted - found).abs().max()),
+        "max_logit_difference": float((expected - found).abs().max()),
         "kl_nats": float(kl.mean()),
         "kl_nats_worst": float(kl.max()),
-        "top1_agreement": float((wanted.argmax(-1) == found.argmax(-1)).float().mean()),
+        "top1_agreement": float((expected.argmax(-1) == found.argmax(-1)).float().mean()),
         "first_differing_token": differing[0] if differing else None,
     }

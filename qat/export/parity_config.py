@@ -21,7 +21,7 @@ class ParityConfig:
     num_new_tokens: int = 16
     """Tokens of each greedy answer."""
     cache_dir: Path | None = None
-    """Teacher cache: held-out numbers of the runtime beside those of the student."""
+    """Teacher cache: held-out numbers of the runtime next to those of the student."""
     num_sequences: int = 64
     """Held-out sequences measured; those of PyTorch are in float32."""
     model_id: str | None = None

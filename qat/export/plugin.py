@@ -24,10 +24,10 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qat.grids.packing import unpack
-from qat.grids.scalar import dequantize, low_rank_scale
-from qat.model.surgery import quantizable_linears, swap
-from qat.quant.scheme import LayerScheme, Scheme
+from qat.model.surgery import dense_weights, is_tied_to, model_tensors, swap
+from qat.quant.plan import plan_from_dict
+from qat.quant.quantized_tensor import QuantizedTensor
+from qat.quant.spec import TensorSpec
 
 METHOD = "qat"
 MODEL_TYPE = "qat-student (import qat.export.plugin first)"  # transformers' error quotes it
@@ -35,50 +35,70 @@ BASE_TYPE_KEY = "qat_base_model_type"
 BITS_DTYPES = {"float16": torch.int16, "bfloat16": torch.int16, "float32": torch.int32}
 
 
-class PackedLinear(nn.Module):
-    """A linear that holds packed indices and forms its weight at each forward."""
+class PackedWeight(nn.Module):
+    """A weight that is held as packed indices and formed at each forward."""
 
-    def __init__(self, in_features: int, out_features: int, scheme: LayerScheme, *, has_bias: bool):
+    def __init__(self, out_features: int, in_features: int, spec: TensorSpec):
         super().__init__()
-        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        num_bytes = -(-in_features * out_features * scheme.bits // 8)
-        self.register_buffer("indices", torch.empty(num_bytes, dtype=torch.uint8))
-        for name, shape in self.part_shapes().items():
-            dtype = BITS_DTYPES[scheme.stored_dtype]
+        self.shape, self.spec = (out_features, in_features), spec
+        self.in_features, self.out_features = in_features, out_features
+        indices = torch.zeros(spec.grid.index_shape(self.shape), dtype=spec.grid.index_dtype)
+        self.register_buffer("indices", spec.grid.pack(indices))
+        for name, shape in spec.part_shapes(self.shape).items():
+            dtype = BITS_DTYPES[spec.stored_dtype]
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(out_features)) if has_bias else None
-
-    def part_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of scales and codebook by name."""
-        shapes: dict[str, tuple[int, ...]] = {"codebook": (2**self.scheme.bits,)}
-        rank = self.scheme.rank
-        if not rank:
-            groups = self.scheme.groups_of(self.in_features)
-            return shapes | {"scale": (self.out_features, groups)}
-        return shapes | {
-            "scale_a": (self.out_features, rank),
-            "magnitude": (rank,),
-            "scale_b": (rank, self.in_features),
-        }
 
     def part(self, name: str) -> Tensor:
         """Return scales or the codebook as float32 numbers."""
-        return getattr(self, name).view(getattr(torch, self.scheme.stored_dtype)).float()
+        return getattr(self, name).view(getattr(torch, self.spec.stored_dtype)).float()
 
     def weight_on_grid(self) -> Tensor:
         """Return the weight that was trained, (O, I), float32."""
-        indices = unpack(self.indices, self.scheme.bits, (self.out_features, self.in_features))
-        if self.scheme.rank:
-            scale = low_rank_scale(*(self.part(n) for n in ("scale_a", "magnitude", "scale_b")))
-        else:
-            scale = self.part("scale")
-        if self.scheme.scale_floor is not None:
-            scale = scale.clamp_min(self.scheme.scale_floor)
-        return dequantize(indices, scale, self.part("codebook"))
+        indices = self.spec.grid.unpack(self.indices, self.shape)
+        parts = {name: self.part(name) for name in self.spec.part_shapes(self.shape)}
+        return QuantizedTensor(self.spec, indices, parts).dequantize()
+
+
+class PackedLinear(PackedWeight):
+    """A linear with a packed weight."""
+
+    def __init__(self, in_features: int, out_features: int, spec: TensorSpec, *, has_bias: bool):
+        super().__init__(out_features, in_features, spec)
+        self.bias = nn.Parameter(torch.empty(out_features)) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ W_hat.T + bias for x of shape (..., I)."""
         return nn.functional.linear(x, self.weight_on_grid().to(x.dtype), self.bias)
+
+
+class PackedEmbedding(PackedWeight):
+    """An embedding with a packed table."""
+
+    def __init__(self, embedding: nn.Embedding, spec: TensorSpec):
+        super().__init__(embedding.num_embeddings, embedding.embedding_dim, spec)
+        self.dtype = embedding.weight.dtype
+        # Gemma keeps the number next to the buffer, which has no value on the meta device.
+        scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+        self.embed_scale = None if scale is None else float(scale)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Return the rows of token ids, (..., I)."""
+        rows = nn.functional.embedding(token_ids, self.weight_on_grid()).to(self.dtype)
+        if self.embed_scale is None:
+            return rows
+        return rows * torch.tensor(self.embed_scale, device=rows.device).to(rows.dtype)
+
+
+class PackedHead(nn.Module):
+    """A head that multiplies with a packed embedding."""
+
+    def __init__(self, embedding: PackedEmbedding):
+        super().__init__()
+        self.tied = (embedding,)  # in a tuple, so that its buffers are not registered twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x @ W_hat.T for hidden states x of shape (..., H)."""
+        return nn.functional.linear(x, self.tied[0].weight_on_grid().to(x.dtype))
 
 
 def float_bits(values: Tensor, stored_dtype: str) -> Tensor:
@@ -103,11 +123,11 @@ class StudentConfig(PreTrainedConfig):
 
 @register_quantization_config(METHOD)
 class StudentQuantizationConfig(QuantizationConfigMixin):
-    """How each kind of layer is packed."""
+    """The format of each packed tensor."""
 
-    def __init__(self, scheme: dict[str, Any], **_ignored: Any):
+    def __init__(self, plan: dict[str, Any], **_ignored: Any):
         self.quant_method = METHOD
-        self.scheme = scheme
+        self.plan = plan
 
 
 @register_quantizer(METHOD)
@@ -126,17 +146,28 @@ class StudentQuantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **options: Any) -> None:
-        scheme = Scheme.from_dict(self.quantization_config.scheme)
-        for name, linear in quantizable_linears(model, scheme).items():
-            swap(model, name, packed_linear(linear, scheme.layer(name)))
+        if (
+            model.config.tie_word_embeddings
+        ):  # which transformers does after this; plans name it once
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        plan = plan_from_dict(self.quantization_config.plan, model_tensors(model))
+        for name, module in dense_weights(model, plan).items():
+            is_tied = is_tied_to(model.get_output_embeddings(), module)
+            packed = packed_layer(module, plan.quantized[name])
+            swap(model, name, packed)
+            if is_tied and isinstance(packed, PackedEmbedding):
+                model.set_output_embeddings(PackedHead(packed))
+                model.config.tie_word_embeddings, model.all_tied_weights_keys = False, {}
         refuse_missing(model, options.get("checkpoint_files") or ())
 
 
-def packed_linear(linear: nn.Linear, scheme: LayerScheme) -> PackedLinear:
-    """Return an empty packed layer of a linear's sizes, on its device."""
-    with torch.device(linear.weight.device):
+def packed_layer(module: nn.Module, spec: TensorSpec) -> PackedWeight:
+    """Return an empty packed layer of a module's sizes, on its device."""
+    with torch.device(module.weight.device):
+        if isinstance(module, nn.Embedding):
+            return PackedEmbedding(module, spec)
         return PackedLinear(
-            linear.in_features, linear.out_features, scheme, has_bias=linear.bias is not None
+            module.in_features, module.out_features, spec, has_bias=module.bias is not None
         )
 
 
@@ -151,7 +182,7 @@ def refuse_missing(model: nn.Module, files: tuple[str, ...]) -> None:
         with safe_open(file, framework="pt") as handle:
             found |= set(handle.keys())
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedWeight):
             for part in module.state_dict():
                 if found and f"{name}.{part}" not in found:
                     raise ValueError(f"{name}.{part} is missing from the folder; export it again")

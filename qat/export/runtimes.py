@@ -1,7 +1,8 @@
 """The runtimes that exported files are run with: each gives the logits of a row of token ids.
 
 A runtime is a callable from token ids, a list of T ints, to logits, (T, V) float32. Which one
-takes a file is read from the file; one that is not installed is named with the line that mends it.
+takes a file is read from the file; one that is not installed or does not load is named in an error
+with the command that installs it.
 """
 
 import ctypes
@@ -9,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +36,9 @@ class RuntimeModel(nn.Module):
 
     def __init__(self, runtime: Runtime):
         super().__init__()
-        self.runtime, self.head, self.config = runtime, nn.Identity(), SimpleNamespace()
+        self.runtime, self.head = runtime, nn.Identity()
+        # `forward` keeps documents apart without a mask.
+        self.config = SimpleNamespace(_attn_implementation="eager")
 
     def get_decoder(self) -> nn.Module:
         """Return the half that runs."""
@@ -44,10 +48,22 @@ class RuntimeModel(nn.Module):
         """Return the half that does nothing."""
         return self.head
 
-    def forward(self, input_ids: Tensor, **_options: object) -> SimpleNamespace:
-        """Return logits, (B, T, V), of token ids, (B, T), one sequence after the other."""
-        rows = [torch.from_numpy(self.runtime(row.tolist())) for row in input_ids]
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, **_options: object
+    ) -> SimpleNamespace:
+        """Return logits, (B, T, V), of token ids, (B, T), one document after the other."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        rows = [
+            torch.cat([torch.from_numpy(self.runtime(part.tolist())) for part in parts])
+            for parts in map(split_documents, input_ids, position_ids)
+        ]
         return SimpleNamespace(last_hidden_state=torch.stack(rows))
+
+
+def split_documents(token_ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+    """Return the parts of a row, (T,), that begin where a position is 0."""
+    return token_ids.tensor_split((positions == 0).nonzero().flatten()[1:].tolist())
 
 
 def open_runtime(path: Path) -> tuple[str, Runtime]:
@@ -91,9 +107,26 @@ def open_gguf(path: Path) -> tuple[str, Runtime]:
     raise ValueError(f"no runtime for {path}; pip install ik-llama-cpp-python")
 
 
+@contextmanager
+def loading(distribution: str) -> Iterator[None]:
+    """Turn what a broken installation raises at import into an error that names the remedy.
+
+    Raises:
+        ValueError: If the libraries of a Python distribution do not load.
+    """
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError) as error:  # llama.cpp's loader raises all of them
+        raise ValueError(
+            f"{distribution} is installed but does not load ({error}); "
+            f"pip install --force-reinstall {distribution}, or uninstall it to use another runtime"
+        ) from error
+
+
 def llama_cpp_runtime(path: Path) -> Runtime:
     """Return llama.cpp on a file."""
-    from llama_cpp import Llama
+    with loading("llama-cpp-python"):
+        from llama_cpp import Llama
 
     with quiet_output():
         model = Llama(str(path), n_ctx=CONTEXT_TOKENS, logits_all=True, verbose=False)
@@ -108,8 +141,9 @@ def llama_cpp_runtime(path: Path) -> Runtime:
 
 def ik_llama_runtime(path: Path) -> Runtime:
     """Return ik_llama.cpp on a file."""
-    from ik_llama_cpp import _ctypes_api as api
-    from ik_llama_cpp._internals import IkContext, IkModel, make_batch
+    with loading("ik-llama-cpp-python"):
+        from ik_llama_cpp import _ctypes_api as api
+        from ik_llama_cpp._internals import IkContext, IkModel, make_batch
 
     with quiet_output():
         model = IkModel(str(path))
@@ -131,7 +165,7 @@ def ik_llama_runtime(path: Path) -> Runtime:
 
 @contextmanager
 def quiet_output() -> Iterator[None]:
-    """Send what C code prints on standard output to standard error: the former is for JSON."""
+    """Send what C code prints on standard output to standard error: standard output is for JSON."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -153,6 +187,8 @@ def mlx_runtime(path: Path) -> Runtime:
     """Return mlx-lm on a folder."""
     if not find_spec("mlx_lm"):
         raise ValueError(f"{path} is for MLX; pip install mlx mlx-cpu mlx-lm (Linux: glibc 2.35)")
+    with loading("mlx-lm"):
+        import_module("mlx_lm")
     from qat.export.to_mlx import load_runtime
 
     return load_runtime(path)
@@ -165,8 +201,11 @@ def transformers_runtime(path: Path, config: dict[str, Any]) -> Runtime:
     import qat.export.plugin  # noqa: F401 makes the packed folders' model type known
 
     method = config.get("quantization_config", {}).get("quant_method")
-    if method == "compressed-tensors" and not find_spec("compressed_tensors"):
-        raise ValueError(f"{path} needs compressed-tensors; pip install compressed-tensors")
+    if method == "compressed-tensors":
+        if not find_spec("compressed_tensors"):
+            raise ValueError(f"{path} needs compressed-tensors; pip install compressed-tensors")
+        with loading("compressed-tensors"):
+            import_module("compressed_tensors")
     model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32).eval()
 
     @torch.inference_mode()

@@ -23,7 +23,7 @@ from qat.export.model_folder import (
     write_folder,
 )
 from qat.grids.packing import pack, unpack
-from qat.model.layers import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear, FakeQuantWeight
 from qat.model.surgery import current_indices
 
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
@@ -54,6 +54,11 @@ def export_to_compressed_tensors(
     layers = require_students(student)
     for name, layer in layers.items():
         require_integer_grid(name, layer, bits=BITS, group_sizes=())
+        if not isinstance(layer, FakeQuantLinear):
+            raise ValueError(
+                f"{name} is a quantized embedding, which loaders of this format keep dense; "
+                "convert it (`qat convert --plan 'deploy'`) or export --to gguf"
+            )
     scales = [layer.full_scale().detach() for layer in layers.values()]
     dtype = dtype or lossless_dtype([*scales, *dense_parts(student).values()])
     if not all(holds(dtype, scale) for scale in scales):
@@ -72,7 +77,7 @@ def export_to_compressed_tensors(
     )
 
 
-def quantization_config(layers: dict[str, FakeQuantLinear]) -> dict[str, Any]:
+def quantization_config(layers: dict[str, FakeQuantWeight]) -> dict[str, Any]:
     """Return the block of config.json that says how each linear is packed."""
     groups = {}
     for index, ((bits, group_size), names) in enumerate(layers_by_grid(layers).items()):
@@ -102,20 +107,20 @@ def targets(names: list[str]) -> list[str]:
 
 
 @torch.no_grad()
-def packed_parts(layer: FakeQuantLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+def packed_parts(layer: FakeQuantWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return a layer's entries by the last part of their names."""
     return {
-        PACKED: pack_words(current_indices(layer), layer.scheme.bits),
+        PACKED: pack_words(current_indices(layer), layer.spec.bits),
         SCALE: layer.full_scale().to(dtype),
         SHAPE: torch.tensor([layer.out_features, layer.in_features], dtype=torch.int64),
     }
 
 
-def read_weight(layer: FakeQuantLinear, parts: dict[str, Tensor]) -> Tensor:
+def read_weight(layer: FakeQuantWeight, parts: dict[str, Tensor]) -> Tensor:
     """Return the weight, (O, I) float32, that entries stand for."""
     shape = tuple(parts[SHAPE].tolist())
-    codes = unpack_words(parts[PACKED], layer.scheme.bits, shape).float()
-    codes -= 2 ** (layer.scheme.bits - 1)
+    codes = unpack_words(parts[PACKED], layer.spec.bits, shape).float()
+    codes -= 2 ** (layer.spec.bits - 1)
     scale = parts[SCALE].float()
     return (codes.view(*scale.shape, -1) * scale.unsqueeze(-1)).view(shape)
 

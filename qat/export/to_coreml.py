@@ -22,9 +22,8 @@ from tqdm import tqdm
 from qat.export.checks import bytes_below, require_equal, require_float16, write_report
 from qat.export.model_folder import require_students
 from qat.grids.scalar import low_rank_scale
-from qat.model.checkpoint import stored_parts
 from qat.model.layers import FakeQuantLinear
-from qat.model.surgery import current_indices
+from qat.model.surgery import current_indices, stored_parts
 from qat.storage.files import atomic_folder
 
 PACKAGE_NAME = "linears.mlpackage"
@@ -86,16 +85,18 @@ def require_palette(name: str, layer: FakeQuantLinear, dtype: torch.dtype) -> No
     Raises:
         ValueError: If so.
     """
-    scheme = layer.scheme
+    if not isinstance(layer, FakeQuantLinear):
+        raise ValueError(f"{name} is a quantized embedding; the program holds linears only")
+    spec = layer.spec
     if dtype == torch.bfloat16:
         raise ValueError("Core ML has no bfloat16; use --dtype fp16 or fp32")
-    if scheme.bits not in BITS:
-        raise ValueError(f"{name} has {scheme.bits} bits, palettes have {BITS}; export --to hf")
-    if scheme.scale_floor is not None:
+    if spec.bits not in BITS:
+        raise ValueError(f"{name} has {spec.bits} bits, palettes have {BITS}; export --to hf")
+    if spec.floor is not None:
         raise ValueError(f"{name} floors its scales; run `qat convert-v1-to-v2` first")
-    if scheme.stored_dtype == "float32" and dtype != torch.float32:
+    if spec.stored_dtype == "float32" and dtype != torch.float32:
         raise ValueError(f"{name} has float32 scales; use --dtype fp32")
-    if not scheme.rank and scheme.stored_dtype != "float32":
+    if not spec.rank and spec.stored_dtype != "float32":
         require_float16(name, layer)
 
 
@@ -139,7 +140,7 @@ def add_linear(mil: Any, name: str, layer: FakeQuantLinear, x: Any, dtype: torch
     """Add a layer's operations to the program; return its output."""
     build, palette = mil.Builder, add_palette(mil, name, layer, dtype)
     numpy_dtype = np.float16 if dtype == torch.float16 else np.float32
-    if not layer.scheme.rank:
+    if not layer.spec.rank:
         scale = layer.full_scale().numpy().astype(numpy_dtype)  # (O, G)
         weight = build.constexpr_blockwise_shift_scale(
             data=palette, scale=scale, name=f"{name}_weight"
@@ -147,7 +148,7 @@ def add_linear(mil: Any, name: str, layer: FakeQuantLinear, x: Any, dtype: torch
         return build.linear(x=x, weight=weight, name=name)
     parts = {n: layer.stored(t).numpy().astype(numpy_dtype) for n, t in factors_of(layer).items()}
     total = None
-    for rank in range(layer.scheme.rank):
+    for rank in range(layer.spec.rank):
         # Each factor is kept as it was trained; their product is left to the program.
         right = build.mul(x=x, y=parts["scale_b"][rank][None], name=f"{name}_b{rank}")
         term = build.linear(x=right, weight=palette, name=f"{name}_q{rank}")
@@ -160,7 +161,7 @@ def add_linear(mil: Any, name: str, layer: FakeQuantLinear, x: Any, dtype: torch
 def add_palette(mil: Any, name: str, layer: FakeQuantLinear, dtype: torch.dtype) -> Any:
     """Add indices and codebook; return the codebook's values in the weight's places, (O, I)."""
     numpy_dtype = np.float16 if dtype == torch.float16 else np.float32
-    kind = mil.types.string_to_builtin(f"uint{layer.scheme.bits}")
+    kind = mil.types.string_to_builtin(f"uint{layer.spec.bits}")
     indices = current_indices(layer).numpy().astype(mil.types.nptype_from_builtin(kind))
     codebook = layer.stored(stored_parts(layer)["codebook"]).detach().numpy().astype(numpy_dtype)
     return mil.Builder.constexpr_lut_to_dense(
@@ -199,10 +200,10 @@ def read_weight(constants: dict[str, Any], prefix: str, layer: FakeQuantLinear) 
     indices, lut = constants[f"{prefix}_palette"]
     values = torch.from_numpy(lut.reshape(-1).astype(np.float32))
     quantized = values[torch.from_numpy(indices.astype(np.int64))]  # (O, I)
-    if not layer.scheme.rank:
+    if not layer.spec.rank:
         scale = torch.from_numpy(constants[f"{prefix}_weight"].astype(np.float32))
         return (quantized.view(*scale.shape, -1) * scale.unsqueeze(-1)).view_as(quantized)
-    ranks = range(layer.scheme.rank)
+    ranks = range(layer.spec.rank)
 
     def stacked(letter: str) -> Tensor:
         rows = [constants[f"{prefix}_{letter}{rank}"].reshape(-1) for rank in ranks]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 
 from qat.export.checks import (
     REPORT_NAME,
@@ -31,10 +32,10 @@ from qat.grids.blocks import (
     unpack_blocks,
 )
 from qat.grids.scalar import fits_float16
-from qat.model.layers import FakeQuantLinear
+from qat.model.layers import FakeQuantWeight
 from qat.model.load import load_tokenizer
 from qat.model.surgery import current_indices, quantized_layers
-from qat.quant.scheme import block_type_of
+from qat.quant.spec import TensorSpec, gguf_type_of
 from qat.storage.files import atomic_file
 
 ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type to gguf's name
@@ -106,7 +107,7 @@ def export_to_gguf(
     return report
 
 
-def architecture_of(config: Any) -> str:
+def architecture_of(config: PreTrainedConfig) -> str:
     """Return the `gguf` package's name of a model family.
 
     Raises:
@@ -139,19 +140,13 @@ def plan_tensors(
     Raises:
         ValueError: If a layer is on no grid of a GGUF type, or a value is beyond its type.
     """
-    import gguf
-
     layers = quantized_layers(student)
     if not layers and dtype is None:
         raise ValueError("the checkpoint has no quantized layer; give --dtype for a dense file")
-    names = gguf.get_tensor_name_map(
-        gguf.MODEL_ARCH[architecture], student.config.num_hidden_layers
-    )
+    names = tensor_names(student.config, architecture)
     plan = []
     for source, tensor in sources(student).items():
-        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-        if name is None:
-            raise ValueError(f"{source} has no name in {architecture} files; export --to hf")
+        name = file_name(names, source, architecture)
         layer = layers.get(source.removesuffix(".weight"))
         if layer is None or dtype is not None:
             type_name = dense_type(source, tensor, dtype, head)
@@ -159,6 +154,25 @@ def plan_tensors(
             type_name = packed_type(source, layer)
         plan.append(PlannedTensor(source, name, type_name))
     return plan
+
+
+def tensor_names(config: PreTrainedConfig, architecture: str) -> Any:
+    """Return the `gguf` package's map from a model's names to the file's."""
+    import gguf
+
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], config.num_hidden_layers)
+
+
+def file_name(names: Any, source: str, architecture: str) -> str:
+    """Return a tensor's name in the file.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+    if name is None:
+        raise ValueError(f"{source} has no name in {architecture} files; export --to hf")
+    return name
 
 
 def sources(student: nn.Module) -> dict[str, Tensor | None]:
@@ -197,27 +211,36 @@ def dense_type(source: str, tensor: Tensor | None, dtype: torch.dtype | None, he
     return type_name
 
 
-def packed_type(source: str, layer: FakeQuantLinear) -> str:
+def packed_type(source: str, layer: FakeQuantWeight) -> str:
     """Return the type whose blocks hold a layer as it was trained.
 
     Raises:
         ValueError: If none does; names the layer and the remedy.
     """
-    scheme = layer.scheme
-    type_name = block_type_of(scheme)
-    if type_name is None:
-        raise ValueError(
-            f"{source} is on no grid of GGUF ({scheme.codebook} codebook, {scheme.bits} bits, "
-            f"{f'rank {scheme.rank}' if scheme.rank else f'group {scheme.group_size}'}); "
-            "convert it first (`qat convert --scheme gguf-q4_0`), or write it dense with "
-            "--dtype fp16"
-        )
+    type_name = require_type(source, layer.spec)
     require_codebook(source, layer)
     require_float16(source, layer)
     return type_name
 
 
-def start_file(path: Path, config: Any, vocabulary: Vocabulary, plan: list[PlannedTensor]) -> Any:
+def require_type(source: str, spec: TensorSpec) -> str:
+    """Return the type that holds a format exactly.
+
+    Raises:
+        ValueError: If none does; names the tensor and the remedy.
+    """
+    type_name = gguf_type_of(spec)
+    if type_name is None:
+        raise ValueError(
+            f"{source} is on no grid of GGUF ({spec.name}); convert it first "
+            "(`qat convert --plan gguf:q4_0`), or write it dense with --dtype fp16"
+        )
+    return type_name
+
+
+def start_file(
+    path: Path, config: PreTrainedConfig, vocabulary: Vocabulary, plan: list[PlannedTensor]
+) -> Any:
     """Return a writer that has the model's and the tokenizer's keys."""
     import gguf
 
@@ -236,12 +259,12 @@ def start_file(path: Path, config: Any, vocabulary: Vocabulary, plan: list[Plann
     return writer
 
 
-def head_dim_of(config: Any) -> int:
+def head_dim_of(config: PreTrainedConfig) -> int:
     """Return the width of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def add_sizes(writer: Any, config: Any) -> None:
+def add_sizes(writer: Any, config: PreTrainedConfig) -> None:
     """Write the model's sizes."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -255,7 +278,7 @@ def add_sizes(writer: Any, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def add_rope(writer: Any, config: Any) -> None:
+def add_rope(writer: Any, config: PreTrainedConfig) -> None:
     """Write how positions turn heads."""
     import gguf
 
@@ -269,7 +292,7 @@ def add_rope(writer: Any, config: Any) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def rope_factors(config: Any) -> Tensor | None:
+def rope_factors(config: PreTrainedConfig) -> Tensor | None:
     """Return what Llama 3 divides each frequency by, (half a head,); None for other kinds.
 
     Source: transformers 5.23, modeling_rope_utils.py, the llama3 parameters.
@@ -332,7 +355,7 @@ def write_tensors(writer: Any, student: nn.Module, plan: list[PlannedTensor]) ->
 
 def is_packed(student: nn.Module, tensor: PlannedTensor) -> bool:
     """Return whether a tensor goes from indices to blocks, with no float between."""
-    is_layer = isinstance(student.get_submodule(layer_name(tensor)), FakeQuantLinear)
+    is_layer = isinstance(student.get_submodule(layer_name(tensor)), FakeQuantWeight)
     is_weight = tensor.source.endswith(".weight")
     return is_layer and is_weight and tensor.type_name not in DTYPES
 
@@ -340,7 +363,7 @@ def is_packed(student: nn.Module, tensor: PlannedTensor) -> bool:
 def float_tensor(student: nn.Module, tensor: PlannedTensor) -> Tensor:
     """Return a tensor of the student in float32; of a quantized layer the weight it computes."""
     owner = student.get_submodule(layer_name(tensor))
-    if isinstance(owner, FakeQuantLinear) and tensor.source.endswith(".weight"):
+    if isinstance(owner, FakeQuantWeight) and tensor.source.endswith(".weight"):
         return owner.fake_quantized_weight()
     return student.get_parameter(tensor.source).detach().float()
 
@@ -349,7 +372,7 @@ def packed_bytes(student: nn.Module, tensor: PlannedTensor) -> Tensor:
     """Return a tensor's bytes, rows in the student's order."""
     if is_packed(student, tensor):
         layer = student.get_submodule(layer_name(tensor))
-        return pack_blocks(current_indices(layer), layer.full_scale(), tensor.type_name)
+        return pack_blocks(current_indices(layer), *layer.expand(), tensor.type_name)
     if tensor.type_name == "q8_0":
         return quantize_q8_0(float_tensor(student, tensor))
     return pack_dense(float_tensor(student, tensor), tensor.type_name)
@@ -364,7 +387,7 @@ def noise_ratio(student: nn.Module, tensor: PlannedTensor, packed: Tensor) -> fl
     return float((kept - wanted).square().sum() / wanted.square().sum().clamp_min(1e-300))
 
 
-def row_order(config: Any, source: str) -> Tensor | None:
+def row_order(config: PreTrainedConfig, source: str) -> Tensor | None:
     """Return the order of a tensor's rows in the file, (O,); None for their own.
 
     Runtimes turn neighbours of a llama head together, transformers halves of it: rows 0 and

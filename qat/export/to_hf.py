@@ -10,13 +10,13 @@ from tqdm import tqdm
 from qat.export.checks import equal_bits, write_report
 from qat.export.model_folder import SHARD_SIZE
 from qat.model.checkpoint import copy_text_files
-from qat.model.layers import FakeQuantLinear
-from qat.model.surgery import quantized_layers, swap
+from qat.model.layers import FakeQuantLinear, FakeQuantWeight
+from qat.model.surgery import is_tied_to, quantized_layers, swap
 from qat.storage.files import atomic_folder
 
 
 def export_to_hf(
-    student: nn.Module, output: Path, *, text_source: Path, dtype: torch.dtype
+    student: nn.Module, output: Path, *, text_source: Path, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
     """Write a student as a folder that `AutoModelForCausalLM` loads without this package.
 
@@ -24,7 +24,7 @@ def export_to_hf(
         student: On the CPU, in float32; its quantized layers become plain linears in place.
         output: A folder that does not exist; it appears only when written and compared.
         text_source: Folder of the tokenizer, template and generation files.
-        dtype: Of the tensors written.
+        dtype: Of the tensors written; float32, which holds every weight, when not given.
 
     Returns:
         path, exact (what the folder holds is the student in `dtype`, bit for bit),
@@ -37,7 +37,7 @@ def export_to_hf(
     layers = quantized_layers(student)
     if not layers:
         raise ValueError("the checkpoint has no quantized layer; export takes a student")
-    num_rounded = make_dense(student, layers, dtype)
+    num_rounded = make_dense(student, layers, dtype or torch.float32)
     with atomic_folder(output) as temporary:
         student.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
         copy_text_files(text_source, temporary)
@@ -54,7 +54,7 @@ def export_to_hf(
 
 
 @torch.no_grad()
-def make_dense(student: nn.Module, layers: dict[str, FakeQuantLinear], dtype: torch.dtype) -> int:
+def make_dense(student: nn.Module, layers: dict[str, FakeQuantWeight], dtype: torch.dtype) -> int:
     """Put plain linears in the quantized layers' places, everything in one dtype.
 
     Tied heads stay tied, as parameters change their dtype in place.
@@ -66,7 +66,10 @@ def make_dense(student: nn.Module, layers: dict[str, FakeQuantLinear], dtype: to
         ValueError: If a value does not fit the dtype; names the tensor.
     """
     for name, layer in tqdm(layers.items(), desc="dense weights", unit="layer"):
-        swap(student, name, dense_linear(layer))
+        dense = dense_layer(layer)
+        if is_tied_to(student.get_output_embeddings(), layer):
+            student.set_output_embeddings(linear_of(dense.weight))
+        swap(student, name, dense)
     num_rounded = 0
     for name, tensor in student.named_parameters():
         cast = tensor.to(dtype)
@@ -77,16 +80,25 @@ def make_dense(student: nn.Module, layers: dict[str, FakeQuantLinear], dtype: to
     return num_rounded
 
 
-def dense_linear(layer: FakeQuantLinear) -> nn.Linear:
-    """Return the plain linear that computes what a quantized layer computes."""
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(layer.fake_quantized_weight(), requires_grad=False)
-    linear.bias = layer.bias
+def dense_layer(layer: FakeQuantWeight) -> nn.Linear | nn.Embedding:
+    """Return the plain linear or embedding that holds what a quantized layer computes with."""
+    weight = nn.Parameter(layer.fake_quantized_weight(), requires_grad=False)
+    if isinstance(layer, FakeQuantLinear):
+        return linear_of(weight, layer.bias)
+    embedding = nn.Embedding(*weight.shape, device="meta")
+    embedding.weight = weight
+    return embedding
+
+
+def linear_of(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Linear:
+    """Return a linear around parameters, none of which is copied."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight, linear.bias = weight, bias
     return linear
 
 
 @torch.no_grad()
-def compare_with_file(student: nn.Module, layers: dict[str, FakeQuantLinear], folder: Path) -> int:
+def compare_with_file(student: nn.Module, layers: dict[str, FakeQuantWeight], folder: Path) -> int:
     """Load a written folder as anybody would and compare it with the student.
 
     Quantized weights are formed anew, so that the dense model is checked along with the file.

@@ -13,11 +13,8 @@ from qat.export.model_folder import (
     require_students,
     write_folder,
 )
-from qat.grids.packing import pack
-from qat.model.checkpoint import stored_parts
-from qat.model.layers import FakeQuantLinear
-from qat.model.surgery import current_indices
-from qat.quant.scheme import Scheme
+from qat.model.layers import FakeQuantWeight
+from qat.model.surgery import current_indices, stored_parts
 
 
 def export_to_hf_quantized(
@@ -25,16 +22,16 @@ def export_to_hf_quantized(
     output: Path,
     *,
     text_source: Path,
-    scheme: Scheme,
+    plan: dict[str, Any],
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Write a student of any scheme as packed indices, scales and codebooks.
+    """Write a student of any plan as packed indices, scales and codebooks.
 
     Args:
         student: On the CPU, in float32.
         output: A folder that does not exist.
         text_source: Folder of the tokenizer, template and generation files.
-        scheme: How each kind of layer is quantized.
+        plan: The format of every tensor, as `QuantPlan.to_dict` has it.
         dtype: Of dense parts; the smallest that loses nothing when not given.
 
     Returns:
@@ -47,12 +44,12 @@ def export_to_hf_quantized(
 
     layers = require_students(student)
     for name, layer in layers.items():
-        if layer.scheme.stored_dtype != "float32" and not layer.scheme.rank:
+        if layer.spec.stored_dtype != "float32" and not layer.spec.rank:
             require_float16(name, layer)
     changes = {
         "model_type": MODEL_TYPE,
         BASE_TYPE_KEY: student.config.model_type,
-        "quantization_config": {"quant_method": METHOD, "scheme": scheme.to_dict()},
+        "quantization_config": {"quant_method": METHOD, "plan": plan},
     }
     return write_folder(
         student,
@@ -66,19 +63,19 @@ def export_to_hf_quantized(
 
 
 @torch.no_grad()
-def packed_parts(layer: FakeQuantLinear) -> dict[str, Tensor]:
+def packed_parts(layer: FakeQuantWeight) -> dict[str, Tensor]:
     """Return a layer's entries by the last part of their names."""
     from qat.export.plugin import float_bits
 
-    stored = layer.scheme.stored_dtype
+    stored = layer.spec.stored_dtype
     parts = {n: float_bits(layer.stored(t), stored) for n, t in stored_parts(layer).items()}
-    return {"indices": pack(current_indices(layer), layer.scheme.bits), **parts}
+    return {"indices": layer.spec.grid.pack(current_indices(layer)), **parts}
 
 
-def read_weight(layer: FakeQuantLinear, parts: dict[str, Tensor]) -> Tensor:
+def read_weight(layer: FakeQuantWeight, parts: dict[str, Tensor]) -> Tensor:
     """Return the weight, (O, I) float32, as the plugin's layer forms it from a file's entries."""
-    from qat.export.plugin import PackedLinear
+    from qat.export.plugin import PackedWeight
 
-    packed = PackedLinear(layer.in_features, layer.out_features, layer.scheme, has_bias=False)
+    packed = PackedWeight(layer.out_features, layer.in_features, layer.spec)
     packed.load_state_dict({name: t for name, t in parts.items() if name != "bias"})
     return packed.weight_on_grid()

@@ -1,7 +1,9 @@
-"""A student as a folder that mlx-lm loads: affine quantization with its offset at the grid's end.
+"""A student as a folder that mlx-lm loads: affine quantization.
 
     X.weight (O, I * bits / 32) uint32   index, first in the lowest bits
-    X.scales, X.biases (O, G)            weight = index * scale + bias, bias = -2**(bits-1) * scale
+    X.scales, X.biases (O, G)            weight = index * scale + bias
+
+Affine grids have a trained bias; that of integer grids is -2**(bits-1) * scale.
 
 MLX multiplies and adds in the dtype of the scales: float16 where no step of that rounds for any
 scale of the layer, else float32.
@@ -24,11 +26,11 @@ from qat.export.model_folder import (
     write_folder,
 )
 from qat.grids.packing import pack, unpack
-from qat.model.layers import FakeQuantLinear
+from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import current_indices
 
 WEIGHT, SCALES, BIASES = "weight", "scales", "biases"
-BITS = (2, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -51,7 +53,7 @@ def export_to_mlx(
     """
     layers = require_students(student)
     for name, layer in layers.items():
-        require_integer_grid(name, layer, bits=BITS, group_sizes=GROUP_SIZES)
+        require_integer_grid(name, layer, kinds=("int", "uint"), bits=BITS, group_sizes=GROUP_SIZES)
     block = quantization_block(layers)
     return write_folder(
         student,
@@ -79,7 +81,7 @@ def positions(config: Any) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def quantization_block(layers: dict[str, FakeQuantLinear]) -> dict[str, Any]:
+def quantization_block(layers: dict[str, FakeQuantWeight]) -> dict[str, Any]:
     """Return bits and group size: of most layers at the top, of the others by name."""
     grids = layers_by_grid(layers)
     (bits, group_size), *others = grids
@@ -91,37 +93,39 @@ def quantization_block(layers: dict[str, FakeQuantLinear]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def affine_parts(layer: FakeQuantLinear) -> dict[str, Tensor]:
+def affine_parts(layer: FakeQuantWeight) -> dict[str, Tensor]:
     """Return a layer's entries by the last part of their names."""
-    bits, scale = layer.scheme.bits, layer.full_scale()
+    bits, (scale, bias) = layer.spec.bits, layer.expand()
+    if bias is None:
+        bias = -(2 ** (bits - 1)) * scale
     words = pack(current_indices(layer), bits).view(torch.int32)
-    dtype = torch.float16 if is_exact_in_float16(scale, bits) else torch.float32
+    dtype = torch.float16 if is_exact_in_float16(scale, bias, bits) else torch.float32
     return {
         WEIGHT: words.view(layer.out_features, -1).view(torch.uint32),
         SCALES: scale.to(dtype),
-        BIASES: (-(2 ** (bits - 1)) * scale).to(dtype),
+        BIASES: bias.to(dtype),
     }
 
 
-def is_exact_in_float16(scale: Tensor, bits: int) -> bool:
+def is_exact_in_float16(scale: Tensor, bias: Tensor, bits: int) -> bool:
     """Return whether index * scale + bias rounds at no step for any index.
 
     Args:
         scale: (O, G), numbers of float16.
+        bias: (O, G).
         bits: Bits per index.
     """
-    bias = -(2 ** (bits - 1)) * scale
     steps = [index * scale for index in range(2**bits)] + [bias]
     steps += [step + bias for step in steps[:-1]]
     return all(torch.equal(step.half().float(), step) for step in steps)
 
 
-def read_weight(layer: FakeQuantLinear, parts: dict[str, Tensor]) -> Tensor:
+def read_weight(layer: FakeQuantWeight, parts: dict[str, Tensor]) -> Tensor:
     """Return the weight, (O, I) float32, computed in the entries' own dtype."""
     shape = (layer.out_features, layer.in_features)
     words = parts[WEIGHT].contiguous().view(torch.uint8).flatten()
     scale, bias = parts[SCALES].unsqueeze(-1), parts[BIASES].unsqueeze(-1)
-    indices = unpack(words, layer.scheme.bits, shape).view(*parts[SCALES].shape, -1)
+    indices = unpack(words, layer.spec.bits, shape).view(*parts[SCALES].shape, -1)
     return (indices.to(scale.dtype) * scale + bias).view(shape).float()
 
 

@@ -1,1 +1,1 @@
-"""Values that a weight can take: `scalar`, `codebook`, `scales`, `blocks`, `packing`."""
+"""Values that weights can take: `scalar` grids, `codebook`, `scales`, GGUF `blocks`, `packing`."""

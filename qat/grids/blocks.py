@@ -1,13 +1,14 @@
 """Blocks of GGUF types: indices and scales to the bytes that ggml computes with, and back.
 
     Q4_0    (q - 8) * d        32 weights, q in 4 bits, q of weight j beside that of weight j + 16
+    Q4_1    q * d + m          the same layout, m in float16 after d
     IQ4_NL  values[q] * d      the same layout, 16 fixed values
     Q8_0    q * d              32 weights, q in int8
     Q2_0    (q - 1) * d        64 weights, q in 2 bits, four neighbours a byte, the first lowest
 
 d is float16 of either sign and lies in front of the block's q. Packing takes indices into an
 ascending codebook; Q2_0 counts the other way (-2 .. 1 becomes 2 .. -1), so its d is the scale with
-its sign turned. Unpacking follows the types' own definitions and does not read `quant/grid.py`:
+its sign turned. Unpacking follows the types' own definitions and does not read `grids/scalar.py`:
 it checks what packing made.
 
 Shape legend: O out, I in, G blocks of a row.
@@ -37,22 +38,23 @@ BLOCK_TYPES = {
     "f16": BlockType(1, 1, 2, 1),
     "bf16": BlockType(30, 1, 2, 32),
     "q4_0": BlockType(2, 32, 18, 2),
+    "q4_1": BlockType(3, 32, 20, 3),
     "q8_0": BlockType(8, 32, 34, 7),
     "iq4_nl": BlockType(20, 32, 18, 25),
     "q2_0": BlockType(42, 64, 18, 41),
 }
-# (codebook, bits, group size) of a layer's scheme to the type that holds it exactly.
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-def pack_blocks(indices: Tensor, scale: Tensor, name: str) -> Tensor:
+def pack_blocks(indices: Tensor, scale: Tensor, offset: Tensor | None, name: str) -> Tensor:
     """Return the bytes of a weight, (O, bytes of a row), uint8.
 
     Args:
         indices: (O, I) uint8, into the ascending codebook of the type's grid.
         scale: (O, G), numbers of float16.
-        name: q4_0, iq4_nl, q8_0 or q2_0.
+        offset: (O, G), numbers of float16, for q4_1; None for the others.
+        name: q4_0, q4_1, iq4_nl, q8_0 or q2_0.
     """
     num_outputs, num_inputs = indices.shape
     kind = BLOCK_TYPES[name]
@@ -66,8 +68,9 @@ def pack_blocks(indices: Tensor, scale: Tensor, name: str) -> Tensor:
     else:
         low, high = q.chunk(2, dim=-1)
         body = low | (high << 4)
-    d = scale.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)  # (O, G, 2)
-    return torch.cat([d, body], dim=-1).reshape(num_outputs, -1)
+    heads = [scale] if offset is None else [scale, offset]
+    heads = [h.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8) for h in heads]
+    return torch.cat([*heads, body], dim=-1).reshape(num_outputs, -1)
 
 
 def unpack_blocks(packed: Tensor, name: str) -> Tensor:
@@ -88,6 +91,10 @@ def unpack_blocks(packed: Tensor, name: str) -> Tensor:
         values = q.float() - 1
     elif name == "q8_0":
         values = body.contiguous().view(torch.int8).float()
+    elif name == "q4_1":
+        m, body = body[..., :D_BYTES].contiguous().view(torch.float16).float(), body[..., D_BYTES:]
+        q = torch.cat([body & 15, body >> 4], dim=-1)
+        return (q.float() * d + m).view(num_outputs, -1)
     else:
         q = torch.cat([body & 15, body >> 4], dim=-1)
         values = torch.tensor(IQ4_VALUES)[q.int()].float() if name == "iq4_nl" else q.float() - 8
@@ -106,7 +113,7 @@ def quantize_q8_0(weight: Tensor) -> Tensor:
     product = grouped * inverse
     rounded = product.sign() * (product.abs() + 0.5).floor()  # C's roundf: halves away from zero
     indices = (rounded + 128).to(torch.uint8)
-    return pack_blocks(indices.view_as(weight), scale, "q8_0")
+    return pack_blocks(indices.view_as(weight), scale, None, "q8_0")
 
 
 def pack_dense(tensor: Tensor, name: str) -> Tensor:

@@ -1,21 +1,110 @@
-"""The values a weight can take: read by the fake-quant forward and by every exporter.
+"""Scalar grids: each weight takes one value of a codebook, in units of its scale.
 
-    W_hat[o, i] = scale[o, i] * codebook[indices[o, i]]
+    W_hat[o, i] = scale[o, i] * codebook[indices[o, i]] + offset[o, i]
 
 Scale and codebook are float16 numbers held in float32, so the product of the two (22 significant
-bits) is exact in float32: what training sees is what a file holds, to the bit.
+bits) is exact in float32: what training sees is what a file holds, to the bit. Most grids have no
+offset.
 
 Shape legend: O out, I in, G groups of a row, C = 2**bits codebook values.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
+
+from qat.grids.packing import pack, unpack
+
+CodebookKind = Literal["learned", "uniform", "balanced", "int", "uint", "iq4_nl"]
 
 FLOAT16_MAX = 65504.0
 COUNTED = 16  # codebook values up to which compares beat a binary search, twice on a CPU
 # Of ggml, kvalues_iq4nl in ggml-common.h.
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 FLOAT16_TINY = 2.0**-14  # least normal float16: below it a scale would lose bits
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarGrid:
+    """2**bits values per weight: a codebook fitted per tensor, or one fixed by its kind.
+
+    Every method takes the codebook, (C,) ascending, as the tensor holds it.
+    """
+
+    bits: int
+    """Bits per index; the codebook has 2**bits values."""
+    kind: CodebookKind = "learned"
+    """learned: fitted per tensor. uniform, balanced, int, uint, iq4_nl: fixed."""
+
+    block_size: ClassVar[int] = 1
+    index_dtype: ClassVar[torch.dtype] = torch.uint8
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits {self.bits} is outside 2..8; choose 2 or 4")
+        if self.kind == "iq4_nl" and self.bits != 4:
+            raise ValueError(f"codebook iq4_nl has 16 values, not 2**{self.bits}; set bits to 4")
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the codebook is fitted to the tensor and ships with it."""
+        return self.kind == "learned"
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether a scale may be negative: these codebooks reach further on one side."""
+        return self.kind in ("learned", "int", "iq4_nl")
+
+    @property
+    def num_values(self) -> int:
+        """Number of codebook values."""
+        return 2**self.bits
+
+    def index_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the shape of the indices of an (O, I) weight."""
+        return shape
+
+    def size_bits(self, shape: tuple[int, int]) -> int:
+        """Return the bits of an (O, I) weight's indices, and of a learned codebook in float16."""
+        return shape[0] * shape[1] * self.bits
+
+    def start_codebook(self) -> Tensor:
+        """Return the fixed codebook, or for a learned one the integers it is fitted from."""
+        return fixed_codebook("int" if self.is_learned else self.kind, self.bits)
+
+    def round(self, normalized: Tensor, codebook: Tensor) -> Tensor:
+        """Return the indices of the nearest values, uint8, of weights over their scales."""
+        return nearest_indices(normalized, codebook)
+
+    def nearest(self, normalized: Tensor, codebook: Tensor) -> Tensor:
+        """Return the nearest values themselves, without indices between."""
+        return nearest_values(normalized, codebook)
+
+    def look_up(self, indices: Tensor, codebook: Tensor) -> Tensor:
+        """Return the values that indices stand for, in the codebook's dtype."""
+        return look_up(codebook, indices)
+
+    def clamp(self, normalized: Tensor, codebook: Tensor) -> Tensor:
+        """Return weights over their scales pulled onto the range where gradients reach them."""
+        low, high = codebook_range(codebook)
+        return normalized.maximum(low).minimum(high)
+
+    def pack(self, indices: Tensor) -> Tensor:
+        """Return indices as bytes."""
+        return pack(indices, self.bits)
+
+    def unpack(self, packed: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Return the (O, I) indices that bytes hold."""
+        return unpack(packed, self.bits, shape)
+
+
+def codebook_range(codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ends of a codebook's range: half a step beyond its outer values."""
+    low = codebook[0] - (codebook[1] - codebook[0]) / 2
+    high = codebook[-1] + (codebook[-1] - codebook[-2]) / 2
+    return low, high
 
 
 def snap_float16(values: Tensor) -> Tensor:
@@ -103,25 +192,34 @@ def low_rank_scale(scale_a: Tensor, magnitude: Tensor, scale_b: Tensor) -> Tenso
     return (scale_a * magnitude) @ scale_b
 
 
-def dequantize(indices: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+def dequantize(
+    indices: Tensor, scale: Tensor, codebook: Tensor, offset: Tensor | None = None
+) -> Tensor:
     """Return the weights that indices stand for, in the scale's dtype.
 
     Args:
         indices: (O, I), any integer dtype.
         scale: (O, I), or (O, G) for one per group.
         codebook: (C,).
+        offset: (O, G), added to each weight; none when not given.
     """
-    return times_scale(look_up(codebook.to(scale.dtype), indices), scale)
+    return times_scale(look_up(codebook.to(scale.dtype), indices), scale, offset)
 
 
-def times_scale(values: Tensor, scale: Tensor) -> Tensor:
-    """Return values times their scales, (O, I), from scales (O, I) or (O, G)."""
-    return (values.view(*scale.shape, -1) * scale.unsqueeze(-1)).view_as(values)
+def times_scale(values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Return values times their scales (plus offsets), (O, I), of scales (O, I) or (O, G)."""
+    product = values.view(*scale.shape, -1) * scale.unsqueeze(-1)
+    if offset is not None:
+        product += offset.unsqueeze(-1)
+    return product.view_as(values)
 
 
-def over_scale(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return a weight divided by its scales, (O, I), from scales (O, I) or (O, G)."""
-    return (weight.view(*scale.shape, -1) / scale.unsqueeze(-1)).view_as(weight)
+def over_scale(weight: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Return a weight (less its offsets) over its scales, (O, I), of scales (O, I) or (O, G)."""
+    grouped = weight.view(*scale.shape, -1)
+    if offset is not None:
+        grouped = grouped - offset.unsqueeze(-1)
+    return (grouped / scale.unsqueeze(-1)).view_as(weight)
 
 
 def fixed_codebook(kind: str, bits: int) -> Tensor:
@@ -130,7 +228,8 @@ def fixed_codebook(kind: str, bits: int) -> Tensor:
     Args:
         kind: uniform: 2**bits values evenly on [-1, 1]. balanced: half-integers around zero
             without a zero, such as -1.5, -0.5, 0.5, 1.5. int: -2**(bits-1) .. 2**(bits-1) - 1.
-            iq4_nl: the 16 values of the GGUF type of that name.
+            uint: 0 .. 2**bits - 1, for scales with an offset. iq4_nl: the 16 values of the GGUF
+            type of that name.
         bits: Bits per index.
     """
     count = 2**bits
@@ -141,6 +240,10 @@ def fixed_codebook(kind: str, bits: int) -> Tensor:
         return steps - (count - 1) / 2
     if kind == "int":
         return steps - count // 2
+    if kind == "uint":
+        return steps
     if kind == "iq4_nl":
         return torch.tensor(IQ4_NL, dtype=torch.float32)
-    raise ValueError(f"codebook {kind!r} is not fixed; choose uniform, balanced, int or iq4_nl")
+    raise ValueError(
+        f"codebook {kind!r} is not fixed; choose uniform, balanced, int, uint or iq4_nl"
+    )

@@ -12,6 +12,8 @@ their R x R normal matrices come from one product with the table of outer produc
 Shape legend: O out, I in, G groups of a row, R rank.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,17 +23,20 @@ from qat.grids.scalar import (
     FLOAT16_MAX,
     FLOAT16_TINY,
     fits_float16,
+    low_rank_scale,
     nearest_values,
     over_scale,
     snap_float16,
     times_scale,
 )
+from qat.runtime.device import seeded
 
 RIDGE = 1e-6  # of the mean diagonal: keeps nearly collinear factors solvable in float32
 # Largest value of the best even grid of 2**bits values for a Gaussian of deviation one, half a step
 # further out on one side as integer grids are (Max 1960, table II).
 GAUSSIAN_REACH = {2: 2.0, 3: 2.3, 4: 2.7, 5: 3.0, 6: 3.3, 7: 3.6, 8: 3.9}
 SEARCH_FACTORS = (0.75, 1.0, 1.3)
+AFFINE_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6)
 
 
 class LowRank(NamedTuple):
@@ -40,6 +45,108 @@ class LowRank(NamedTuple):
     scale_a: Tensor  # (O, R)
     magnitude: Tensor  # (R,)
     scale_b: Tensor  # (R, I)
+
+
+Snap = Callable[[Tensor], Tensor]
+Parts = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupScale:
+    """One scale for each group of a row's weights, and an offset where the format stores one."""
+
+    group_size: int = 32
+    """Weights of a row that share a scale; 0 = the whole row."""
+    has_offset: bool = False
+    """Whether each group also has an offset: W_hat = scale * value + offset."""
+    floor: float | None = None
+    """A scale below it counts as it, as in checkpoints of the seeds' first form; None = as is."""
+
+    def __post_init__(self) -> None:
+        if self.group_size < 0:
+            raise ValueError(f"group size {self.group_size} must be 0 or more")
+
+    def groups_of(self, num_inputs: int) -> int:
+        """Return the number of scales in a row.
+
+        Raises:
+            ValueError: If the group size does not divide the row.
+        """
+        group_size = self.group_size or num_inputs
+        if num_inputs % group_size:
+            raise ValueError(
+                f"group size {group_size} does not divide a row of {num_inputs} weights; "
+                f"choose a divisor such as {largest_divisor(num_inputs, group_size)}"
+            )
+        return num_inputs // group_size
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Refuse a weight that the scales do not fit."""
+        self.groups_of(shape[1])
+
+    def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor of scales of an (O, I) weight, by name."""
+        groups = (shape[0], self.groups_of(shape[1]))
+        return {"scale": groups, "offset": groups} if self.has_offset else {"scale": groups}
+
+    def size_bits(self, shape: tuple[int, int], stored_bits: int) -> int:
+        """Return the bits of an (O, I) weight's scales."""
+        return stored_bits * shape[0] * self.groups_of(shape[1]) * (2 if self.has_offset else 1)
+
+    def expand(self, parts: Parts, snap: Snap) -> tuple[Tensor, Tensor | None]:
+        """Return scales and offsets, (O, G) each, as stored; no offsets where there are none."""
+        scale = snap(parts["scale"])
+        if self.floor is not None:
+            scale = scale.clamp_min(self.floor)
+        return scale, snap(parts["offset"]) if self.has_offset else None
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankScale:
+    """A scale for every weight, of low rank: S = (scale_a * magnitude) @ scale_b."""
+
+    rank: int
+    floor: float | None = None
+    """A scale below it counts as it, as in checkpoints of the seeds' first form; None = as is."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank {self.rank} must be 1 or more")
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Refuse a weight that the scales do not fit.
+
+        Raises:
+            ValueError: If the rank exceeds a side.
+        """
+        if self.rank > min(shape):
+            raise ValueError(
+                f"rank {self.rank} exceeds the smaller side of a {tuple(shape)} weight; "
+                f"choose at most {min(shape)}"
+            )
+
+    def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each factor of an (O, I) weight, by name."""
+        return {
+            "scale_a": (shape[0], self.rank),
+            "magnitude": (self.rank,),
+            "scale_b": (self.rank, shape[1]),
+        }
+
+    def size_bits(self, shape: tuple[int, int], stored_bits: int) -> int:
+        """Return the bits of an (O, I) weight's factors."""
+        return stored_bits * self.rank * (shape[0] + shape[1] + 1)
+
+    def expand(self, parts: Parts, snap: Snap) -> tuple[Tensor, None]:
+        """Return one scale per weight, (O, I), of factors as stored, and no offset."""
+        factors = (snap(parts[name]) for name in LowRank._fields)
+        scale = low_rank_scale(*factors)
+        return scale if self.floor is None else scale.clamp_min(self.floor), None
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    """Return the largest divisor of `number` that does not exceed `at_most`."""
+    return next(d for d in range(min(number, at_most), 0, -1) if number % d == 0)
 
 
 def start_scale(weight: Tensor, importance: Tensor, num_groups: int) -> Tensor:
@@ -81,7 +188,7 @@ def search_scale(
         values = nearest_values(over_scale(weight, scale), codebook)
         scale = fit_group_scale(weight, values, importance, scale, is_signed=is_signed)
         values = nearest_values(over_scale(weight, scale), codebook)
-        error = group_error(weight, values, scale, importance)
+        error = group_error(weight, values, scale, importance=importance)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
@@ -93,9 +200,16 @@ def largest_weight(weight: Tensor, num_groups: int) -> Tensor:
     return grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
 
 
-def group_error(weight: Tensor, values: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
+def group_error(
+    weight: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    *,
+    importance: Tensor,
+) -> Tensor:
     """Return the importance-weighted squared error of each group, (O, G)."""
-    error = weight - times_scale(values, scale)
+    error = weight - times_scale(values, scale, offset)
     return (error.square() * importance).view(*scale.shape, -1).sum(-1)
 
 
@@ -128,6 +242,64 @@ def fit_group_scale(
     return nearest_stored_scale(along / square.clamp_min(1e-30), former, is_signed=is_signed)
 
 
+def search_affine(
+    weight: Tensor, importance: Tensor, codebook: Tensor, num_groups: int
+) -> tuple[Tensor, Tensor]:
+    """Return the best of several scales and offsets for each group, (O, G) each.
+
+    The first candidate spans a group from its least to its largest weight; the others are narrower
+    and clip both ends.
+
+    Args:
+        weight: (O, I).
+        importance: (I,).
+        codebook: (C,): 0 .. C - 1.
+        num_groups: G.
+    """
+    grouped = weight.view(weight.shape[0], num_groups, -1)
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    middle, reach = (high + low) / 2, (high - low) / 2
+    best = (stored_scale(2 * reach / codebook[-1]), snap_float16(low))
+    least = torch.full_like(low, torch.inf)
+    for factor in AFFINE_FACTORS:
+        scale = stored_scale(2 * factor * reach / codebook[-1])
+        candidate = (scale, snap_float16(middle - factor * reach))
+        values = nearest_values(over_scale(weight, *candidate), codebook)
+        candidate = fit_offset(weight, values, importance, candidate)
+        values = nearest_values(over_scale(weight, *candidate), codebook)
+        error = group_error(weight, values, *candidate, importance=importance)
+        best = tuple(
+            torch.where(error < least, new, old) for new, old in zip(candidate, best, strict=True)
+        )
+        least = torch.minimum(error, least)
+    return best
+
+
+def fit_offset(
+    weight: Tensor, values: Tensor, importance: Tensor, previous: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the least-squares scale and offset of each group, on the float16 grid.
+
+    A group whose best scale is not positive keeps its previous pair.
+
+    Args:
+        weight: (O, I).
+        values: Codebook value of each weight, (O, I).
+        importance: (I,).
+        previous: Scale and offset that the values were chosen with, (O, G) each.
+    """
+    shape = (*previous[0].shape, -1)
+    mass = importance.view(1, shape[1], -1)
+    w, c = weight.view(shape), values.view(shape)
+    total = mass.sum(-1).clamp_min(1e-30)
+    mean_w, mean_c = (w * mass).sum(-1) / total, (c * mass).sum(-1) / total
+    centered = (c - mean_c.unsqueeze(-1)) * mass
+    slope = (centered * w).sum(-1) / (centered * c).sum(-1).clamp_min(1e-30)
+    is_better = (slope > 0) & torch.isfinite(slope)
+    scale = stored_scale(torch.where(is_better, slope, previous[0]))
+    return scale, snap_float16(torch.where(is_better, mean_w - scale * mean_c, previous[1]))
+
+
 def nearest_stored_scale(fitted: Tensor, former: Tensor, *, is_signed: bool) -> Tensor:
     """Return fitted scales as they are stored; the former one where no such scale is near.
 
@@ -147,10 +319,8 @@ def stored_scale(scale: Tensor) -> Tensor:
 
 def start_low_rank(scale: Tensor, rank: int) -> LowRank:
     """Return the rank-R approximation of an (O, I) scale matrix, found without a full SVD."""
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(0)  # svd_lowrank draws its test matrix; the result must not depend on luck
-    left, singular, right = torch.svd_lowrank(scale, q=min(rank + 4, *scale.shape), niter=4)
-    torch.random.set_rng_state(generator_state)
+    with seeded(scale.device, 0):  # svd_lowrank draws a test matrix: the result must not vary
+        left, singular, right = torch.svd_lowrank(scale, q=min(rank + 4, *scale.shape), niter=4)
     return LowRank(left[:, :rank], singular[:rank], right[:, :rank].T)
 
 

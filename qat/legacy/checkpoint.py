@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.quant.scheme import LayerScheme
+from qat.quant.spec import TensorSpec
 from qat.storage.files import fingerprint, read_json, sha256_of_file
 
 CONFIG_NAMES = ("config.json", "v2_config.json")
@@ -37,6 +37,7 @@ KNOWN = {
     *(LATENT, CODEBOOK, VALUES, INDICES, SCALE_A, SCALE_B, MAGNITUDE, BAKED),
     *(CODEBOOK_STEPS, LORA_A, LORA_B, *DERIVED),
 }
+DEFAULT_GROUP_SIZE = 32  # that their trainer takes where scales are low rank
 PRESETS = {  # MLP codebook size and rank, attention codebook size and rank
     "q2a4": (4, 32, 16, 8),
     "q4a4": (16, 4, 16, 4),
@@ -205,16 +206,16 @@ def seed_notes(checkpoint: SeedCheckpoint) -> dict[str, Any]:
 
 
 def seed_config(
-    mlp: LayerScheme,
-    attention: LayerScheme,
+    mlp: TensorSpec,
+    attention: TensorSpec,
     ranks: dict[str, int],
     model_id: str,
 ) -> dict[str, Any]:
     """Return config.json of a V2 checkpoint, with a preset's name where sizes are a preset's.
 
     Args:
-        mlp: Scheme of MLP layers.
-        attention: Scheme of attention layers.
+        mlp: Format of MLP layers.
+        attention: Format of attention layers.
         ranks: Of both kinds, as written.
         model_id: Of the full-precision model.
     """
@@ -230,7 +231,7 @@ def seed_config(
         "scale_rank": ranks["mlp"],
         "mlp_scale_rank": ranks["mlp"],
         "attn_scale_rank": ranks["attention"],
-        "group_size": mlp.group_size,
+        "group_size": mlp.group_size or DEFAULT_GROUP_SIZE,
         "force_positive_scales": False,
         "magnitude_activation": "identity",
     }

@@ -6,16 +6,15 @@ weight bears two roundings of its scale instead of three.
 Shape legend: O out, I in, R rank.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qat.grids.scalar import fits_float16, snap_float16
-from qat.model.checkpoint import dense_targets, stored_parts
-from qat.model.layers import FakeQuantLinear
-from qat.model.surgery import freeze_indices, quantized_layers
-from qat.quant.scheme import Scheme
+from qat.model.checkpoint import dense_targets
+from qat.model.layers import FakeQuantWeight
+from qat.model.surgery import freeze_indices, quantized_layers, stored_parts
 
 
 @dataclass(slots=True)
@@ -47,15 +46,6 @@ class SnapReport:
         }
 
 
-def float16_scheme(scheme: Scheme) -> Scheme:
-    """Return the scheme with everything stored as float16."""
-    return replace(
-        scheme,
-        mlp=replace(scheme.mlp, stored_dtype="float16"),
-        attention=replace(scheme.attention, stored_dtype="float16"),
-    )
-
-
 @torch.no_grad()
 def snap_student(student: nn.Module, *, bake: bool = False) -> SnapReport:
     """Round every stored number of a student to float16, in place.
@@ -85,7 +75,7 @@ def snap_student(student: nn.Module, *, bake: bool = False) -> SnapReport:
     return report
 
 
-def check_range(layers: dict[str, FakeQuantLinear], dense: dict[str, Tensor], bake: bool) -> None:
+def check_range(layers: dict[str, FakeQuantWeight], dense: dict[str, Tensor], bake: bool) -> None:
     """Refuse numbers that float16 does not hold, naming the tensor."""
     numbers = {
         f"{name}.{part}": values
@@ -100,20 +90,20 @@ def check_range(layers: dict[str, FakeQuantLinear], dense: dict[str, Tensor], ba
             )
 
 
-def snap_layer(layer: FakeQuantLinear, report: SnapReport, *, bake: bool) -> None:
+def snap_layer(layer: FakeQuantWeight, report: SnapReport, *, bake: bool) -> None:
     """Round a layer's scales and codebook."""
     for part, values in parts_to_snap(layer, bake=bake).items():
         snapped = snap_float16(values)
         report.add(values, snapped)
         getattr(layer, part).data = snapped
-    layer.scheme = replace(layer.scheme, stored_dtype="float16")
+    layer.spec = layer.spec.stored_as("float16")
 
 
-def parts_to_snap(layer: FakeQuantLinear, *, bake: bool) -> dict[str, Tensor]:
+def parts_to_snap(layer: FakeQuantWeight, *, bake: bool) -> dict[str, Tensor]:
     """Return what is rounded, by name: scales as the forward uses them, and the codebook."""
     parts = {name: layer.stored(values) for name, values in stored_parts(layer).items()}
     on_grid = all(torch.equal(snap_float16(values), values) for values in parts.values())
-    if layer.scheme.rank and (bake or not on_grid):
+    if layer.spec.rank and (bake or not on_grid):
         parts["scale_a"] = parts["scale_a"] * parts["magnitude"]
         parts["magnitude"] = torch.ones_like(parts["magnitude"])
     return parts

@@ -38,16 +38,19 @@ from qat.legacy.layer import (
 )
 from qat.legacy.torch_file import write_torch_file
 from qat.model.checkpoint import dense_targets, empty_student, put
-from qat.model.layers import FakeQuantLinear
+from qat.model.layers import FakeQuantWeight
 from qat.model.rankwise import as_group_scales
 from qat.model.surgery import quantized_layers
-from qat.quant.scheme import LayerScheme, Scheme, layer_kind
+from qat.quant.plan import PlanRules, Rule, tensor_kind
+from qat.quant.spec import TensorSpec, make_spec
 from qat.storage.files import atomic_file, write_json
+
+KINDS = ("mlp", "attention")
 
 
 def read_seed_student(
     checkpoint: SeedCheckpoint, base: Path, *, dtype: torch.dtype = torch.float32
-) -> tuple[nn.Module, Scheme]:
+) -> nn.Module:
     """Return the student that a checkpoint stands for, on the CPU, in eval mode, frozen.
 
     Args:
@@ -60,8 +63,7 @@ def read_seed_student(
         ValueError: If a tensor does not fit the model or another tensor; names it.
     """
     factors = {name: read_factors(checkpoint, name) for name in checkpoint.layers}
-    scheme = scheme_of(checkpoint, factors)
-    model = empty_student(base, scheme, dtype)
+    model = empty_student(base, rules_of(checkpoint, factors).resolve, dtype)
     layers = quantized_layers(model)
     file = checkpoint.file
     refuse_keys(file, "unknown", [f"{n}.{SCALE_A}" for n in factors if n not in layers])
@@ -69,49 +71,49 @@ def read_seed_student(
     for name, layer in layers.items():
         fill_layer(layer, checkpoint, name, factors[name])
     fill_dense(model, checkpoint, base, dtype)
-    return model.eval().requires_grad_(False), scheme
+    return model.eval().requires_grad_(False)
 
 
-def seed_scheme(checkpoint: SeedCheckpoint) -> Scheme:
+def seed_rules(checkpoint: SeedCheckpoint) -> PlanRules:
     """Return how a checkpoint is quantized."""
-    return scheme_of(
+    return rules_of(
         checkpoint, {name: read_factors(checkpoint, name) for name in checkpoint.layers}
     )
 
 
-def scheme_of(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> Scheme:
-    """Return the scheme of a checkpoint whose layers of one kind agree in bits and rank.
+def rules_of(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> PlanRules:
+    """Return the plan of a checkpoint whose layers of one kind agree in bits and rank.
 
     Raises:
         ValueError: If they do not, or a layer is of no known kind; names it.
     """
-    schemes: dict[str, LayerScheme] = {}
+    specs: dict[str, TensorSpec] = {}
     firsts: dict[str, str] = {}
     dtypes = stored_dtypes(checkpoint, factors)
     for name, parts in checkpoint.layers.items():
-        kind = layer_kind(name)
-        if kind is None:
+        kind = tensor_kind(name)
+        if kind not in KINDS:
             raise ValueError(f"{checkpoint.file} quantizes {name}, which students keep dense")
-        scheme = LayerScheme(
-            bits=bits_of(name, parts),
+        spec = make_spec(
+            bits_of(name, parts),
             **sizes_of(factors[name]),
             stored_dtype=dtypes[kind],
-            scale_floor=FLOOR if checkpoint.is_first_form else None,
+            floor=FLOOR if checkpoint.is_first_form else None,
         )
-        if schemes.setdefault(kind, scheme) != scheme:
+        if specs.setdefault(kind, spec) != spec:
             raise ValueError(
-                f"{checkpoint.file}: {name} has {scheme.bits} bits and scales of rank "
-                f"{scheme.rank}, {firsts[kind]} {schemes[kind].bits} and {schemes[kind].rank}; "
+                f"{checkpoint.file}: {name} has {spec.bits} bits and scales of rank {spec.rank}, "
+                f"{firsts[kind]} {specs[kind].bits} and {specs[kind].rank}; "
                 "layers of one kind must agree"
             )
         firsts.setdefault(kind, name)
-    lacking = [kind for kind in ("mlp", "attention") if kind not in schemes]
+    lacking = [kind for kind in KINDS if kind not in specs]
     if lacking:
         raise ValueError(f"{checkpoint.file} has no quantized {lacking[0]} layer; both are needed")
-    mlp, attention = schemes["mlp"], schemes["attention"]
+    mlp, attention = specs["mlp"], specs["attention"]
     size = f"r{mlp.rank}" if mlp.rank else f"g{mlp.group_size}"
     name = f"q{mlp.bits}a{attention.bits}_{size}"
-    return Scheme(name=name, mlp=mlp, attention=attention)
+    return PlanRules(name, tuple(Rule(kind, specs[kind]) for kind in KINDS))
 
 
 def bits_of(name: str, parts: Parts) -> int:
@@ -141,19 +143,19 @@ def stored_dtypes(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> di
     for name, parts in checkpoint.layers.items():
         numbers = [*factors[name], read_codebook(parts)]
         fits = all(torch.equal(snap_float16(values), values) for values in numbers)
-        kind = layer_kind(name)
+        kind = tensor_kind(name)
         dtypes[kind] = dtypes.get(kind, "float16") if fits else "float32"
     return dtypes
 
 
 @torch.no_grad()
 def fill_layer(
-    layer: FakeQuantLinear, checkpoint: SeedCheckpoint, name: str, factors: LowRank
+    layer: FakeQuantWeight, checkpoint: SeedCheckpoint, name: str, factors: LowRank
 ) -> None:
     """Put a layer's indices, codebook and factors in place."""
     parts = checkpoint.layers[name]
     codebook = read_codebook(parts)
-    if layer.scheme.rank:
+    if layer.spec.rank:
         for part, values in factors._asdict().items():
             put(getattr(layer, part), values, f"{name}.{part}")
     else:
@@ -243,16 +245,16 @@ def config_of_student(model: nn.Module, model_id: str) -> dict[str, Any]:
         model_id: Of the full-precision model, as a later `--model-id`.
     """
     layers = quantized_layers(model)
-    schemes = {layer_kind(name): layer.scheme for name, layer in layers.items()}
-    return seed_config(schemes["mlp"], schemes["attention"], common_ranks(layers), model_id)
+    specs = {tensor_kind(name): layer.spec for name, layer in layers.items()}
+    return seed_config(specs["mlp"], specs["attention"], common_ranks(layers), model_id)
 
 
-def common_ranks(layers: dict[str, FakeQuantLinear]) -> dict[Any, int]:
+def common_ranks(layers: dict[str, FakeQuantWeight]) -> dict[Any, int]:
     """Return the largest rank of each kind of layer; group scales count as ranks."""
     ranks: dict[Any, int] = {}
     for name, layer in layers.items():
-        rank = layer.scheme.rank or layer.scale.shape[1]
-        ranks[layer_kind(name)] = max(ranks.get(layer_kind(name), 0), rank)
+        rank = layer.spec.rank or layer.scale.shape[1]
+        ranks[tensor_kind(name)] = max(ranks.get(tensor_kind(name), 0), rank)
     return ranks
 
 
@@ -279,20 +281,20 @@ def write_seed_state(
     """
     layers = quantized_layers(model)
     for name, layer in layers.items():
-        if layer.scheme.scale_floor is not None:
+        if layer.spec.floor is not None:
             raise ValueError(f"{name} floors its scales; run `qat convert-v1-to-v2` first")
     ranks = common_ranks(layers)
 
     def parts_of(name: str) -> Parts:
         weight = weight_of and weight_of(name)
-        return layer_parts(layers[name], ranks[layer_kind(name)], weight, is_float16)
+        return layer_parts(layers[name], ranks[tensor_kind(name)], weight, is_float16)
 
     with atomic_file(file) as temporary:
         write_torch_file(temporary, checked(seed_tensors(model, layers, parts_of), is_float16))
 
 
 def seed_tensors(
-    model: nn.Module, layers: dict[str, FakeQuantLinear], parts_of: Callable[[str], Parts]
+    model: nn.Module, layers: dict[str, FakeQuantWeight], parts_of: Callable[[str], Parts]
 ) -> Iterator[tuple[str, Tensor | str]]:
     """Yield a student's tensors under the seeds' names; for a tied head, the embedding's name."""
     names: dict[int, str] = {}

@@ -8,16 +8,15 @@ value that comes nearest to it.
 Shape legend: O out, I in, R rank, C codebook values.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qat.grids.scalar import expand_groups
 from qat.grids.scales import LowRank
-from qat.model.layers import FakeQuantLinear
+from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import freeze_indices, quantized_layers
-from qat.quant.scheme import Scheme
 
 LEAST_NORM = 1e-30
 
@@ -45,15 +44,6 @@ class FloorReport:
         }
 
 
-def second_form_scheme(scheme: Scheme) -> Scheme:
-    """Return the scheme without floors."""
-    return replace(
-        scheme,
-        mlp=replace(scheme.mlp, scale_floor=None),
-        attention=replace(scheme.attention, scale_floor=None),
-    )
-
-
 @torch.no_grad()
 def remove_floors(student: nn.Module) -> FloorReport:
     """Take the floor from under a student's scales, in place.
@@ -65,21 +55,21 @@ def remove_floors(student: nn.Module) -> FloorReport:
     """
     report = FloorReport()
     layers = quantized_layers(student)
-    if all(layer.scheme.scale_floor is None for layer in layers.values()):
+    if all(layer.spec.floor is None for layer in layers.values()):
         raise ValueError("no layer floors its scales: this is no student of the seeds' first form")
     for layer in layers.values():
-        if layer.scheme.scale_floor is not None:
+        if layer.spec.floor is not None:
             remove_floor(layer, report)
     return report
 
 
-def remove_floor(layer: FakeQuantLinear, report: FloorReport) -> None:
+def remove_floor(layer: FakeQuantWeight, report: FloorReport) -> None:
     """Give a layer unfloored scales, and the nearest indices where the floor held."""
     freeze_indices(layer)
-    floor, wanted = layer.scheme.scale_floor, layer.fake_quantized_weight()
-    layer.scheme = replace(layer.scheme, scale_floor=None)
+    floor, wanted = layer.spec.floor, layer.fake_quantized_weight()
+    layer.spec = layer.spec.without_floor()
     below = layer.full_scale() < floor
-    if layer.scheme.rank:
+    if layer.spec.rank:
         for part, values in unit_factors(layer)._asdict().items():
             getattr(layer, part).data = values
     scale = layer.full_scale()
@@ -95,7 +85,7 @@ def remove_floor(layer: FakeQuantLinear, report: FloorReport) -> None:
     report.weight_square += float(wanted.square().sum())
 
 
-def unit_factors(layer: FakeQuantLinear) -> LowRank:
+def unit_factors(layer: FakeQuantWeight) -> LowRank:
     """Return the same product as unit columns, magnitudes and unit rows."""
     norm_a = layer.scale_a.norm(dim=0).clamp_min(LEAST_NORM)
     norm_b = layer.scale_b.norm(dim=1).clamp_min(LEAST_NORM)

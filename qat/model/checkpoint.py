@@ -1,13 +1,15 @@
 """The native checkpoint folder: packed indices, float16 scales, dense parts, a header written last.
 
-checkpoint.json       header: scheme, base model, cache fingerprint, versions, sha256
+checkpoint.json       header: plan, base model, cache fingerprint, versions, sha256
 student.safetensors   NAME.indices (bytes), NAME.scale or its factors, NAME.codebook; dense parts
 config.json, tokenizer files: the folder needs nothing else to load
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,23 +19,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qat.grids.packing import pack, unpack
 from qat.grids.scalar import fits_float16, snap_bfloat16
 from qat.model.attention import widen_attention
-from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import (
-    check_scheme,
     current_indices,
     empty_layer,
+    model_tensors,
     quantized_layers,
-    replace_linears,
+    replace_weights,
+    stored_parts,
 )
-from qat.quant.scheme import Scheme, layer_kind
+from qat.quant.plan import QuantPlan, TensorInfo, plan_from_dict, tensor_kind
 from qat.storage.files import atomic_folder, read_json, sha256_of_file, write_json
 
 HEADER_NAME = "checkpoint.json"
 TENSORS_NAME = "student.safetensors"
-FORMAT = "qat-student-1"
+FORMAT = "qat-student-2"
+OLD_FORMAT = "qat-student-1"  # of version 0.1.0: a scheme in the place of a plan
 TEXT_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -50,7 +52,8 @@ TEXT_FILES = (
 class CheckpointHeader:
     """What a checkpoint says of itself."""
 
-    scheme: dict[str, Any]
+    plan: dict[str, Any]
+    """As `QuantPlan.to_dict` writes it."""
     base_model: dict[str, str | None]
     """Path as given, name and weights hash of the full-precision model; None where not known."""
     cache_fingerprint: str | None = None
@@ -101,9 +104,9 @@ def student_tensors(model: nn.Module) -> dict[str, Tensor]:
     layers = quantized_layers(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{name}.indices"] = pack(current_indices(layer).cpu(), layer.scheme.bits)
+        tensors[f"{name}.indices"] = layer.spec.grid.pack(current_indices(layer).cpu())
         for part, values in stored_parts(layer).items():
-            tensors[f"{name}.{part}"] = as_stored(values, layer.scheme.stored_dtype, name, part)
+            tensors[f"{name}.{part}"] = as_stored(values, layer.spec.stored_dtype, name, part)
     tensors.update(dense_tensors(model))
     return tensors
 
@@ -122,15 +125,6 @@ def as_stored(values: Tensor, dtype: str, name: str, part: str) -> Tensor:
             f"{name}.{part} holds NaN or values beyond {dtype}; train with a lower rate"
         )
     return values.detach().to(getattr(torch, dtype)).cpu().contiguous()
-
-
-def stored_parts(layer: FakeQuantLinear) -> dict[str, Tensor]:
-    """Return scales and codebook of a layer by parameter name; the codebook sorted if it moves."""
-    names = ("scale_a", "magnitude", "scale_b") if layer.scheme.rank else ("scale",)
-    parts = {name: getattr(layer, name) for name in names}
-    moves = layer.latent_weight is not None
-    parts["codebook"] = layer.codebook.sort().values if moves else layer.codebook
-    return parts
 
 
 def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -174,8 +168,12 @@ def read_header(folder: Path) -> CheckpointHeader:
         )
     values = read_json(path)
     found = values.get("format") if isinstance(values, dict) else None
+    if found == OLD_FORMAT and "scheme" in values:
+        values = {**values, "plan": values["scheme"], "format": FORMAT}
+        del values["scheme"]
+        found = FORMAT
     known = {f.name for f in fields(CheckpointHeader)}
-    if found != FORMAT or not {"scheme", "base_model"} <= set(values) <= known:
+    if found != FORMAT or not {"plan", "base_model"} <= set(values) <= known:
         raise ValueError(
             f"{path} has format {found!r} or other fields than this version reads ({FORMAT!r}); "
             "make the checkpoint again or install the version that wrote it"
@@ -205,30 +203,43 @@ def read_checkpoint(
         raise ValueError(
             f"{folder / TENSORS_NAME} does not match its sha256; fetch or make it again"
         )
-    model = empty_student(folder, Scheme.from_dict(header.scheme), dtype)
+    model = empty_student(folder, partial(plan_from_dict, header.plan), dtype)
     with safe_open(folder / TENSORS_NAME, framework="pt") as file:
         fill(model, file, dtype)
     return model.eval().requires_grad_(False), header
 
 
-def empty_student(folder: Path, scheme: Scheme, dtype: torch.dtype) -> nn.Module:
+def empty_student(
+    folder: Path, plan_of: Callable[[dict[str, TensorInfo]], QuantPlan], dtype: torch.dtype
+) -> nn.Module:
     """Return a student whose tensors have sizes but no values.
 
     Args:
         folder: Where the model's config is.
-        scheme: How each kind of layer is quantized.
+        plan_of: Returns the plan for the model's parameters.
         dtype: Of the dense parts.
+    """
+    model = empty_model(folder, dtype)
+    widen_attention(model)
+    replace_weights(model, plan_of(model_tensors(model)), empty_layer)
+    return model
+
+
+def empty_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+    """Return a full-precision model whose tensors have sizes but no values.
+
+    Args:
+        folder: Where the model's config is.
+        dtype: Of every parameter.
+        device: "meta" takes no memory at all, for who reads sizes only.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     config = read_model_config(folder)
-    with no_init_weights():
+    with no_init_weights(), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
-    widen_attention(model)
-    check_scheme(model, scheme)
-    replace_linears(model, scheme, empty_layer)
     return model
 
 
@@ -269,7 +280,7 @@ def fill(model: nn.Module, file: Any, dtype: torch.dtype) -> None:
 
     for name, layer in layers.items():
         shape = (layer.out_features, layer.in_features)
-        layer.indices = unpack(take(f"{name}.indices"), layer.scheme.bits, shape)
+        layer.indices = layer.spec.grid.unpack(take(f"{name}.indices"), shape)
         for part in stored_parts(layer):
             put(getattr(layer, part), take(f"{name}.{part}").float(), f"{name}.{part}")
     for key, target in dense_targets(model).items():
@@ -328,22 +339,19 @@ def bits_per_weight(model: nn.Module) -> dict[str, float | None]:
 
     The whole model counts dense parts in the dtype that the checkpoint stores them in.
     """
-    bits = {"mlp": 0, "attention": 0}
-    weights = {"mlp": 0, "attention": 0}
+    bits: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
     for name, layer in quantized_layers(model).items():
-        kind = layer_kind(name)
-        bits[kind] += layer.scheme.size_bits(layer.out_features, layer.in_features)
-        weights[kind] += layer.out_features * layer.in_features
+        kind, shape = tensor_kind(name), (layer.out_features, layer.in_features)
+        bits[kind] += layer.spec.size_bits(shape)
+        weights[kind] += shape[0] * shape[1]
     dense = dense_tensors(model).values()
     dense_bits = sum(tensor.numel() * tensor.element_size() * 8 for tensor in dense)
     dense_weights = sum(tensor.numel() for tensor in dense)
-    quantized_weights = sum(weights.values())
     return {
-        "bits_per_weight": ratio(sum(bits.values()), quantized_weights),
+        "bits_per_weight": ratio(bits.total(), weights.total()),
         "bits_per_weight_mlp": ratio(bits["mlp"], weights["mlp"]),
-        "bits_per_weight_model": ratio(
-            sum(bits.values()) + dense_bits, quantized_weights + dense_weights
-        ),
+        "bits_per_weight_model": ratio(bits.total() + dense_bits, weights.total() + dense_weights),
     }
 
 

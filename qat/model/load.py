@@ -2,17 +2,18 @@
 
 import re
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from qat.model.attention import widen_attention
 from qat.model.checkpoint import is_checkpoint
-from qat.storage.files import fingerprint, settle_folder, sha256_of_file
+from qat.storage.files import fingerprint, recover_interrupted_replace, sha256_of_file
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -30,7 +31,7 @@ def model_folder(name: str | Path) -> Path:
     Raises:
         FileNotFoundError: If there is neither, at once: a word that is no hub name is not sought.
     """
-    settle_folder(Path(name))
+    recover_interrupted_replace(Path(name))
     if Path(name).exists():
         return Path(name)
     if not HUB_NAME.fullmatch(str(name)):
@@ -142,9 +143,21 @@ def model_identity(name: str | Path) -> dict[str, str]:
     files = weight_files(folder)
     if not files:
         raise FileNotFoundError(f"no weights in {folder}; {WHAT_TO_GIVE}")
-    sums = {file.name: sha256_of_file(file) for file in files}
+    sums = {file.name: unchanged_sha256(file) for file in files}
     called = folder.resolve().name if Path(name).exists() else str(name)
     return {"name": called, "weights": fingerprint(sums)}
+
+
+def unchanged_sha256(path: Path) -> str:
+    """Return a file's sha256, read once in a process while size and time stay the same."""
+    status = path.stat()
+    return sha256_at(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@cache
+def sha256_at(path: Path, _num_bytes: int, _mtime_ns: int) -> str:
+    """Return the sha256 of a file of a size and time."""
+    return sha256_of_file(path)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -155,13 +168,23 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def base_weights(
-    name: str | Path, identity: dict[str, str]
-) -> Callable[[str], torch.Tensor | None]:
-    """Return a function from a layer's name to its full-precision weight, None where unknown.
+@dataclass(frozen=True, slots=True)
+class BaseWeights:
+    """Full-precision weights by layer name: `weights(layer)` is one, None where it is unknown."""
 
-    Weights are read one at a time from the folder's memory-mapped files, and only if they are
-    those that the student was made from.
+    read: Callable[[str], Tensor | None]
+    why_missing: str | None = None
+    """Why there are none at all."""
+
+    def __call__(self, layer: str) -> Tensor | None:
+        """Return the weight of a layer, (O, I)."""
+        return self.read(layer)
+
+
+def base_weights(name: str | Path, identity: dict[str, str]) -> BaseWeights:
+    """Return the weights of a base model, if they are those that a student was made from.
+
+    They are read one at a time from the folder's memory-mapped files.
 
     Args:
         name: Folder or hub name of the base model; one that is not there gives no weights.
@@ -169,21 +192,39 @@ def base_weights(
     """
     try:
         folder = model_folder(name)
-        is_base = model_identity(folder)["weights"] == identity.get("weights")
-    except FileNotFoundError:
-        is_base = False
-    if not is_base:
-        return lambda _layer: None
-    where = {}
-    for file in sorted(folder.glob("*.safetensors")):
+        found = model_identity(folder)["weights"]
+    except FileNotFoundError as error:
+        return BaseWeights(lambda _layer: None, str(error).partition(";")[0])
+    if found != identity.get("weights"):
+        return BaseWeights(
+            lambda _layer: None, f"{name} holds other weights than the student was made from"
+        )
+    where: dict[str, Callable[[], Tensor]] = {}
+    for file in weight_files(folder):
+        where |= tensors_in(file)
+
+    def weight_of(layer: str) -> Tensor | None:
+        read = where.get(f"{layer}.weight")
+        return None if read is None else read()
+
+    return BaseWeights(weight_of)
+
+
+def tensors_in(file: Path) -> dict[str, Callable[[], Tensor]]:
+    """Return a function for each tensor of a weight file, by name, that reads it."""
+    if file.suffix == ".safetensors":
+
+        def read(key: str) -> Tensor:
+            with safe_open(file, framework="pt") as handle:
+                return handle.get_tensor(key)
+
         with safe_open(file, framework="pt") as handle:
-            where.update(dict.fromkeys(handle.keys(), file))
-
-    def weight_of(layer: str) -> torch.Tensor | None:
-        key = f"{layer}.weight"
-        if key not in where:
-            return None
-        with safe_open(where[key], framework="pt") as handle:
-            return handle.get_tensor(key)
-
-    return weight_of
+            return {key: partial(read, key) for key in handle.keys()}  # noqa: SIM118 not a dict
+    if not file.name.startswith("pytorch_model"):  # such as training_args.bin
+        return {}
+    load = partial(torch.load, file, map_location="cpu", weights_only=True)
+    try:
+        tensors = load(mmap=True)
+    except RuntimeError:  # of before torch 1.6, which cannot be mapped
+        tensors = load()
+    return {key: partial(tensors.get, key) for key in tensors}

@@ -32,7 +32,7 @@ class RankwiseLinear(nn.Module):
             ValueError: If the layer floors its scales.
         """
         super().__init__()
-        if layer.scheme.scale_floor is not None:
+        if layer.spec.floor is not None:
             raise ValueError(
                 "a layer of the seeds' first form floors its scales, which no sum over ranks does; "
                 "run `qat convert-v1-to-v2` first"
@@ -68,7 +68,7 @@ def as_parameter(factor: Tensor) -> nn.Parameter:
 
 def low_rank_factors(layer: FakeQuantLinear) -> LowRank:
     """Return the factors of a layer's scales; group scales are written as such exactly."""
-    if layer.scheme.rank:
+    if layer.spec.rank:
         return LowRank(layer.scale_a, layer.magnitude, layer.scale_b)
     num_groups = layer.scale.shape[1]
     members = group_members(num_groups, layer.in_features).to(layer.scale.device)

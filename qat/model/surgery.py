@@ -1,4 +1,4 @@
-"""Swapping linears for quantized ones, and holding their weights for many forwards."""
+"""Swapping linears and embeddings for quantized ones, and holding weights for many forwards."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,55 +6,118 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from qat.grids.scalar import nearest_indices, over_scale, times_scale
+from qat.grids.scalar import over_scale, times_scale
 from qat.grids.scales import stored_scale
-from qat.model.layers import FakeQuantLinear
-from qat.quant.scheme import LayerScheme, Scheme, layer_kind
-from qat.quant.straight_through import codebook_range
+from qat.model.layers import (
+    FakeQuantEmbedding,
+    FakeQuantLinear,
+    FakeQuantWeight,
+    TiedHead,
+    empty_embedding,
+    empty_linear,
+)
+from qat.quant.plan import QuantPlan, TensorInfo, TensorKind, tensor_kind
+from qat.quant.quantized_tensor import QuantizedTensor
+from qat.quant.spec import TensorSpec
 from qat.runtime.device import run_recorded
 
+WEIGHTED = (nn.Linear, nn.Embedding, FakeQuantLinear, FakeQuantEmbedding)
 
-def quantizable_linears(model: nn.Module, scheme: Scheme) -> dict[str, nn.Linear]:
-    """Return the linears that a scheme quantizes, by name, in the model's order.
 
-    Raises:
-        ValueError: If the model has none, so that no run trains a model left as it was.
+def model_tensors(model: nn.Module) -> dict[str, TensorInfo]:
+    """Return what a plan must know of every parameter, tied ones once, in the model's order.
+
+    Quantized layers count as the one weight that they stand for.
     """
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and scheme.layer(name) is not None
-    }
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no linear named q_proj, k_proj, v_proj, o_proj, "
-            "gate_proj, up_proj or down_proj; this model family is not supported"
-        )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    found: dict[str, TensorInfo] = {}
+    seen: dict[int, str] = {}  # an embedding's tensor or module to its name
+    for name, module in model.named_modules():
+        if isinstance(module, TiedHead):
+            add_alias(found, seen[id(module.tied[0])], f"{name}.weight")
+            continue
+        if isinstance(module, FakeQuantWeight):
+            shape = (module.out_features, module.in_features)
+            seen[id(module)] = f"{name}.weight"
+            found[f"{name}.weight"] = TensorInfo(
+                shape=shape, kind=kind_of(name, module, embedding, head), is_quantizable=True
+            )
+        for part, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, FakeQuantWeight) and part != "bias":
+                continue
+            full = f"{name}.{part}" if name else part
+            if id(parameter) in seen:
+                add_alias(found, seen[id(parameter)], full)
+                continue
+            seen[id(parameter)] = full
+            is_weight = isinstance(module, WEIGHTED) and part == "weight"
+            kind = kind_of(name, module, embedding, head) if is_weight else "other"
+            found[full] = TensorInfo(
+                shape=tuple(parameter.shape), kind=kind, is_quantizable=is_weight
+            )
     return found
 
 
-def check_scheme(model: nn.Module, scheme: Scheme) -> None:
-    """Refuse a scheme that does not fit one of the model's layers, naming the layer."""
-    for name, linear in quantizable_linears(model, scheme).items():
-        layer_scheme = scheme.layer(name)
-        try:
-            if layer_scheme.rank > min(linear.weight.shape):
-                raise ValueError(
-                    f"rank {layer_scheme.rank} exceeds {min(linear.weight.shape)}, "
-                    "its smaller side; choose less"
-                )
-            if not layer_scheme.rank:
-                layer_scheme.groups_of(linear.in_features)
-        except ValueError as error:
-            raise ValueError(f"scheme {scheme.name} does not fit {name}: {error}") from error
+def kind_of(
+    name: str, module: nn.Module, embedding: nn.Module | None, head: nn.Module | None
+) -> TensorKind:
+    """Return what a weight is for."""
+    if module is embedding:
+        return "embedding"
+    return "head" if module is head else tensor_kind(name)
 
 
-def replace_linears(
-    model: nn.Module, scheme: Scheme, make: Callable[[str, nn.Linear, LayerScheme], FakeQuantLinear]
+def add_alias(found: dict[str, TensorInfo], name: str, alias: str) -> None:
+    """Note a parameter that is tied to another one."""
+    info = found[name]
+    found[name] = TensorInfo(
+        shape=info.shape,
+        kind=info.kind,
+        is_quantizable=info.is_quantizable,
+        aliases=(*info.aliases, alias),
+    )
+
+
+def dense_weights(model: nn.Module, plan: QuantPlan) -> dict[str, nn.Module]:
+    """Return the dense modules whose weights a plan quantizes, by name, in the model's order.
+
+    Raises:
+        ValueError: If there is none, so that no run trains a model left as it was.
+    """
+    found = {
+        name: module
+        for name in plan.quantized
+        if isinstance(module := model.get_submodule(name), (nn.Linear, nn.Embedding))
+    }
+    if not found:
+        raise ValueError(f"plan {plan.name} quantizes no weight; name a preset such as q4a4")
+    return found
+
+
+def replace_weights(
+    model: nn.Module, plan: QuantPlan, make: Callable[[str, nn.Module, TensorSpec], nn.Module]
 ) -> None:
-    """Swap each quantizable linear of a model for what `make(name, linear, scheme)` returns."""
-    for name, linear in quantizable_linears(model, scheme).items():
-        swap(model, name, make(name, linear, scheme.layer(name)))
+    """Swap each dense module that a plan quantizes for what `make(name, module, spec)` returns."""
+    for name, module in dense_weights(model, plan).items():
+        put_layer(model, name, make(name, module, plan.quantized[name]))
+
+
+def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a quantized layer under a name; a head that was tied to it computes with it."""
+    previous = model.get_submodule(name)
+    head = model.get_output_embeddings()
+    is_tied = isinstance(layer, FakeQuantEmbedding) and is_tied_to(head, previous)
+    swap(model, name, layer)
+    if is_tied:
+        head_name = next(found for found, module in model.named_modules() if module is head)
+        swap(model, head_name, TiedHead(layer))
+
+
+def is_tied_to(head: nn.Module | None, embedding: nn.Module) -> bool:
+    """Return whether a head computes with an embedding's tensor."""
+    if isinstance(head, TiedHead):
+        return head.tied[0] is embedding
+    return isinstance(head, nn.Linear) and head.weight is getattr(embedding, "weight", None)
 
 
 def swap(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -63,31 +126,62 @@ def swap(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def empty_layer(name: str, linear: nn.Linear, scheme: LayerScheme) -> FakeQuantLinear:
-    """Return a layer of a linear's sizes whose values come later, from a file."""
-    return FakeQuantLinear(
-        linear.in_features, linear.out_features, scheme, has_bias=linear.bias is not None
-    )
+def quantized_layer(module: nn.Module, quantized: QuantizedTensor) -> FakeQuantWeight:
+    """Return the layer that holds a quantized weight in the place of a linear or an embedding."""
+    if isinstance(module, nn.Embedding):
+        return FakeQuantEmbedding.from_embedding(module, quantized)
+    if isinstance(module, FakeQuantEmbedding):
+        layer = FakeQuantEmbedding(
+            module.out_features,
+            module.in_features,
+            quantized.spec,
+            dtype=module.dtype,
+            embed_scale=module.embed_scale,
+        )
+        layer.take(quantized)
+        return layer
+    return FakeQuantLinear.from_linear(module, quantized)
 
 
-def quantized_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
-    """Return the quantized layers of a model by name, in the model's order."""
+def empty_layer(_name: str, module: nn.Module, spec: TensorSpec) -> FakeQuantWeight:
+    """Return a layer of a module's sizes whose values come later, from a file."""
+    if isinstance(module, nn.Embedding):
+        return empty_embedding(module, spec)
+    return empty_linear(module, spec)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, FakeQuantWeight]:
+    """Return the quantized layers of a model by name, in the model's order; tied ones once."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, FakeQuantLinear)
+        if isinstance(module, FakeQuantWeight)
     }
+
+
+def quantized_tensor(layer: FakeQuantWeight) -> QuantizedTensor:
+    """Return what a layer holds as its file does: indices as they are, parts as stored."""
+    parts = {name: layer.stored(values.detach()) for name, values in stored_parts(layer).items()}
+    return QuantizedTensor(layer.spec, current_indices(layer), parts)
+
+
+def stored_parts(layer: FakeQuantWeight) -> dict[str, torch.Tensor]:
+    """Return scales and codebook of a layer by name; the codebook sorted if it moves."""
+    parts = dict(layer.parts)
+    if layer.latent_weight is not None and "codebook" in parts:
+        parts["codebook"] = layer.codebook.sort().values
+    return parts
 
 
 def has_low_rank_scales(model: nn.Module) -> bool:
     """Whether a student's scales are low rank with magnitudes apart, the seeds' second form."""
-    schemes = [layer.scheme for layer in quantized_layers(model).values()]
-    return any(scheme.rank and scheme.scale_floor is None for scheme in schemes)
+    specs = [layer.spec for layer in quantized_layers(model).values()]
+    return any(spec.rank and spec.floor is None for spec in specs)
 
 
-def layers_of_kind(model: nn.Module, kind: str) -> dict[str, FakeQuantLinear]:
-    """Return the quantized layers of one kind: mlp or attention."""
-    return {name: m for name, m in quantized_layers(model).items() if layer_kind(name) == kind}
+def layers_of_kind(model: nn.Module, kind: TensorKind) -> dict[str, FakeQuantWeight]:
+    """Return the quantized layers of one kind: mlp, attention, embedding, head or other."""
+    return {name: m for name, m in quantized_layers(model).items() if tensor_kind(name) == kind}
 
 
 @torch.no_grad()
@@ -119,37 +213,38 @@ def held_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 @torch.no_grad()
-def thaw_indices(layer: FakeQuantLinear, weight: torch.Tensor | None = None) -> None:
-    """Give a layer a latent weight whose nearest codebook values are its frozen indices.
+def thaw_indices(layer: FakeQuantWeight, weight: torch.Tensor | None = None) -> None:
+    """Give a layer a latent weight whose nearest grid values are its frozen indices.
 
-    A weight whose nearest value is its index's keeps its place, pulled to the codebook's range
-    where gradients reach it. One that error feedback moved to another cell starts at that cell's
-    value: at its border it would fall back at the first step and undo the feedback.
+    A weight whose nearest value is its index's keeps its place, pulled to the grid's range where
+    gradients reach it. One that error feedback moved to another cell starts at that cell's value:
+    at its border it would fall back at the first step and undo the feedback.
 
     Args:
         layer: A layer with frozen indices.
         weight: Full-precision weight, (O, I); the cell's own value where not given.
     """
-    scale = layer.full_scale()
+    grid, scales = layer.spec.grid, layer.expand()
     codebook = layer.stored(layer.codebook)
     order = codebook.argsort()
     layer.codebook.data = layer.codebook.data[order]
     layer.indices = order.argsort().to(torch.uint8)[layer.indices.int()]
     codebook = codebook[order]
     values = codebook[layer.indices.int()]
-    latent = at_values = times_scale(values, scale)
+    latent = at_values = times_scale(values, *scales)
     if weight is not None:
-        low, high = codebook_range(codebook)
-        weight = weight.to(scale.device, torch.float32)
-        normalized = over_scale(weight, scale).clamp(low, high)
-        latent = torch.where(torch.isfinite(normalized), times_scale(normalized, scale), at_values)
-        moved = nearest_indices(over_scale(latent, scale), codebook) != layer.indices
+        weight = weight.to(values.device, torch.float32)
+        normalized = grid.clamp(over_scale(weight, *scales), codebook)
+        latent = torch.where(
+            torch.isfinite(normalized), times_scale(normalized, *scales), at_values
+        )
+        moved = grid.round(over_scale(latent, *scales), codebook) != layer.indices
         latent = torch.where(moved, at_values, latent)
     layer.latent_weight = nn.Parameter(latent)
 
 
 @torch.no_grad()
-def freeze_indices(layer: FakeQuantLinear) -> None:
+def freeze_indices(layer: FakeQuantWeight) -> None:
     """Fix a layer's indices to those of its latent weight, and drop the latent weight."""
     if layer.latent_weight is None:
         return
@@ -159,19 +254,19 @@ def freeze_indices(layer: FakeQuantLinear) -> None:
 
 
 @torch.no_grad()
-def current_indices(layer: FakeQuantLinear) -> torch.Tensor:
+def current_indices(layer: FakeQuantWeight) -> torch.Tensor:
     """Return the indices that the next forward uses, (O, I) uint8, into the sorted codebook."""
     if layer.latent_weight is None:
         return layer.indices
     codebook = layer.stored(layer.codebook).sort().values
-    return nearest_indices(over_scale(layer.latent_weight, layer.full_scale()), codebook)
+    return layer.spec.grid.round(over_scale(layer.latent_weight, *layer.expand()), codebook)
 
 
 @torch.no_grad()
 def keep_scales_storable(model: nn.Module) -> None:
     """Pull group scales that training drove to zero or beyond float16 back into its range."""
     for layer in quantized_layers(model).values():
-        if not layer.scheme.rank:
+        if not layer.spec.rank:
             layer.scale.data.copy_(
                 stored_scale(layer.scale.data).where(
                     (layer.scale.data <= 0) | ~torch.isfinite(layer.scale.half()), layer.scale.data

@@ -1,1 +1,1 @@
-"""Low-bit weights: `scheme`, `grid`, `codebook`, `scales`, `fit`, `ste`, `packing`."""
+"""Formats and fits: `spec` of a tensor, `plan` of a model, `quantized_tensor`, `fit`, `hessian`."""

@@ -7,96 +7,84 @@ each never raising sum h (W - W_hat)^2.
 Shape legend: O out, I in, G groups of a row, C codebook values, R rank.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from qat.grids.codebook import fit_codebook
 from qat.grids.scalar import (
-    dequantize,
     expand_groups,
     fits_float16,
-    fixed_codebook,
     look_up,
     low_rank_scale,
-    nearest_indices,
     over_scale,
     snap_float16,
     snap_stored,
 )
 from qat.grids.scales import (
-    LowRank,
+    GroupScale,
     fit_group_scale,
     fit_low_rank,
+    fit_offset,
+    search_affine,
     search_scale,
     start_low_rank,
     unit_factors,
 )
-from qat.quant.scheme import LayerScheme
+from qat.quant.quantized_tensor import QuantizedTensor
+from qat.quant.spec import TensorSpec
 
 NUM_ROUNDS = 5  # later rounds lower the error by under 0.5% together (2 and 4 bits, group 32)
+DEFAULT_GROUP_SIZE = 32  # that a low-rank fit starts from
 IMPORTANCE_FLOOR = 1e-4  # of the mean: a channel silent in calibration may speak later
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QuantizedWeight:
-    """A weight on its grid: indices, codebook and either group scales or low-rank ones."""
-
-    indices: Tensor  # (O, I) uint8
-    codebook: Tensor  # (C,) float32 on the float16 grid, ascending
-    scale: Tensor | None = None  # (O, G) float32 on the float16 grid
-    low_rank: LowRank | None = None
-
-    def full_scale(self) -> Tensor:
-        """Return the scales as the grid takes them: (O, G), or (O, I) when low rank."""
-        if self.low_rank is None:
-            return self.scale
-        return low_rank_scale(*self.low_rank)
-
-    def dequantize(self) -> Tensor:
-        """Return W_hat, (O, I), float32."""
-        return dequantize(self.indices, self.full_scale(), self.codebook)
 
 
 def fit_weight(
     weight: Tensor,
-    scheme: LayerScheme,
+    spec: TensorSpec,
     *,
     importance: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    codebook: Tensor | None = None,
     num_rounds: int = NUM_ROUNDS,
-) -> QuantizedWeight:
+) -> QuantizedTensor:
     """Return the quantized weight of least importance-weighted squared error.
 
     Args:
         weight: (O, I), any float dtype.
-        scheme: Bits, group size or rank, codebook.
+        spec: The format.
         importance: Second moment of each input, (I,); all equal when not given.
+        row_weights: How much each row counts for a learned codebook, (O,), such as the frequency
+            of an embedding's tokens; all alike when not given.
+        codebook: (C,) ascending, kept as it is in the place of a learned one.
         num_rounds: Rounds of the three updates.
 
     Raises:
-        ValueError: If a weight is not finite or beyond float16, or the scheme does not fit.
+        ValueError: If a weight is not finite or beyond float16, or the format does not fit.
     """
     weight = weight.detach().float()
-    check_weight(weight, scheme)
+    check_weight(weight, spec)
     importance = floored(importance, weight)
-    quantized = fit_groups(weight, scheme, importance, num_rounds)
-    if scheme.rank:
-        quantized = fit_rank(weight, scheme, importance, quantized, num_rounds)
-    return quantized
+    if spec.has_offset:
+        return fit_affine(weight, spec, importance, num_rounds)
+    rows = None if row_weights is None else row_weights.to(weight.device).float().unsqueeze(1)
+    group_spec = start_spec(spec, weight.shape[1]) if spec.rank else spec
+    start = fit_groups(weight, group_spec, importance, num_rounds, spec.is_signed, rows, codebook)
+    if not spec.rank:
+        return start
+    return fit_rank(weight, spec, importance, start, num_rounds, is_fixed=codebook is not None)
 
 
-def check_weight(weight: Tensor, scheme: LayerScheme) -> None:
-    """Refuse a weight that the scheme cannot hold."""
+def check_weight(weight: Tensor, spec: TensorSpec) -> None:
+    """Refuse a weight that a format cannot hold."""
     if not fits_float16(weight):
         raise ValueError("the weight holds NaN, infinity or values beyond 65504; repair the model")
-    if scheme.rank > min(weight.shape):
-        raise ValueError(
-            f"rank {scheme.rank} exceeds the smaller side of a {tuple(weight.shape)} weight; "
-            f"choose at most {min(weight.shape)}"
-        )
-    if not scheme.rank:
-        scheme.groups_of(weight.shape[1])
+    spec.check(tuple(weight.shape))
+
+
+def start_spec(spec: TensorSpec, num_inputs: int) -> TensorSpec:
+    """Return the group format that a low-rank fit starts from: groups that divide the row."""
+    group_size = DEFAULT_GROUP_SIZE if num_inputs % DEFAULT_GROUP_SIZE == 0 else 0
+    return spec.with_scale(GroupScale(group_size))
 
 
 def floored(importance: Tensor | None, weight: Tensor) -> Tensor:
@@ -114,51 +102,68 @@ def floored(importance: Tensor | None, weight: Tensor) -> Tensor:
 
 
 def fit_groups(
-    weight: Tensor, scheme: LayerScheme, importance: Tensor, num_rounds: int
-) -> QuantizedWeight:
-    """Return the joint fit with one scale per group."""
-    num_inputs = weight.shape[1]
-    group_size = largest_group(scheme, num_inputs)
-    num_groups = num_inputs // group_size
-    is_learned = scheme.codebook == "learned"
-    even = fixed_codebook("int" if is_learned else scheme.codebook, scheme.bits)
-    scale = search_scale(
-        weight, importance, even.to(weight.device), num_groups, is_signed=scheme.is_signed
-    )
-    codebook = start_codebook(weight, scale, importance, scheme)
+    weight: Tensor,
+    spec: TensorSpec,
+    importance: Tensor,
+    num_rounds: int,
+    is_signed: bool,
+    rows: Tensor | None = None,
+    codebook: Tensor | None = None,
+) -> QuantizedTensor:
+    """Return the joint fit with one scale per group, of either sign where `is_signed`.
+
+    Row weights (O, 1) count for a learned codebook, which is fitted unless one is given.
+    """
+    grid = spec.grid
+    is_learned = grid.is_learned and codebook is None
+    mass = importance if rows is None else importance * rows
+    num_groups = spec.scale.groups_of(weight.shape[1])
+    even = grid.start_codebook().to(weight.device)
+    scale = search_scale(weight, importance, even, num_groups, is_signed=is_signed)
+    if is_learned:
+        codebook = learned_codebook(weight, scale, mass, grid.bits)
+    elif codebook is None:
+        codebook = even
     for _ in range(num_rounds):
-        indices = nearest_indices(over_scale(weight, scale), codebook)
+        indices = grid.round(over_scale(weight, scale), codebook)
         values = look_up(codebook, indices)
-        scale = fit_group_scale(weight, values, importance, scale, is_signed=scheme.is_signed)
+        scale = fit_group_scale(weight, values, importance, scale, is_signed=is_signed)
         if is_learned:
-            codebook = update_codebook(
-                weight, indices, expand_groups(scale, num_inputs), importance, codebook
-            )
-    scale = snap_stored(scale, scheme.stored_dtype)
-    indices = nearest_indices(over_scale(weight, scale), codebook)
-    return QuantizedWeight(indices=indices, codebook=codebook, scale=scale)
+            full = expand_groups(scale, weight.shape[1])
+            codebook = update_codebook(weight, indices, full, mass, codebook)
+    scale = snap_stored(scale, spec.stored_dtype)
+    indices = grid.round(over_scale(weight, scale), codebook)
+    return QuantizedTensor(spec, indices, {"scale": scale, "codebook": codebook})
 
 
-def largest_group(scheme: LayerScheme, num_inputs: int) -> int:
-    """Return the group size of a fit; low-rank fits start from groups that divide the row."""
-    group_size = scheme.group_size or num_inputs
-    if scheme.rank and num_inputs % group_size:
-        return num_inputs
-    return group_size
-
-
-def start_codebook(
-    weight: Tensor, scale: Tensor, importance: Tensor, scheme: LayerScheme
-) -> Tensor:
-    """Return the first codebook: fixed, or k-means of weight / scale."""
-    if scheme.codebook != "learned":
-        return fixed_codebook(scheme.codebook, scheme.bits).to(weight.device)
+def learned_codebook(weight: Tensor, scale: Tensor, importance: Tensor, bits: int) -> Tensor:
+    """Return the first codebook of a fit: k-means of weight / scale."""
     full = expand_groups(scale, weight.shape[1])
-    return fit_codebook(weight / full, importance * full.square(), scheme.bits)
+    return fit_codebook(weight / full, importance * full.square(), bits)
+
+
+def fit_affine(
+    weight: Tensor, spec: TensorSpec, importance: Tensor, num_rounds: int
+) -> QuantizedTensor:
+    """Return the joint fit with a scale and an offset per group.
+
+    Source: alternating least squares over both, as in HQQ and ggml's make_qkx2_quants; here each
+    step is closed form and weighted by the inputs' second moments.
+    """
+    grid = spec.grid
+    codebook = grid.start_codebook().to(weight.device)
+    num_groups = spec.scale.groups_of(weight.shape[1])
+    scale, offset = search_affine(weight, importance, codebook, num_groups)
+    for _ in range(num_rounds):
+        values = grid.nearest(over_scale(weight, scale, offset), codebook)
+        scale, offset = fit_offset(weight, values, importance, (scale, offset))
+    scale, offset = (snap_stored(part, spec.stored_dtype) for part in (scale, offset))
+    indices = grid.round(over_scale(weight, scale, offset), codebook)
+    return QuantizedTensor(spec, indices, {"scale": scale, "offset": offset, "codebook": codebook})
 
 
 def update_codebook(
-    weight: Tensor, indices: Tensor, scale: Tensor, importance: Tensor, former: Tensor
+    weight: Tensor, indices: Tensor, scale: Tensor, importance: Tensor, previous: Tensor
 ) -> Tensor:
     """Return each codebook value's least-squares position, given indices and scales.
 
@@ -166,38 +171,40 @@ def update_codebook(
         weight: (O, I).
         indices: (O, I) uint8.
         scale: (O, I).
-        importance: (I,).
-        former: (C,); a value that no weight uses stays.
+        importance: (I,) or (O, I).
+        previous: (C,); a value that no weight uses stays.
     """
     weighted = scale * importance
     flat = indices.flatten().int()
-    count = len(former)
+    count = len(previous)
     along = torch.bincount(flat, (weighted * weight).flatten(), minlength=count)
     square = torch.bincount(flat, (weighted * scale).flatten(), minlength=count)
-    fitted = torch.where(square > 0, along / square.clamp_min(1e-30), former)
+    fitted = torch.where(square > 0, along / square.clamp_min(1e-30), previous)
     return snap_float16(fitted.float()).sort().values
 
 
 def fit_rank(
     weight: Tensor,
-    scheme: LayerScheme,
+    spec: TensorSpec,
     importance: Tensor,
-    start: QuantizedWeight,
+    start: QuantizedTensor,
     num_rounds: int,
-) -> QuantizedWeight:
+    *,
+    is_fixed: bool = False,
+) -> QuantizedTensor:
     """Return the joint fit with low-rank scales, started from one with group scales."""
-    low_rank = start_low_rank(expand_groups(start.scale, weight.shape[1]), scheme.rank)
+    low_rank = start_low_rank(expand_groups(start.scale, weight.shape[1]), spec.rank)
     low_rank = unit_factors(low_rank.scale_a * low_rank.magnitude, low_rank.scale_b)
     codebook = start.codebook
     for _ in range(num_rounds):
         full = away_from_zero(low_rank_scale(*low_rank))
-        indices = nearest_indices(weight / full, codebook)
+        indices = spec.grid.round(weight / full, codebook)
         low_rank = fit_low_rank(weight, codebook[indices.int()], importance, low_rank)
-        if scheme.codebook == "learned":
+        if spec.grid.is_learned and not is_fixed:
             full = low_rank_scale(*low_rank)
             codebook = update_codebook(weight, indices, full, importance, codebook)
-    indices = nearest_indices(weight / away_from_zero(low_rank_scale(*low_rank)), codebook)
-    return QuantizedWeight(indices=indices, codebook=codebook, low_rank=low_rank)
+    indices = spec.grid.round(weight / away_from_zero(low_rank_scale(*low_rank)), codebook)
+    return QuantizedTensor(spec, indices, {**low_rank._asdict(), "codebook": codebook})
 
 
 def away_from_zero(scale: Tensor, least: float = 1e-8) -> Tensor:
@@ -205,7 +212,7 @@ def away_from_zero(scale: Tensor, least: float = 1e-8) -> Tensor:
     return torch.where(scale.abs() < least, torch.full_like(scale, least).copysign(scale), scale)
 
 
-def weighted_error(weight: Tensor, quantized: QuantizedWeight, importance: Tensor) -> float:
+def weighted_error(weight: Tensor, quantized: QuantizedTensor, importance: Tensor) -> float:
     """Return sum h (W - W_hat)^2 over sum h W^2: 0 is exact, 1 is as bad as all zeros."""
     error = ((weight - quantized.dequantize()).square() * importance).sum()
     return float(error / (weight.square() * importance).sum().clamp_min(1e-30))

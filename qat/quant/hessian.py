@@ -23,17 +23,11 @@ GuidedQuant, Kim et al. 2025, arXiv:2505.07004. Target: GPTAQ, Li et al. 2025, a
 import torch
 from torch import Tensor
 
-from qat.grids.scalar import (
-    dequantize,
-    expand_groups,
-    look_up,
-    midpoints,
-    snap_float16,
-    snap_stored,
-)
+from qat.grids.scalar import expand_groups, midpoints, snap_float16, snap_stored
 from qat.grids.scales import nearest_stored_scale
-from qat.quant.fit import QuantizedWeight, away_from_zero, fit_weight
-from qat.quant.scheme import LayerScheme
+from qat.quant.fit import away_from_zero, fit_weight
+from qat.quant.quantized_tensor import QuantizedTensor
+from qat.quant.spec import TensorSpec
 
 DAMPING = 0.1  # of the mean diagonal of H; held-out KL falls by a tenth from 0.01 to it
 CORRECTION = 1.0  # share of the way from W to W*
@@ -41,44 +35,86 @@ REFITTED_BITS = 3  # codebooks of more values are dense enough as the start has 
 START_ROUNDS = 2  # of the fit by second moments: three more change the end by under 0.5%
 NUM_SWEEPS = 2  # of scales, codebook and descent after the feedback; two more gain 3%
 COLUMNS_AT_ONCE = 64  # columns whose effect on later ones is applied as one product
+FITTED_ROWS = 32768  # of a fit: bounds its (O, I) temporaries for wide vocabularies
 ROWS_AT_ONCE = 4096  # bounds the (rows, G, G) normal equations
 RIDGE = 1e-6  # of the mean diagonal: keeps nearly collinear groups solvable in float32
 
 
 def fit_with_hessian(
     weight: Tensor,
-    scheme: LayerScheme,
+    spec: TensorSpec,
     hessian: Tensor,
     *,
     drift: Tensor | None = None,
+    row_weights: Tensor | None = None,
     num_sweeps: int = NUM_SWEEPS,
-) -> QuantizedWeight:
+) -> QuantizedTensor:
     """Return the quantized weight of least error in the layer's output.
+
+    Rows are fitted in chunks, so that a vocabulary of any size fits memory; a learned codebook is
+    then fitted to rows spread over all of it.
 
     Args:
         weight: (O, I), any float dtype.
-        scheme: Bits, group size or rank, codebook.
+        spec: The format.
         hessian: mean x_q x_q^T over the inputs that the quantized model feeds, (I, I).
         drift: mean (x - x_q) x_q^T with the full-precision model's inputs x, (I, I); none when not
             given.
+        row_weights: As in `fit_weight`.
         num_sweeps: Rounds of scales, codebook and descent.
 
     Raises:
-        ValueError: If a weight or a statistic is not finite, or the scheme does not fit.
+        ValueError: If a weight or a statistic is not finite, or the format does not fit.
     """
     check_statistics(weight, hessian, drift)
+    if len(weight) <= FITTED_ROWS or spec.rank:
+        return fit_rows(weight, spec, hessian, drift, row_weights, num_sweeps)
+    codebook = None
+    if spec.grid.is_learned:
+        spread = slice(None, None, -(-len(weight) // FITTED_ROWS))
+        sample = None if row_weights is None else row_weights[spread]
+        codebook = fit_rows(weight[spread], spec, hessian, drift, sample, num_sweeps).codebook
+    chunks = [
+        fit_rows(rows, spec, hessian, drift, None, num_sweeps, codebook)
+        for rows in weight.split(FITTED_ROWS)
+    ]
+    parts = {
+        name: values if name == "codebook" else torch.cat([chunk.parts[name] for chunk in chunks])
+        for name, values in chunks[0].parts.items()
+    }
+    return QuantizedTensor(spec, torch.cat([chunk.indices for chunk in chunks]), parts)
+
+
+def fit_rows(
+    weight: Tensor,
+    spec: TensorSpec,
+    hessian: Tensor,
+    drift: Tensor | None,
+    row_weights: Tensor | None,
+    num_sweeps: int,
+    codebook: Tensor | None = None,
+) -> QuantizedTensor:
+    """Return the fit of rows that fit memory together; a given codebook stays as it is."""
     hessian = hessian.to(weight.device)
     damped = dampen(hessian)
     target = weight.detach().float()
     if drift is not None:
         target = corrected_target(target, hessian, drift.to(weight.device))
     importance = damped.diagonal()
-    start = fit_weight(target, scheme, importance=importance, num_rounds=START_ROUNDS)
+    start = fit_weight(
+        target,
+        spec,
+        importance=importance,
+        row_weights=row_weights,
+        codebook=codebook,
+        num_rounds=START_ROUNDS,
+    )
+    refits_codebook = spec.grid.is_learned and spec.bits <= REFITTED_BITS and codebook is None
     quantized = feed_errors(target, start, damped)
     for _ in range(num_sweeps):
-        if not scheme.rank:
-            quantized = refit_scale(target, quantized, damped, scheme)
-        if scheme.codebook == "learned" and scheme.bits <= REFITTED_BITS:
+        if not spec.rank:
+            quantized = refit_scale(target, quantized, damped)
+        if refits_codebook:
             quantized = refit_codebook(target, quantized, damped)
         quantized = descend(target, quantized, damped)
     return quantized
@@ -133,7 +169,7 @@ def falling_order(hessian: Tensor) -> Tensor:
     return hessian.diagonal().argsort(descending=True, stable=True)
 
 
-def feed_errors(target: Tensor, start: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
+def feed_errors(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
     """Return new indices for the scales and codebook of a fit, each column's error fed forward.
 
     Args:
@@ -143,10 +179,9 @@ def feed_errors(target: Tensor, start: QuantizedWeight, hessian: Tensor) -> Quan
     """
     order = falling_order(hessian)
     factor = feedback_factor(hessian[order][:, order])
-    scale = full_scale(start)[:, order].T.contiguous()  # (I, O)
     work = target[:, order].T.contiguous()  # (I, O)
     indices = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    rounder = Rounder(scale, start.codebook)
+    rounder = Rounder(start, order)
     pivots = factor.diagonal().tolist()
     for first in range(0, len(work), COLUMNS_AT_ONCE):
         last = min(first + COLUMNS_AT_ONCE, len(work))
@@ -157,10 +192,10 @@ def feed_errors(target: Tensor, start: QuantizedWeight, hessian: Tensor) -> Quan
             torch.sub(work[column], value, out=error).div_(pivots[column])
             work[column + 1 : last].addr_(factor[column, column + 1 : last], error, alpha=-1)
         work[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
-    return with_indices(start, indices[order.argsort()].T.contiguous())
+    return start.replaced(indices=indices[order.argsort()].T.contiguous())
 
 
-def descend(target: Tensor, start: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
+def descend(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
     """Return new indices after one pass of coordinate descent: each the best given all others.
 
     Args:
@@ -170,11 +205,10 @@ def descend(target: Tensor, start: QuantizedWeight, hessian: Tensor) -> Quantize
     """
     order = falling_order(hessian)
     hessian = hessian[order][:, order]
-    scale = full_scale(start)[:, order].T.contiguous()  # (I, O)
     values = start.dequantize()[:, order].T.contiguous()  # (I, O)
     slope = hessian @ (values - target[:, order].T)  # (I, O): half the gradient
     indices = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
-    rounder = Rounder(scale, start.codebook)
+    rounder = Rounder(start, order)
     steps = hessian.diagonal().reciprocal().tolist()
     for first in range(0, len(values), COLUMNS_AT_ONCE):
         last = min(first + COLUMNS_AT_ONCE, len(values))
@@ -185,65 +219,115 @@ def descend(target: Tensor, start: QuantizedWeight, hessian: Tensor) -> Quantize
             move = torch.sub(value, values[column], out=moves[column - first])
             slope[column + 1 : last].addr_(hessian[column + 1 : last, column], move)
         slope[last:].addmm_(hessian[last:, first:last], moves)
-    return with_indices(start, indices[order.argsort()].T.contiguous())
+    return start.replaced(indices=indices[order.argsort()].T.contiguous())
 
 
 class Rounder:
-    """Rounds one column after another to the nearest codebook value times its scales."""
+    """Rounds one column of a weight after another to the nearest values of its grid."""
 
-    def __init__(self, scale: Tensor, codebook: Tensor):
-        self.scale, self.codebook = scale, codebook  # (I, O), (C,)
-        self.reciprocal = away_from_zero(scale).reciprocal()
-        self.thresholds = midpoints(codebook)
+    def __init__(self, quantized: QuantizedTensor, order: Tensor):
+        """Take scales and codebook; columns are counted in an order of the inputs, (I,)."""
+        num_inputs = len(order)
+        scale, offset = quantized.expand()
+        self.scale = expand_groups(scale, num_inputs)[:, order].T.contiguous()  # (I, O)
+        self.offset = None
+        if offset is not None:
+            self.offset = expand_groups(offset, num_inputs)[:, order].T.contiguous()
+        self.codebook = quantized.codebook  # (C,)
+        self.reciprocal = away_from_zero(self.scale).reciprocal()
+        self.thresholds = midpoints(self.codebook)
 
     def round(self, column: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Return indices and values, (O,) each, of the column at a position."""
+        if self.offset is not None:
+            column = column - self.offset[position]
         normalized = column * self.reciprocal[position]
         index = torch.bucketize(normalized, self.thresholds, out_int32=True)
-        return index, self.codebook.index_select(0, index) * self.scale[position]
+        value = self.codebook.index_select(0, index) * self.scale[position]
+        return index, value if self.offset is None else value.add_(self.offset[position])
 
 
-def refit_scale(
-    target: Tensor, start: QuantizedWeight, hessian: Tensor, scheme: LayerScheme
-) -> QuantizedWeight:
-    """Return the least-squares scale of every group given the indices, (O, G).
+def refit_scale(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
+    """Return the least-squares scale (and offset) of every group given the indices, (O, G).
 
-    A row whose stored scales (float16, of the sign allowed) would not lower its error stays.
+    A row whose stored scales (of the sign allowed) would not lower its error stays.
 
     Args:
         target: (O, I), float32.
         start: Gives indices and codebook, and the scales of rows that stay.
         hessian: Damped, (I, I).
-        scheme: Says whether a scale may be negative, and as what it is stored.
     """
-    num_groups = start.scale.shape[1]
-    values = look_up(start.codebook, start.indices)  # (O, I)
-    wanted = (target @ hessian * values).view(len(values), num_groups, -1).sum(-1)  # (O, G)
+    spec, num_groups = start.spec, start.scale.shape[1]
+    values = spec.grid.look_up(start.indices, start.codebook)  # (O, I)
+    pulled = target @ hessian
     scale = start.scale.clone()
+    offset = start.parts["offset"].clone() if spec.has_offset else None
     for rows in torch.arange(len(values), device=values.device).split(ROWS_AT_ONCE):
         normal = group_products(values[rows], hessian, num_groups)  # (o, G, G)
-        solved = solve_damped(normal, wanted[rows])
-        former = scale[rows]
-        fitted = nearest_stored_scale(solved, former, is_signed=scheme.is_signed)
-        fitted = snap_stored(fitted, scheme.stored_dtype)
-        better = quadratic(normal, wanted[rows], fitted) < quadratic(normal, wanted[rows], former)
-        scale[rows] = torch.where(better.unsqueeze(1), fitted, former)
-    return QuantizedWeight(indices=start.indices, codebook=start.codebook, scale=scale)
+        aim = group_sums(pulled[rows] * values[rows], num_groups)  # (o, G)
+        previous = scale[rows]
+        if offset is not None:
+            normal = with_offsets(normal, values[rows], hessian, num_groups)  # (o, 2G, 2G)
+            aim = torch.cat([aim, group_sums(pulled[rows], num_groups)], dim=1)
+            previous = torch.cat([previous, offset[rows]], dim=1)
+        solved = solve_damped(normal, aim)
+        fitted = stored_solution(solved, previous, num_groups, spec)
+        better = quadratic(normal, aim, fitted) < quadratic(normal, aim, previous)
+        chosen = torch.where(better.unsqueeze(1), fitted, previous)
+        scale[rows] = chosen[:, :num_groups]
+        if offset is not None:
+            offset[rows] = chosen[:, num_groups:]
+    return start.replaced(scale=scale, **({} if offset is None else {"offset": offset}))
 
 
-def group_products(values: Tensor, hessian: Tensor, num_groups: int) -> Tensor:
-    """Return sum over i in g, j in h of c_i H_ij c_j for each row, (O, G, G)."""
+def stored_solution(solved: Tensor, previous: Tensor, num_groups: int, spec: TensorSpec) -> Tensor:
+    """Return solved scales, and offsets after them, as the format stores them."""
+    scale = nearest_stored_scale(
+        solved[:, :num_groups], previous[:, :num_groups], is_signed=spec.is_signed
+    )
+    stored = snap_stored(scale, spec.stored_dtype)
+    if solved.shape[1] == num_groups:
+        return stored
+    return torch.cat([stored, snap_stored(solved[:, num_groups:], spec.stored_dtype)], dim=1)
+
+
+def group_sums(values: Tensor, num_groups: int) -> Tensor:
+    """Return the sum of each group, (O, G), of (O, I) values."""
+    return values.view(len(values), num_groups, -1).sum(-1)
+
+
+def group_products(
+    values: Tensor, hessian: Tensor, num_groups: int, others: Tensor | None = None
+) -> Tensor:
+    """Return sum over i in g, j in h of c_i H_ij d_j for each row, (O, G, G).
+
+    Args:
+        values: c, (O, I).
+        hessian: (I, I).
+        num_groups: G.
+        others: d, (O, I) or a row for all, (1, I); c itself when not given.
+    """
     num_rows, num_inputs = values.shape
+    others = values if others is None else others
     size = num_inputs // num_groups
     normal = torch.empty(num_rows, num_groups, num_groups, device=values.device)
     for group in range(num_groups):
         inside = slice(group * size, (group + 1) * size)
         pulled = values[:, inside] @ hessian[inside]  # (O, I)
-        normal[:, group] = (pulled * values).view(num_rows, num_groups, size).sum(-1)
+        normal[:, group] = (pulled * others).view(num_rows, num_groups, size).sum(-1)
     return normal
 
 
-def refit_codebook(target: Tensor, start: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
+def with_offsets(normal: Tensor, values: Tensor, hessian: Tensor, num_groups: int) -> Tensor:
+    """Return the normal matrices of scales and offsets together, (O, 2G, 2G)."""
+    ones = torch.ones_like(values[:1])
+    mixed = group_products(values, hessian, num_groups, ones)  # (O, G, G)
+    even = group_products(ones, hessian, num_groups).expand_as(mixed)
+    top = torch.cat([normal, mixed], dim=2)
+    return torch.cat([top, torch.cat([mixed.transpose(1, 2), even], dim=2)], dim=1)
+
+
+def refit_codebook(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
     """Return the least-squares codebook given indices and scales; the former one if no better.
 
     Args:
@@ -268,9 +352,7 @@ def refit_codebook(target: Tensor, start: QuantizedWeight, hessian: Tensor) -> Q
         return start
     order = fitted.argsort(stable=True)
     indices = order.argsort().to(torch.uint8)[start.indices.int()]
-    return QuantizedWeight(
-        indices=indices, codebook=fitted[order], scale=start.scale, low_rank=start.low_rank
-    )
+    return start.replaced(indices=indices, codebook=fitted[order])
 
 
 def solve_damped(normal: Tensor, wanted: Tensor) -> Tensor:
@@ -289,25 +371,14 @@ def quadratic(normal: Tensor, wanted: Tensor, x: Tensor) -> Tensor:
     return ((pulled - 2 * wanted.double()) * x).sum(-1)
 
 
-def full_scale(quantized: QuantizedWeight) -> Tensor:
+def full_scale(quantized: QuantizedTensor) -> Tensor:
     """Return one scale per weight, (O, I)."""
     return expand_groups(quantized.full_scale(), quantized.indices.shape[1])
 
 
-def with_indices(quantized: QuantizedWeight, indices: Tensor) -> QuantizedWeight:
-    """Return the same scales and codebook with other indices."""
-    return QuantizedWeight(
-        indices=indices,
-        codebook=quantized.codebook,
-        scale=quantized.scale,
-        low_rank=quantized.low_rank,
-    )
-
-
-def hessian_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:
+def hessian_error(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> float:
     """Return tr(E H E^T) over tr(W H W^T): 0 is exact, 1 is as bad as all zeros."""
-    scale = quantized.full_scale()
-    error = (weight - dequantize(quantized.indices, scale, quantized.codebook)).double()
+    error = (weight - quantized.dequantize()).double()
     hessian = hessian.double()
     total = (weight.double() @ hessian * weight).sum().clamp_min(1e-30)
     return float((error @ hessian * error).sum() / total)

@@ -1,9 +1,11 @@
 """Fake quantization with straight-through gradients, saving nothing but its inputs.
 
-Forward: v = latent / S, W_hat = S * C[nearest(v)]. Backward, from dW = dL/dW_hat:
+Forward: v = (latent - Z) / S, W_hat = S * C[nearest(v)] + Z; most grids have no offset Z.
+Backward, from dW = dL/dW_hat:
 
     dlatent = dW                      where v lies on the codebook's range, else 0
     dS      = dW * (C[indices] - v)   on the range (rounding is taken as identity), dW * C outside
+    dZ      = 0                       on the range, dW outside
     dC[j]   = sum of dW * S over the weights whose index is j
 
 With frozen indices there is no latent weight and dS = dW * C[indices].
@@ -17,16 +19,8 @@ LSQ, Esser et al. 2020, arXiv:1902.08153, equation 3.
 import torch
 from torch import Tensor
 
-from qat.grids.scalar import (
-    dequantize,
-    look_up,
-    nearest_values,
-    over_scale,
-    snap_bfloat16,
-    snap_float16,
-    thresholds_below,
-    times_scale,
-)
+from qat.grids.scalar import over_scale, snap_bfloat16, snap_float16, times_scale
+from qat.quant.spec import Grid
 from qat.runtime.device import numbers_at_once
 
 
@@ -59,48 +53,80 @@ class SnapBfloat16(torch.autograd.Function):
 
 
 class FakeQuantize(torch.autograd.Function):
-    """Nearest codebook value times scale, straight through to the latent weight."""
-
-    @staticmethod
-    def forward(ctx, latent: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return W_hat, (O, I), from a latent weight (O, I), scales (O, G), a codebook (C,)."""
-        ctx.save_for_backward(latent, scale, codebook)
-        quantized = torch.empty_like(latent, dtype=dtype)
-        for rows in row_chunks(latent):
-            values = nearest_values(over_scale(latent[rows], scale[rows]), codebook)
-            quantized[rows] = times_scale(values, scale[rows])
-        return quantized
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of latent weight, scale and codebook."""
-        wanted = ctx.needs_input_grad[:3]
-        return *fake_quantize_gradients(*ctx.saved_tensors, gradient, *wanted), None
-
-
-class Dequantize(torch.autograd.Function):
-    """Frozen indices times scale, with gradients to scale and codebook."""
+    """Nearest grid value times scale, straight through to the latent weight."""
 
     @staticmethod
     def forward(
-        ctx, indices: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype
+        ctx,
+        latent: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        codebook: Tensor,
+        grid: Grid,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Return W_hat, (O, I), from indices (O, I), scales (O, G), a codebook (C,)."""
-        ctx.save_for_backward(indices, scale, codebook)
-        quantized = torch.empty_like(indices, dtype=dtype)
-        for rows in row_chunks(indices):
-            quantized[rows] = dequantize(indices[rows], scale[rows], codebook)
+        """Return W_hat, (O, I), from a latent weight (O, I), scales (O, G), a codebook (C,)."""
+        ctx.save_for_backward(latent, scale, offset, codebook)
+        ctx.grid = grid
+        quantized = torch.empty_like(latent, dtype=dtype)
+        for rows in row_chunks(latent):
+            scales = (scale[rows], None if offset is None else offset[rows])
+            values = grid.nearest(over_scale(latent[rows], *scales), codebook)
+            quantized[rows] = times_scale(values, *scales)
         return quantized
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of scale and codebook."""
-        wanted = ctx.needs_input_grad[1:3]
-        return None, *dequantize_gradients(*ctx.saved_tensors, gradient, *wanted), None
+        """Return the gradients of latent weight, scale, offset and codebook."""
+        latent, scale, offset, codebook = ctx.saved_tensors
+        gradients = fake_quantize_gradients(
+            ctx.grid, latent, (scale, offset), codebook, gradient, ctx.needs_input_grad[:4]
+        )
+        return *gradients, None, None
+
+
+class Dequantize(torch.autograd.Function):
+    """Frozen indices times scale, with gradients to scale, offset and codebook."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        indices: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        codebook: Tensor,
+        grid: Grid,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Return W_hat, (O, I), from indices (O, I), scales (O, G), a codebook (C,)."""
+        ctx.save_for_backward(indices, scale, offset, codebook)
+        ctx.grid = grid
+        num_inputs = indices.shape[1] * grid.block_size
+        quantized = indices.new_empty(len(indices), num_inputs, dtype=dtype)
+        for rows in row_chunks(quantized):
+            values = grid.look_up(indices[rows], codebook)
+            offsets = None if offset is None else offset[rows]
+            quantized[rows] = times_scale(values, scale[rows], offsets)
+        return quantized
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of scale, offset and codebook."""
+        indices, scale, offset, codebook = ctx.saved_tensors
+        gradients = dequantize_gradients(
+            ctx.grid, indices, (scale, offset), codebook, gradient, ctx.needs_input_grad[1:4]
+        )
+        return None, *gradients, None, None
 
 
 def fake_quantize(
-    latent: Tensor, scale: Tensor, codebook: Tensor, dtype: torch.dtype = torch.float32
+    latent: Tensor,
+    scale: Tensor,
+    codebook: Tensor,
+    grid: Grid,
+    dtype: torch.dtype = torch.float32,
+    *,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Return the quantized weight that a latent weight stands for, straight through.
 
@@ -108,80 +134,88 @@ def fake_quantize(
         latent: (O, I), float32.
         scale: (O, G), one per group of I / G weights; G = I for one per weight.
         codebook: (C,), any order: it is sorted here, so that training may move its values.
+        grid: Rounds.
         dtype: Of the result; the product is rounded to it once.
+        offset: (O, G); none when not given.
     """
-    return FakeQuantize.apply(latent, scale, codebook.sort().values, dtype)
+    return FakeQuantize.apply(latent, scale, offset, codebook.sort().values, grid, dtype)
 
 
 def fake_quantize_gradients(
+    grid: Grid,
     latent: Tensor,
-    scale: Tensor,
+    scales: tuple[Tensor, Tensor | None],
     codebook: Tensor,
     gradient: Tensor,
-    wants_latent: bool,
-    wants_scale: bool,
-    wants_codebook: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of latent weight, scale and codebook; None where not wanted.
+    needed: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of latent weight, scale, offset and codebook; None where not needed.
 
     Args:
+        grid: Rounds.
         latent: (O, I), float32.
-        scale: (O, G).
+        scales: Scale (O, G), and offset (O, G) or None.
         codebook: (C,), ascending.
         gradient: dL/dW_hat, (O, I), any float dtype.
-        wants_latent: Whether the first gradient is asked for.
-        wants_scale: Whether the second is.
-        wants_codebook: Whether the third is.
+        needed: Which of the four gradients are asked for.
     """
-    low, high = codebook_range(codebook)
-    d_latent = torch.empty_like(latent) if wants_latent else None
-    d_scale = torch.empty_like(scale) if wants_scale else None
-    d_codebook = torch.zeros_like(codebook) if wants_codebook else None
+    (scale, offset), (needs_latent, needs_scale, needs_offset, needs_codebook) = scales, needed
+    d_latent = torch.empty_like(latent) if needs_latent else None
+    d_scale = torch.empty_like(scale) if needs_scale else None
+    d_offset = torch.empty_like(offset) if needs_offset and offset is not None else None
+    d_codebook = torch.zeros_like(codebook) if needs_codebook else None
     for rows in row_chunks(latent):
         arriving = gradient[rows].float()
+        offsets = None if offset is None else offset[rows]
         # A scale of zero makes NaN or infinity of a weight, which no product may meet.
-        normalized = over_scale(latent[rows], scale[rows]).nan_to_num_()
-        on_range = normalized.maximum(low).minimum(high)
+        normalized = over_scale(latent[rows], scale[rows], offsets).nan_to_num_()
+        on_range = grid.clamp(normalized, codebook)
         inside = torch.eq(normalized, on_range, out=torch.empty_like(normalized))  # 0.0 or 1.0
-        if wants_latent:
+        if needs_latent:
             torch.mul(arriving, inside, out=d_latent[rows])
-        if wants_scale:
-            slope = nearest_values(normalized, codebook).addcmul_(on_range, inside, value=-1)
-            d_scale[rows] = sum_groups(slope.mul_(arriving), scale.shape[1])
-        if wants_codebook:
-            indices = thresholds_below(normalized, codebook)
+        if d_offset is not None:
+            d_offset[rows] = sum_groups(arriving * (1 - inside), scale.shape[1])
+        if needs_codebook:
+            indices = grid.round(normalized, codebook)
             d_codebook += codebook_gradient(arriving, indices, scale[rows], len(codebook))
-    return d_latent, d_scale, d_codebook
+        if needs_scale:
+            slope = grid.nearest(normalized, codebook).addcmul_(on_range, inside, value=-1)
+            d_scale[rows] = sum_groups(slope.mul_(arriving), scale.shape[1])
+    return d_latent, d_scale, d_offset, d_codebook
 
 
 def dequantize_gradients(
+    grid: Grid,
     indices: Tensor,
-    scale: Tensor,
+    scales: tuple[Tensor, Tensor | None],
     codebook: Tensor,
     gradient: Tensor,
-    wants_scale: bool,
-    wants_codebook: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of scale and codebook for frozen indices; None where not wanted.
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of scale, offset and codebook for frozen indices; None if not needed.
 
     Args:
+        grid: Looks values up.
         indices: (O, I), integers.
-        scale: (O, G).
+        scales: Scale (O, G), and offset (O, G) or None.
         codebook: (C,).
         gradient: dL/dW_hat, (O, I), any float dtype.
-        wants_scale: Whether the first gradient is asked for.
-        wants_codebook: Whether the second is.
+        needed: Which of the three gradients are asked for.
     """
-    d_scale = torch.empty_like(scale) if wants_scale else None
-    d_codebook = torch.zeros_like(codebook) if wants_codebook else None
+    (scale, offset), (needs_scale, needs_offset, needs_codebook) = scales, needed
+    d_scale = torch.empty_like(scale) if needs_scale else None
+    d_offset = torch.empty_like(offset) if needs_offset and offset is not None else None
+    d_codebook = torch.zeros_like(codebook) if needs_codebook else None
     for rows in row_chunks(gradient):
         arriving = gradient[rows].float()
-        if wants_scale:
-            values = look_up(codebook, indices[rows])
-            d_scale[rows] = sum_groups(values.mul_(arriving), scale.shape[1])
-        if wants_codebook:
+        if d_offset is not None:
+            d_offset[rows] = sum_groups(arriving, scale.shape[1])
+        if needs_codebook:
             d_codebook += codebook_gradient(arriving, indices[rows], scale[rows], len(codebook))
-    return d_scale, d_codebook
+        if needs_scale:
+            values = grid.look_up(indices[rows], codebook)
+            d_scale[rows] = sum_groups(values.mul_(arriving), scale.shape[1])
+    return d_scale, d_offset, d_codebook
 
 
 def row_chunks(weight: Tensor) -> list[slice]:
@@ -189,13 +223,6 @@ def row_chunks(weight: Tensor) -> list[slice]:
     num_rows, num_inputs = weight.shape
     step = max(1, min(num_rows, numbers_at_once(weight.device) // num_inputs))
     return [slice(start, start + step) for start in range(0, num_rows, step)]
-
-
-def codebook_range(codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the ends of a codebook's range: half a step beyond its outer values."""
-    low = codebook[0] - (codebook[1] - codebook[0]) / 2
-    high = codebook[-1] + (codebook[-1] - codebook[-2]) / 2
-    return low, high
 
 
 def sum_groups(values: Tensor, num_groups: int) -> Tensor:

@@ -12,12 +12,12 @@ from qat.export.gguf_file import read_bytes, read_tensor_records, read_weight
 from qat.export.to_gguf import ROPE_FACTORS, export_to_gguf, rope_factors, row_order
 from qat.grids.blocks import BLOCK_TYPES
 from qat.model.surgery import quantized_layers, thaw_indices
-from tests.tiny import TINY_MODELS, save_tiny, tiny_llama, tiny_student
+from tests.tiny import TINY_MODELS, quantize_plainly, save_tiny, tiny_llama, tiny_student
 
 gguf = pytest.importorskip("gguf")
 
-PLAIN = ("gguf-q4_0", "gguf-iq4_nl", "gguf-q8_0")  # the gguf package's reader lacks Q2_0
-MIXED = ("gguf-q2_0", "gguf-q2_0+gguf-q4_0", "deploy", "gguf-q4_0+gguf-q8_0")
+PLAIN = ("gguf:q4_0", "gguf:iq4_nl", "gguf:q8_0")  # the gguf package's reader lacks Q2_0
+MIXED = ("gguf:q2_0", "gguf:q2_0+gguf:q4_0", "deploy", "gguf:q4_0+gguf:q8_0")
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,10 @@ def names_of(student):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("scheme", [*PLAIN, *MIXED])
-def test_quantized_weights_are_the_trained_ones(tmp_path, text_source, family, scheme):
+@pytest.mark.parametrize("plan", [*PLAIN, *MIXED])
+def test_quantized_weights_are_the_trained_ones(tmp_path, text_source, family, plan):
     """Also from latent weights; rows of llama's q and k come back from the runtime's order."""
-    student = tiny_student(family, scheme)
+    student = tiny_student(family, plan)
     for layer in list(quantized_layers(student).values())[::2]:
         thaw_indices(layer)
         layer.latent_weight.data += 0.02 * torch.randn_like(layer.latent_weight)
@@ -74,7 +74,7 @@ def test_rows_of_llama_heads_are_interleaved():
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_gguf_package_reads_keys_and_tensors(tmp_path, text_source, tied):
     """All keys that a runtime asks for; a tied head is left out."""
-    student = tiny_student("qwen3", "gguf-q4_0", tied=tied)
+    student = tiny_student("qwen3", "gguf:q4_0", tied=tied)
     export(student, tmp_path, text_source, head="q8_0")
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     keys = {name: field.contents() for name, field in reader.fields.items()}
@@ -113,7 +113,7 @@ def test_the_gguf_package_reads_keys_and_tensors(tmp_path, text_source, tied):
 
 def test_our_reader_agrees_with_the_package(tmp_path, text_source):
     """Types, shapes and bytes of every tensor."""
-    export(tiny_student("llama", "gguf-q4_0"), tmp_path, text_source)
+    export(tiny_student("llama", "gguf:q4_0"), tmp_path, text_source)
     records = read_tensor_records(tmp_path / "out.gguf")
     for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors:
         record = records.pop(tensor.name)
@@ -127,7 +127,7 @@ def test_our_reader_agrees_with_the_package(tmp_path, text_source):
 @pytest.mark.parametrize("head", ["f32", "f16", "bf16", "q8_0"])
 def test_the_head_says_what_it_costs(tmp_path, text_source, head):
     """Signal to noise of embeddings, none where nothing is lost; the weights stay exact."""
-    report = export(tiny_student("llama", "gguf-q4_0"), tmp_path, text_source, head=head)
+    report = export(tiny_student("llama", "gguf:q4_0"), tmp_path, text_source, head=head)
     assert report["exact"] is True
     assert report["head"]["type"] == head
     expected = {"f32": None, "f16": 70, "bf16": 50, "q8_0": 40}[head]
@@ -156,11 +156,28 @@ def test_any_student_has_a_dense_reference(tmp_path, text_source, dtype):
 def test_a_folder_gets_model_gguf(tmp_path, text_source):
     """Where the output does not end in .gguf."""
     report = export_to_gguf(
-        tiny_student("llama", "gguf-q4_0"), tmp_path / "folder", text_source=text_source
+        tiny_student("llama", "gguf:q4_0"), tmp_path / "folder", text_source=text_source
     )
     assert report["file"] == "model.gguf"
     assert {file.name for file in (tmp_path / "folder").iterdir()} == {"model.gguf", "export.json"}
     assert report["file_bytes"] == (tmp_path / "folder" / "model.gguf").stat().st_size
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_embeddings_and_offsets_are_the_trained_ones(tmp_path, text_source, family, tied):
+    """A quantized table goes out as its own blocks; a tied head has no tensor of its own."""
+    plan = "all=gguf:q4_1, mlp=gguf:q4_0, embed=gguf:q8_0"
+    student = tiny_student(family, plan, tied=tied)
+    assert export(student, tmp_path, text_source)["exact"] is True
+    records = read_tensor_records(tmp_path / "out.gguf")
+    assert records["token_embd.weight"].type_name == "q8_0"
+    assert ("output.weight" in records) != tied
+    for name, file_name in names_of(student).items():
+        found = read_weight(tmp_path / "out.gguf", records[file_name])
+        order = row_order(student.config, f"{name}.weight")
+        trained = student.get_submodule(name).fake_quantized_weight()
+        assert torch.equal(found, trained if order is None else trained[order]), name
 
 
 def test_qwen2_has_biases_and_its_own_name(tmp_path, text_source):
@@ -173,11 +190,8 @@ def test_qwen2_has_biases_and_its_own_name(tmp_path, text_source):
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    from qat.pipelines.quantize import init_student
-    from qat.quant.scheme import scheme_from_name
-
     student = Qwen2ForCausalLM(config).eval().requires_grad_(False)
-    init_student(student, scheme_from_name("gguf-q2_0+gguf-q4_0"))
+    quantize_plainly(student, "gguf:q2_0+gguf:q4_0")
     assert export(student, tmp_path, text_source)["exact"]
     records = read_tensor_records(tmp_path / "out.gguf")
     assert records["blk.0.attn_q.bias"].type_name == "f32"
@@ -194,7 +208,7 @@ def test_llama_3_positions_divide_slow_frequencies(tmp_path, text_source):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 128,
     }
-    student = tiny_student("llama", "gguf-q4_0")
+    student = tiny_student("llama", "gguf:q4_0")
     plain = student.model.rotary_emb.inv_freq.clone()
     student.config.rope_parameters = rope
     wanted = type(student.model.rotary_emb)(student.config).inv_freq
@@ -212,21 +226,23 @@ def refused(student, tmp_path, text_source, match, **options):
 
 def test_what_has_no_place_is_refused_before_anything_is_written(tmp_path, text_source):
     """Each message names the layer or key, the value and the remedy."""
-    refused(tiny_student("gemma", "gguf-q4_0"), tmp_path, text_source, "no tensor map.*llama")
-    learned = "model.layers.0.self_attn.q_proj.*learned codebook, 4 bits, group 32.*qat convert"
+    refused(tiny_student("gemma", "gguf:q4_0"), tmp_path, text_source, "no tensor map.*llama")
+    learned = (
+        r"model.layers.0.self_attn.q_proj.* no grid of GGUF \(lut4-g32\).*qat convert --plan gguf"
+    )
     refused(tiny_student(), tmp_path, text_source, learned)
     refused(tiny_llama(), tmp_path, text_source, "no quantized layer; give --dtype")
-    student = tiny_student("llama", "gguf-q4_0")
+    student = tiny_student("llama", "gguf:q4_0")
     layer = student.model.layers[1].mlp.up_proj
     layer.scale.data[0, 0] = 1e6
     refused(student, tmp_path, text_source, r"layers\.1\.mlp\.up_proj.*outside float16.*lower rate")
-    student = tiny_student("llama", "gguf-q4_0")
+    student = tiny_student("llama", "gguf:q4_0")
     student.model.layers[0].mlp.up_proj.codebook.data[0] -= 0.5
     refused(student, tmp_path, text_source, r"up_proj.weight: its codebook was trained away")
-    student = tiny_student("llama", "gguf-q4_0")
+    student = tiny_student("llama", "gguf:q4_0")
     student.model.embed_tokens.weight.data[0, 0] = 1e6
     refused(student, tmp_path, text_source, r"embed_tokens.*--head bf16")
-    student = tiny_student("llama", "gguf-q4_0")
+    student = tiny_student("llama", "gguf:q4_0")
     student.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4}
     refused(student, tmp_path, text_source, "rope type dynamic")
 
@@ -235,7 +251,7 @@ def test_a_report_that_is_none_of_ours_is_not_overwritten(tmp_path, text_source)
     """`export.json` of another program beside the file to be."""
     (tmp_path / "export.json").write_text('{"mine": 1}')
     with pytest.raises(ValueError, match="is no export's report"):
-        export(tiny_student("llama", "gguf-q4_0"), tmp_path, text_source)
+        export(tiny_student("llama", "gguf:q4_0"), tmp_path, text_source)
     assert [file.name for file in tmp_path.iterdir()] == ["export.json"]
 
 
@@ -252,12 +268,12 @@ def test_a_changed_bit_fails_the_export(tmp_path, text_source, monkeypatch, name
 
     monkeypatch.setattr(gguf_file, "read_bytes", damaged)
     monkeypatch.setattr(to_gguf, "read_bytes", damaged)
-    refused(tiny_student("llama", "gguf-q4_0"), tmp_path, text_source, "reads back otherwise")
+    refused(tiny_student("llama", "gguf:q4_0"), tmp_path, text_source, "reads back otherwise")
 
 
 def test_a_cut_file_is_no_gguf_file(tmp_path, text_source):
     """The reader says so instead of giving fewer numbers."""
-    export(tiny_student("llama", "gguf-q4_0"), tmp_path, text_source)
+    export(tiny_student("llama", "gguf:q4_0"), tmp_path, text_source)
     path = tmp_path / "out.gguf"
     last = list(read_tensor_records(path).values())[-1]
     path.write_bytes(path.read_bytes()[: last.offset + 3])

@@ -12,10 +12,15 @@ from qat.cli.export import main
 from qat.export import to_hf
 from qat.export.checks import equal_bits
 from qat.export.to_hf import export_to_hf
-from qat.model.checkpoint import CheckpointHeader, write_checkpoint
 from qat.model.surgery import quantized_layers, thaw_indices
-from qat.quant.scheme import scheme_from_name
-from tests.tiny import TINY_MODELS, save_tiny, tiny_llama, tiny_student, tiny_tokenizer
+from tests.tiny import (
+    TINY_MODELS,
+    save_student,
+    save_tiny,
+    tiny_llama,
+    tiny_student,
+    tiny_tokenizer,
+)
 
 TOKEN_IDS = torch.arange(12).view(2, 6)
 
@@ -47,14 +52,14 @@ def test_logits_are_the_students(tmp_path, text_source, family, tied):
     assert report["tensors_compared"] == len(model.state_dict())
 
 
-@pytest.mark.parametrize("scheme", ["q2a4", "q4a4_r4"])
-def test_weights_are_the_fake_quantized_ones(tmp_path, text_source, scheme):
+@pytest.mark.parametrize("plan", ["q2a4", "q4a4_r4"])
+def test_weights_are_the_fake_quantized_ones(tmp_path, text_source, plan):
     """Group scales, low-rank scales and latent weights: the file holds what the forward uses."""
-    student = tiny_student(scheme=scheme, attention_bias=True)
+    student = tiny_student(plan=plan, attention_bias=True)
     layers = quantized_layers(student)
     generator = torch.Generator().manual_seed(1)
     for layer in list(layers.values())[::2]:
-        if not layer.scheme.rank:
+        if not layer.spec.rank:
             thaw_indices(layer)
             layer.latent_weight.data += 0.01 * torch.randn(
                 layer.latent_weight.shape, generator=generator
@@ -105,6 +110,19 @@ def test_a_changed_bit_fails_the_export(tmp_path, text_source, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_quantized_embeddings_become_dense_tables(tmp_path, text_source, family, tied):
+    """Plain transformers computes the student's logits, tied heads stay tied."""
+    student = tiny_student(family, "q2a4, embed=affine4-g64", tied=tied)
+    ids = torch.arange(12).view(2, 6)
+    expected = student(ids).logits
+    export_to_hf(student, tmp_path / "out", text_source=text_source)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(model(ids).logits, expected)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
 def test_bits_are_compared_not_values():
     """Minus zero is not zero, a NaN equals itself, a dtype counts."""
     assert not equal_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
@@ -113,11 +131,7 @@ def test_bits_are_compared_not_values():
 
 
 def write_native(folder, text_source):
-    scheme = scheme_from_name("q2a4")
-    student = tiny_student()
-    header = CheckpointHeader(scheme=scheme.to_dict(), base_model={})
-    write_checkpoint(student, header, folder, text_source=text_source)
-    return folder
+    return save_student(folder, tiny_student(), text_source)
 
 
 def test_the_command_makes_a_folder_that_needs_nothing_else(tmp_path, text_source, capsys):

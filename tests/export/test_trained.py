@@ -21,10 +21,19 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     cache = tiny_cache(folder, seq_len=32)
     flags = ["--cache-dir", cache, "--fit", "moments", "--dtype", "fp32", "--device", "cpu"]
-    flags += ["--model", folder / "teacher", "--scheme", "deploy", "--output", folder / "start"]
+    flags += ["--model", folder / "teacher", "--plan", "deploy", "--output", folder / "start"]
     assert init_student([str(flag) for flag in flags]) == 0
-    flags = ["--v2-checkpoint", folder / "start", "--cache-dir", cache, "--dtype", "fp32"]
-    flags += ["--output-dir", folder / "run", "--max-steps", 3, "--lr", 0.01, "--device", "cpu"]
+    flags = ["--checkpoint", folder / "start", "--cache-dir", cache, "--dtype", "fp32"]
+    flags += [
+        "--output-dir",
+        folder / "run",
+        "--max-steps",
+        3,
+        "--optim.lr",
+        0.01,
+        "--device",
+        "cpu",
+    ]
     flags += ["--batch-size", 2, "--trainable", "weights", "scales", "codebooks"]
     assert train([str(flag) for flag in flags]) == 0
     return folder
@@ -38,7 +47,7 @@ def test_training_moves_codes_and_keeps_the_grid(trained):
     for name, layer in quantized_layers(after).items():
         former = start.get_submodule(name)
         moved += int((layer.indices != former.indices).sum())
-        assert torch.equal(layer.codebook, fixed_codebook("int", layer.scheme.bits))
+        assert torch.equal(layer.codebook, fixed_codebook("int", layer.spec.bits))
         assert torch.equal(layer.scale.bfloat16().float(), layer.scale)
         assert torch.equal(layer.scale.half().float(), layer.scale)
         assert not torch.equal(layer.scale, former.scale)
@@ -53,10 +62,10 @@ def test_the_trained_student_is_exported_to_the_bit(trained, tmp_path, capsys, t
     assert json.loads(capsys.readouterr().out)["exact"] is True
 
 
-@pytest.mark.parametrize("scheme", ["deploy", "gguf-iq4_nl"])
-def test_codebooks_of_runtimes_do_not_train(scheme):
+@pytest.mark.parametrize("plan", ["deploy", "gguf:iq4_nl"])
+def test_codebooks_of_runtimes_do_not_train(plan):
     """A file has no place for other values; where nothing else is asked for, that is an error."""
-    student = tiny_student("llama", scheme)
+    student = tiny_student("llama", plan)
     with pytest.raises(ValueError, match="finds nothing"):
         choose_trainable(
             student, kinds=("mlp",), parts=("codebooks",), weight_of=lambda _name: None

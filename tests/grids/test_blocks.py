@@ -16,19 +16,21 @@ from qat.grids.blocks import (
     unpack_blocks,
 )
 from qat.grids.scalar import dequantize, fixed_codebook, snap_float16
-from qat.quant.scheme import FORMATS, TYPE_OF_GRID, LayerScheme, block_type_of
+from qat.quant.spec import FORMATS, GGUF_TYPES, gguf_type_of, make_spec
 
-GRIDS = {name: grid for grid, name in TYPE_OF_GRID.items()}
+GRIDS = {name: grid for grid, name in GGUF_TYPES.items()}
 
 
 def random_weight(name, seed, rows=3, blocks=2):
-    """Return random indices and scales of either sign on a type's grid, and its codebook."""
+    """Return random indices, scales of either sign, offsets or None, and the codebook."""
     kind, bits, group_size = GRIDS[name]
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, blocks * group_size)
     indices = torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8)
-    scale = snap_float16(torch.randn(rows, blocks, generator=generator) * 10.0 ** (seed % 5 - 3))
-    return indices, scale, fixed_codebook(kind, bits)
+    size = 10.0 ** (seed % 5 - 3)
+    scale = snap_float16(torch.randn(rows, blocks, generator=generator) * size)
+    offset = snap_float16(torch.randn(rows, blocks, generator=generator) * size)
+    return indices, scale, offset if kind == "uint" else None, fixed_codebook(kind, bits)
 
 
 def weight_by_definition(data, name):
@@ -36,7 +38,8 @@ def weight_by_definition(data, name):
     kind, weights = BLOCK_TYPES[name], []
     for start in range(0, len(data), kind.num_bytes):
         (d,) = struct.unpack_from("<e", data, start)
-        body = data[start + 2 : start + kind.num_bytes]
+        m = struct.unpack_from("<e", data, start + 2)[0] if name == "q4_1" else None
+        body = data[start + (2 if m is None else 4) : start + kind.num_bytes]
         for j in range(kind.num_weights):
             if name == "q8_0":
                 value = body[j] - 256 if body[j] > 127 else body[j]
@@ -44,8 +47,9 @@ def weight_by_definition(data, name):
                 value = (body[j // 4] >> (2 * (j % 4)) & 3) - 1
             else:
                 q = body[j] & 15 if j < 16 else body[j - 16] >> 4
-                value = IQ4_VALUES[q] if name == "iq4_nl" else q - 8
-            weights.append(value * d)
+                value = {"iq4_nl": IQ4_VALUES[q], "q4_1": q}.get(name, q - 8)
+            # torch rounds the sum to float32 once; so does a double sum of exact products
+            weights.append(float(torch.tensor(value * d)) + (m or 0.0))
     return weights
 
 
@@ -54,9 +58,9 @@ def weight_by_definition(data, name):
 @given(seed=st.integers(0, 999))
 def test_blocks_hold_the_weights_of_training(name, seed):
     """Training's weight = unpacked = the definition's double loop, scales of either sign."""
-    indices, scale, codebook = random_weight(name, seed)
-    trained = dequantize(indices, scale, codebook)
-    packed = pack_blocks(indices, scale, name)
+    indices, scale, offset, codebook = random_weight(name, seed)
+    trained = dequantize(indices, scale, codebook, offset)
+    packed = pack_blocks(indices, scale, offset, name)
     assert packed.shape[1] * BLOCK_TYPES[name].num_weights == (
         indices.shape[1] * BLOCK_TYPES[name].num_bytes
     )
@@ -95,23 +99,23 @@ def test_weights_that_lie_on_q8_0_are_kept():
 
 
 def test_formats_by_name_have_their_blocks():
-    """`gguf-X` trains on the grid of type X, and the deploy pair's layers have types as well."""
-    for name in ("q4_0", "q2_0", "iq4_nl", "q8_0"):
-        assert block_type_of(FORMATS[f"gguf-{name}"]) == name
-    assert block_type_of(FORMATS["w4a16-g32"]) == "q4_0"
-    assert block_type_of(FORMATS["w2a16-g64"]) == "q2_0"
+    """`gguf:X` trains on the grid of type X, and the deploy pair's layers have types as well."""
+    for name in ("q4_0", "q2_0", "iq4_nl", "q8_0", "q4_1"):
+        assert gguf_type_of(FORMATS[f"gguf:{name}"]) == name
+    assert gguf_type_of(FORMATS["w4a16-g32"]) == "q4_0"
+    assert gguf_type_of(FORMATS["w2a16-g64"]) == "q2_0"
 
 
 @pytest.mark.parametrize(
-    "scheme",
+    "spec",
     [
-        LayerScheme(bits=4),
-        LayerScheme(bits=2, codebook="int"),
-        LayerScheme(bits=4, codebook="int", rank=2),
-        LayerScheme(bits=4, codebook="int", stored_dtype="float32"),
-        LayerScheme(bits=4, codebook="int", scale_floor=1e-8),
+        make_spec(bits=4),
+        make_spec(bits=2, codebook="int"),
+        make_spec(bits=4, codebook="int", rank=2),
+        make_spec(bits=4, codebook="int", stored_dtype="float32"),
+        make_spec(bits=4, codebook="int", floor=1e-8),
     ],
 )
-def test_other_grids_have_no_type(scheme):
+def test_other_grids_have_no_type(spec):
     """A learned codebook, another group size, low-rank or float32 scales fit no block."""
-    assert block_type_of(scheme) is None
+    assert gguf_type_of(spec) is None

@@ -165,3 +165,15 @@ def test_the_start_neither_depends_on_luck_nor_uses_any():
     torch.manual_seed(99)
     second = start_low_rank(scale, 2)
     assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
+
+
+def test_low_rank_scales_start_the_same_and_leave_the_generator_alone():
+    """As after `torch.manual_seed(0)`, which started every accelerator's generator anew as well."""
+    scale = random(24, 16).abs()
+    state = torch.get_rng_state()
+    found = start_low_rank(scale, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(0)
+    left, singular, right = torch.svd_lowrank(scale, q=7, niter=4)
+    for part, expected in zip(found, (left[:, :3], singular[:3], right[:, :3].T), strict=True):
+        assert torch.equal(part, expected)

@@ -22,7 +22,8 @@ from qat.pipelines.open_checkpoint import (
     load_model,
     open_checkpoint,
 )
-from qat.quant.scheme import Scheme
+from qat.quant.plan import kind_specs
+from qat.quant.spec import make_spec
 from qat.storage.files import read_json
 from tests.seeds import make_v1, make_v2, v2_scale
 from tests.tiny import save_tiny, tiny_llama, tiny_qwen3, tiny_student
@@ -58,10 +59,11 @@ def test_second_form(tmp_path):
     assert min(float(weight.min()) for weight in made.wanted.values()) < 0
     embedding = student.get_input_embeddings().weight
     assert torch.equal(embedding, made.state["model.embed_tokens.weight"])
-    scheme = Scheme.from_dict(header.scheme)
-    assert (scheme.mlp.bits, scheme.mlp.rank) == (2, 6)
-    assert (scheme.attention.bits, scheme.attention.rank) == (4, 3)
-    assert scheme.mlp.stored_dtype == "float32"
+    specs = kind_specs(header.plan)
+    assert specs == {
+        "mlp": make_spec(2, rank=6, stored_dtype="float32"),
+        "attention": make_spec(4, rank=3, stored_dtype="float32"),
+    }
     assert header.base_model["name"] == "base"
 
 
@@ -176,7 +178,7 @@ def test_first_form(tmp_path):
     assert close(student, made.wanted)
     floored = sum(int((weight.abs() <= 1e-8).sum()) for weight in made.wanted.values())
     assert floored > 100
-    assert Scheme.from_dict(header.scheme).mlp.scale_floor == 1e-8
+    assert kind_specs(header.plan)["mlp"].floor == 1e-8
 
 
 def test_first_form_rounds_on_the_exact_grid(tmp_path):
@@ -367,7 +369,7 @@ def test_a_tied_head_must_be_the_embedding(tmp_path):
 def test_other_files_are_refused_in_one_line(tmp_path):
     """A pickled object, a cut file, a state dict of no quantized model, text."""
     file = tmp_path / "x.pt"
-    torch.save({"model": CheckpointHeader(scheme={}, base_model={})}, file)
+    torch.save({"model": CheckpointHeader(plan={}, base_model={})}, file)
     with pytest.raises(ValueError, match="cannot be read as tensors"):
         load_model(file)
     made = make_v2(tmp_path)
@@ -397,12 +399,12 @@ def test_another_models_base_is_refused(tmp_path):
 # What is written
 
 
-def fitted(scheme="q2a4_r4", **changes):
-    return tiny_student("llama", scheme, **changes)
+def fitted(plan="q2a4_r4", **changes):
+    return tiny_student("llama", plan, **changes)
 
 
 @pytest.mark.parametrize(
-    ("scheme", "tied"),
+    ("plan", "tied"),
     [
         ("q2a4_r4", True),
         ("q2a4_r4", False),
@@ -412,17 +414,17 @@ def fitted(scheme="q2a4_r4", **changes):
         ("q4a2_g16", True),
     ],
 )
-def test_our_students_survive_their_form(tmp_path, scheme, tied):
+def test_our_students_survive_their_form(tmp_path, plan, tied):
     """Float16 factors and group scales come back to the bit, at the same bits per weight."""
     base = save_tiny(tmp_path / "base", tiny_llama(tied=tied))
-    student = fitted(scheme, tied=tied)
+    student = fitted(plan, tied=tied)
     file = tmp_path / "run" / "q2_init.pt"
     write_seed_checkpoint(student, file, model_id="base")
     found, _ = load_model(file, model_id=str(base))
     for name, layer in quantized_layers(found).items():
         wanted = quantized_layers(student)[name].fake_quantized_weight()
         assert torch.allclose(layer.fake_quantized_weight(), wanted, rtol=3e-6, atol=1e-7)
-        if not layer.scheme.rank:
+        if not layer.spec.rank:
             assert torch.equal(layer.fake_quantized_weight(), wanted)
     assert bits_per_weight(found) == bits_per_weight(student)
 
@@ -502,5 +504,5 @@ def test_native_folders_hold_such_students(tmp_path):
         write_checkpoint(student, header, folder, text_source=made.base)
         again, written = read_checkpoint(folder)
         assert torch.equal(logits(again), logits(student))
-        assert written.scheme == header.scheme
-        json.dumps(header.scheme, allow_nan=False)
+        assert written.plan == header.plan
+        json.dumps(header.plan, allow_nan=False)

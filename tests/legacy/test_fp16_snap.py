@@ -11,9 +11,8 @@ from qat.legacy.fp16_snap import snap_student
 from qat.model.checkpoint import CheckpointHeader, bits_per_weight, write_checkpoint
 from qat.model.surgery import quantized_layers
 from qat.pipelines.open_checkpoint import load_model
-from qat.quant.scheme import scheme_from_name
 from tests.seeds import make_v1, make_v2
-from tests.tiny import save_tiny, tiny_llama, tiny_student
+from tests.tiny import plan_of, save_tiny, tiny_llama, tiny_student
 
 
 def on_grid(tensor):
@@ -76,15 +75,15 @@ def test_their_form_holds_float16_numbers_only(tmp_path, made, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("scheme", ["q2a4", "q2a4_r4"])
-def test_what_lies_on_the_grid_stays(tmp_path, scheme, capsys):
+@pytest.mark.parametrize("plan", ["q2a4", "q2a4_r4"])
+def test_what_lies_on_the_grid_stays(tmp_path, plan, capsys):
     """Our own students are float16 from the start: not a bit changes, in a native folder."""
     base = save_tiny(tmp_path / "base", tiny_llama())
-    student = tiny_student("llama", scheme)
+    student = tiny_student("llama", plan)
     for tensor in student.parameters():
         tensor.data = tensor.data.half().float()
     header = CheckpointHeader(
-        scheme=scheme_from_name(scheme).to_dict(), base_model={"path": str(base), "weights": None}
+        plan=plan_of(student, plan).to_dict(), base_model={"path": str(base), "weights": None}
     )
     write_checkpoint(student, header, tmp_path / "native", text_source=base)
     assert run(tmp_path / "native", tmp_path / "out") == 0

@@ -6,10 +6,9 @@ import torch
 from qat.legacy.fp16_snap import snap_student
 from qat.legacy.run_files import why_no_seed_files, write_seed_files
 from qat.pipelines.open_checkpoint import load_model
-from qat.quant.scheme import scheme_from_name
 from qat.storage.files import write_json
 from qat.tracking.record import CONFIG, read_config
-from tests.tiny import save_student, save_tiny, tiny_llama, tiny_student
+from tests.tiny import plan_of, save_student, save_tiny, tiny_llama, tiny_student
 
 
 @pytest.mark.parametrize(
@@ -18,15 +17,16 @@ from tests.tiny import save_student, save_tiny, tiny_llama, tiny_student
 )
 def test_low_rank_scales_and_files_of_theirs_are_written(name, came_in_theirs, is_written):
     """Groups take as many ranks as a row has groups; who brought such a file wants one back."""
-    why = why_no_seed_files(scheme_from_name(name), came_in_theirs=came_in_theirs)
+    why = why_no_seed_files(plan_of(tiny_llama(), name).to_dict(), came_in_theirs=came_in_theirs)
     assert (why is None) == is_written
 
 
 def test_floored_scales_are_not_written():
     """With the command that makes a student which can be."""
-    scheme = scheme_from_name("q2a4_r8")
-    scheme = replace(scheme, mlp=replace(scheme.mlp, scale_floor=1e-8))
-    assert "qat convert-v1-to-v2" in why_no_seed_files(scheme, came_in_theirs=True)
+    plan = plan_of(tiny_llama(), "q2a4_r8")
+    floored = plan.changed(lambda spec: spec.with_scale(replace(spec.scale, floor=1e-8)))
+    why = why_no_seed_files(floored.to_dict(), came_in_theirs=True)
+    assert "qat convert-v1-to-v2" in why
 
 
 def write(folder, snap=lambda student: None, time="20260101_120000"):
@@ -46,8 +46,8 @@ def folder(tmp_path):
     """A run of a preset's sizes, ended."""
     base = save_tiny(tmp_path / "base", tiny_llama())
     for name in ("best", "final"):
-        save_student(tmp_path / name, tiny_student("llama", "q4_r4"), base, scheme="q4_r4")
-    write_json(tmp_path / CONFIG, {"lr": 1e-3, "model_id": None, "identity": {"cache": "x"}})
+        save_student(tmp_path / name, tiny_student("llama", "q4_r4"), base, plan="q4_r4")
+    write_json(tmp_path / CONFIG, {"config": {"model_id": None}, "identity": {"cache": "x"}})
     return tmp_path
 
 
@@ -66,7 +66,8 @@ def test_names_are_those_of_the_seeds(folder):
     ]
     assert sorted(path.name for path in folder.glob("*.pt")) == sorted(names)
     config = read_config(folder)
-    assert (config["lr"], config["identity"]) == (1e-3, {"cache": "x"})
+    assert config["identity"] == {"cache": "x"}
+    assert config["config"] == {"model_id": None}  # as asked for: theirs is at the top
     assert (config["config_preset"], config["model_id"]) == ("q4a4", str(folder / "base"))
     token_ids = torch.arange(12).view(2, 6)
     wanted = load_model(folder / "final")[0](token_ids).logits

@@ -20,9 +20,16 @@ from qat.model.checkpoint import (
     write_checkpoint,
 )
 from qat.model.surgery import quantized_layers, thaw_indices
-from qat.quant.scheme import scheme_from_name
+from qat.quant.spec import make_spec
 from qat.storage.files import sha256_of_file
-from tests.tiny import TINY_MODELS, save_student, save_tiny, tiny_llama, tiny_student
+from tests.tiny import (
+    TINY_MODELS,
+    plan_of,
+    save_student,
+    save_tiny,
+    tiny_llama,
+    tiny_student,
+)
 
 TOKEN_IDS = torch.arange(12).view(2, 6)
 
@@ -74,11 +81,11 @@ def test_a_student_comes_back_to_the_bit(base, tmp_path, family, tied):
     assert not found.training
 
 
-@pytest.mark.parametrize("scheme", ["q3a5_g16", "q4_r4", "q2a4_int_g32", "q2_g0"])
-def test_every_kind_of_scale_and_width_comes_back(base, tmp_path, scheme):
+@pytest.mark.parametrize("plan", ["q3a5_g16", "q4_r4", "q2a4_int_g32", "q2_g0"])
+def test_every_kind_of_scale_and_width_comes_back(base, tmp_path, plan):
     """Odd bits, low rank, fixed codebooks, whole rows: every weight to the bit, biases too."""
-    student = tiny_student(scheme=scheme, attention_bias=True)
-    save_student(tmp_path / "s", student, base, scheme=scheme)
+    student = tiny_student(plan=plan, attention_bias=True)
+    save_student(tmp_path / "s", student, base, plan=plan)
     found, _ = read_checkpoint(tmp_path / "s")
     layers = quantized_layers(found)
     for name, layer in quantized_layers(student).items():
@@ -214,6 +221,21 @@ def test_a_file_of_another_model_names_the_tensor(copy, change, message):
         read_checkpoint(copy)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_quantized_embeddings_and_offsets_come_back(base, tmp_path, family, tied):
+    """To the bit; a tied head is no entry of the file and is tied again."""
+    plan = "all=affine4-g64, mlp=gguf:q4_1" if family == "qwen3" else "q2a4, embed=int4-g32"
+    student = tiny_student(family, plan, tied=tied)
+    save_student(tmp_path / "s", student, base, plan=plan)
+    found, header = read_checkpoint(tmp_path / "s")
+    assert torch.equal(found(TOKEN_IDS).logits, student(TOKEN_IDS).logits)
+    assert list(quantized_layers(found)) == list(quantized_layers(student))
+    assert header.plan == plan_of(student, plan).to_dict()
+    stored = load_file(tmp_path / "s" / "student.safetensors")
+    assert any(name.startswith("lm_head") for name in stored) != tied
+
+
 def test_a_changed_byte_is_seen(copy):
     """By the sha256 in the header, before anything is loaded."""
     path = copy / "student.safetensors"
@@ -224,10 +246,9 @@ def test_a_changed_byte_is_seen(copy):
         read_checkpoint(copy)
 
 
-def test_a_header_of_another_scheme_does_not_fit(copy):
+def test_a_header_of_another_plan_does_not_fit(copy):
     """Bits that are not those of the file."""
-    scheme = scheme_from_name("q4a4").to_dict()
-    change_header(copy, scheme=scheme)
+    change_header(copy, plan=plan_of(tiny_llama(), "q4a4").to_dict())
     with pytest.raises(ValueError, match="do not hold"):
         read_checkpoint(copy)
 
@@ -250,14 +271,61 @@ def test_a_header_with_a_field_of_the_future_is_refused(copy):
         read_header(copy)
 
 
-@pytest.mark.parametrize("change", [{"mlp": {"wbits": 2}}, {"mlp": None}, {}])
+def old_scheme(**changes):
+    """Return the scheme q2a4 as version 0.1.0 wrote it."""
+    layer = {
+        "bits": 4,
+        "group_size": 32,
+        "rank": 0,
+        "codebook": "learned",
+        "stored_dtype": "float16",
+        "scale_floor": None,
+    }
+    return {"name": "q2a4", "mlp": {**layer, "bits": 2}, "attention": layer, **changes}
+
+
+def make_old(folder, scheme):
+    """Give a folder the header that version 0.1.0 wrote: a scheme in the place of the plan."""
+    values = json.loads((folder / "checkpoint.json").read_text())
+    del values["plan"]
+    (folder / "checkpoint.json").write_text(
+        json.dumps({**values, "format": "qat-student-1", "scheme": scheme})
+    )
+
+
+def test_a_student_of_0_1_0_opens(written, copy):
+    """Its scheme of MLP and attention layers stands for the same formats, to the bit."""
+    make_old(copy, old_scheme())
+    found, header = read_checkpoint(copy)
+    assert torch.equal(found(TOKEN_IDS).logits, written[0](TOKEN_IDS).logits)
+    assert header.plan["name"] == "q2a4"
+    specs = {name: layer.spec for name, layer in quantized_layers(found).items()}
+    assert specs == plan_of(tiny_llama()).quantized
+    assert make_spec(2) in specs.values()
+
+
+@pytest.mark.parametrize("change", [{"mlp": {"wbits": 2}}, {"mlp": None}, {"attention": {}}])
 def test_a_scheme_that_cannot_be_read_is_refused(copy, change):
     """In one line that says so, not as a missing argument."""
-    scheme = read_header(copy).scheme | change
-    if not change:
-        del scheme["attention"]
-    change_header(copy, scheme=scheme)
+    make_old(copy, old_scheme(**change))
     with pytest.raises(ValueError, match="make the checkpoint again"):
+        read_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"tensors": {}}, "has no name; make the checkpoint"),
+        ({"name": "x"}, "lists no tensors"),
+        ({"name": "x", "tensors": {"a": 1}}, "lists no tensors"),
+        ({"name": "x", "tensors": {"a": "f32"}}, "is of another model: .* is in the"),
+        (3, "has no name; make the checkpoint"),
+    ],
+)
+def test_a_plan_that_cannot_be_read_is_refused(copy, plan, message):
+    """Naming the plan and what it lacks."""
+    change_header(copy, plan=plan)
+    with pytest.raises(ValueError, match=message):
         read_checkpoint(copy)
 
 
@@ -305,7 +373,7 @@ def test_a_full_disk_leaves_the_former_student(written, base, tmp_path, limit):
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_a_former_folder_goes_whole(written, base, tmp_path):
+def test_a_previous_folder_goes_whole(written, base, tmp_path):
     """Files of a former student do not linger in the new one."""
     folder = save_student(tmp_path / "s", written[0], base)
     (folder / "notes.txt").write_text("old")
@@ -325,7 +393,7 @@ def test_loading_neither_depends_on_luck_nor_uses_any(written):
 def test_a_header_comes_back_from_its_file(base, tmp_path, written):
     """Every field, as JSON gives it back."""
     header = CheckpointHeader(
-        scheme=scheme_from_name("q2a4").to_dict(),
+        plan=plan_of(written[0]).to_dict(),
         base_model={"path": "x", "name": "y", "weights": "z"},
         cache_fingerprint="abc",
         made_by={"command": "train", "settings": {"parts": ["weights"]}},

@@ -17,7 +17,7 @@ from qat.model.load import (
     vocabulary_size,
 )
 from qat.pipelines.open_checkpoint import checkpoint_folder, load_model
-from qat.storage.files import former_folder
+from qat.storage.files import previous_folder
 from tests.tiny import (
     TINY_MODELS,
     save_student,
@@ -191,8 +191,28 @@ def test_base_weights_are_those_that_the_student_was_made_from(model, copy):
     assert torch.equal(weight_of(name), tiny_llama().get_submodule(name).weight)
     assert weight_of("model.layers.9.mlp.up_proj") is None
     change_weights(copy, lambda t: t["model.norm.weight"].add_(1))
-    assert base_weights(copy, identity)(name) is None
-    assert base_weights("no/such/folder", identity)(name) is None
+    changed = base_weights(copy, identity)
+    assert changed(name) is None
+    assert changed.why_missing == f"{copy} holds other weights than the student was made from"
+    missing = base_weights("no/such/folder", identity)
+    assert missing(name) is None
+    assert "no folder no/such/folder" in missing.why_missing
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_base_weights_are_read_from_torch_files_as_well(model, tmp_path, is_zip):
+    """A base model of .bin files passed its hash and gave no weight: layers started elsewhere."""
+    folder = shutil.copytree(model, tmp_path / "bin")
+    (folder / "model.safetensors").unlink()
+    tensors = {name: tensor.clone() for name, tensor in tiny_llama().state_dict().items()}
+    file = folder / "pytorch_model.bin"
+    torch.save(tensors, file, _use_new_zipfile_serialization=is_zip)
+    torch.save({"lr": 1.0}, folder / "training_args.bin")
+    weight_of = base_weights(folder, model_identity(folder))
+    name = "model.layers.0.mlp.up_proj"
+    assert weight_of.why_missing is None
+    assert torch.equal(weight_of(name), tensors[f"{name}.weight"])
+    assert weight_of("model.layers.9.mlp.up_proj") is None
 
 
 def test_a_run_stands_for_its_best_student(student, tmp_path):
@@ -212,7 +232,7 @@ def test_a_student_hidden_by_a_kill_is_found(student, tmp_path):
     """A process killed while it replaced `best` left the former one under a hidden name."""
     run = tmp_path / "run"
     shutil.copytree(student, run / "best")
-    (run / "best").rename(former_folder(run / "best"))
+    (run / "best").rename(previous_folder(run / "best"))
     assert checkpoint_folder(run) == run / "best"
 
 

@@ -9,32 +9,32 @@ from qat.grids.scales import LowRank
 from qat.model.layers import FakeQuantLinear
 from qat.model.rankwise import RankwiseLinear, as_group_scales, low_rank_factors, widen
 from qat.model.surgery import quantized_layers, swap
-from qat.quant.scheme import LayerScheme
+from qat.quant.spec import make_spec
 from tests.tiny import tiny_student
 
 OUTPUTS, INPUTS, RANK = 24, 32, 5
 
 
-def random_layer(scheme: LayerScheme, *, has_bias: bool = True) -> FakeQuantLinear:
-    layer = FakeQuantLinear(INPUTS, OUTPUTS, scheme, has_bias=has_bias)
+def random_layer(plan: make_spec, *, has_bias: bool = True) -> FakeQuantLinear:
+    layer = FakeQuantLinear(INPUTS, OUTPUTS, plan, has_bias=has_bias)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
-    layer.indices = torch.randint(0, 2**scheme.bits, (OUTPUTS, INPUTS), dtype=torch.uint8)
+    layer.indices = torch.randint(0, 2**plan.bits, (OUTPUTS, INPUTS), dtype=torch.uint8)
     return layer
 
 
-SCHEMES = {
-    "low rank float16": LayerScheme(bits=2, rank=RANK),
-    "low rank float32": LayerScheme(bits=4, rank=RANK, stored_dtype="float32"),
-    "groups": LayerScheme(bits=2, group_size=8),
-    "one scale a row": LayerScheme(bits=4, group_size=0),
+PLANS = {
+    "low rank float16": make_spec(bits=2, rank=RANK),
+    "low rank float32": make_spec(bits=4, rank=RANK, stored_dtype="float32"),
+    "groups": make_spec(bits=2, group_size=8),
+    "one scale a row": make_spec(bits=4, group_size=0),
 }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
-def test_the_sum_over_ranks_is_the_expanded_matrix(scheme):
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_the_sum_over_ranks_is_the_expanded_matrix(plan):
     """y = sum_k g_k a_k * (Q (b_k * x)) equals (Q * S) x."""
-    layer = random_layer(scheme)
+    layer = random_layer(plan)
     x = torch.randn(2, 3, INPUTS)
     wanted = layer(x)
     found = RankwiseLinear(layer)(x)
@@ -43,7 +43,7 @@ def test_the_sum_over_ranks_is_the_expanded_matrix(scheme):
 
 def test_gradients_are_the_same():
     """Training rank by rank and training the formed weight go the same way."""
-    layer = random_layer(LayerScheme(bits=2, rank=RANK, stored_dtype="float32"))
+    layer = random_layer(make_spec(bits=2, rank=RANK, stored_dtype="float32"))
     x = torch.randn(7, INPUTS)
     gradients = []
     for forward in (layer, RankwiseLinear(layer)):
@@ -66,14 +66,14 @@ def test_a_whole_model_gives_the_same_logits():
 
 def test_a_floored_scale_is_no_sum_over_ranks():
     """The first form's floor is refused with the command that takes it away."""
-    layer = random_layer(LayerScheme(bits=2, rank=RANK, scale_floor=1e-8))
+    layer = random_layer(make_spec(bits=2, rank=RANK, floor=1e-8))
     with pytest.raises(ValueError, match="convert-v1-to-v2"):
         RankwiseLinear(layer)
 
 
 def test_wider_factors_have_the_same_product():
     """Added ranks have magnitude zero; directions are float16 numbers of length one."""
-    layer = random_layer(replace(SCHEMES["low rank float32"]))
+    layer = random_layer(replace(PLANS["low rank float32"]))
     factors = low_rank_factors(layer)
     wider = widen(factors, RANK + 3)
     assert torch.equal(
@@ -88,7 +88,7 @@ def test_wider_factors_have_the_same_product():
 
 def test_group_scales_come_back_from_their_factors():
     """Groups as low rank, widened, are found to be groups again; other factors are not."""
-    layer = random_layer(LayerScheme(bits=2, group_size=8))
+    layer = random_layer(make_spec(bits=2, group_size=8))
     factors = widen(low_rank_factors(layer), 9)
     assert torch.equal(as_group_scales(factors), layer.scale)
     other = factors.scale_b.clone()

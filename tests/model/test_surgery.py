@@ -6,22 +6,21 @@ from torch import nn
 
 from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import (
-    check_scheme,
     current_indices,
-    empty_layer,
+    dense_weights,
     freeze_indices,
     held_weights,
     hold_weights,
     layers_of_kind,
-    quantizable_linears,
+    model_tensors,
     quantized_layers,
     release_weights,
-    replace_linears,
     thaw_indices,
 )
 from qat.quant.fit import fit_weight
-from qat.quant.scheme import LayerScheme, scheme_from_name
-from tests.tiny import TINY_MODELS, tiny_student
+from qat.quant.plan import TensorInfo, parse_plan
+from qat.quant.spec import make_spec
+from tests.tiny import TINY_MODELS, plan_of, tiny_student
 
 TOKEN_IDS = torch.arange(12).view(2, 6)
 
@@ -31,7 +30,7 @@ TOKEN_IDS = torch.arange(12).view(2, 6)
 def test_seven_linears_a_layer_are_quantized_and_the_head_is_not(family, tied):
     """By type and role, in the model's order; tied or not, embedding and head stay dense."""
     model = TINY_MODELS[family](tied=tied)
-    linears = quantizable_linears(model, scheme_from_name("q2a4"))
+    linears = dense_weights(model, plan_of(model))
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert [name.rpartition(".")[2] for name in linears] == names * 2
     student = tiny_student(family, tied=tied)
@@ -47,47 +46,78 @@ def test_more_bits_are_nearer_to_the_model(family):
     """Surgery itself changes nothing but the weights: the logits follow the bits."""
     wanted = TINY_MODELS[family]()(TOKEN_IDS).logits
     errors = [
-        float((tiny_student(family, scheme)(TOKEN_IDS).logits - wanted).norm() / wanted.norm())
-        for scheme in ("q2_int", "q4_int", "q6_int")
+        float((tiny_student(family, plan)(TOKEN_IDS).logits - wanted).norm() / wanted.norm())
+        for plan in ("q2_int", "q4_int", "q6_int")
     ]
     assert errors[2] < 0.1
     assert errors == sorted(errors, reverse=True)
 
 
-def test_a_model_without_known_linears_is_refused():
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_every_parameter_is_named_once(family, tied):
+    """Tied ones under one name; a student has the tensors of its model, in the same order."""
+    model = TINY_MODELS[family](tied=tied)
+    found = model_tensors(model)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    aliases = found["model.embed_tokens.weight"].aliases
+    assert aliases == (("lm_head.weight",) if tied else ())
+    for plan in ("q2a4", "q2a4, embed=int4-g32", "all=int4-g32"):
+        assert model_tensors(tiny_student(family, plan, tied=tied)) == found
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+def test_a_model_without_known_linears_is_refused(kind):
     """Instead of a run that trains nothing."""
-    with pytest.raises(ValueError, match="Sequential has no linear named q_proj.*not supported"):
-        replace_linears(nn.Sequential(nn.Linear(4, 4)), scheme_from_name("q4"), empty_layer)
+    tensors = {"0.weight": TensorInfo(shape=(4, 4), is_quantizable=True)}
+    with pytest.raises(ValueError, match=f"no {kind} linear named .*proj.*not supported"):
+        parse_plan(f"{kind}=int4-row").resolve(tensors)
+
+
+def test_a_plan_that_quantizes_nothing_is_refused():
+    """A model left as it was has nothing to train."""
+    model = TINY_MODELS["llama"]()
+    plan = plan_of(model, "all=f16")
+    with pytest.raises(ValueError, match="all=f16 quantizes no weight; name a preset such as q4a4"):
+        dense_weights(model, plan)
 
 
 @pytest.mark.parametrize(
-    ("scheme", "message"),
+    ("plan", "message"),
     [
-        ("q4_g48", r"q4_g48 does not fit model\.layers\.0.*q_proj: group size 48 does not divide"),
-        ("q4_r33", r"q4_r33 does not fit model\.layers\.0.*k_proj: rank 33 exceeds 32"),
+        ("q4_g48", r"lut4-g48 does not fit model\.layers\.0.*: group size 48 does not divide"),
+        ("q4_r33", r"lut4-r33 does not fit model\.layers\.0.*k_proj: rank 33 exceeds .*at most 32"),
     ],
 )
-def test_a_scheme_that_does_not_fit_names_the_layer(scheme, message):
+def test_a_plan_that_does_not_fit_names_the_layer(plan, message):
     """And says which number would do."""
     with pytest.raises(ValueError, match=message):
-        check_scheme(TINY_MODELS["llama"](), scheme_from_name(scheme))
+        plan_of(TINY_MODELS["llama"](), plan)
 
 
 def make_layer(bits, kind, seed):
     """Return a layer, its weight, and codebook values in no order, as training leaves them."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(9, 16, generator=generator) * torch.randn(9, 1, generator=generator).exp()
-    scheme = LayerScheme(bits=bits, **kind)
+    spec = make_spec(bits=bits, **kind)
     linear = nn.Linear(16, 9, bias=False)
-    layer = FakeQuantLinear.from_linear(linear, fit_weight(weight, scheme), scheme)
+    layer = FakeQuantLinear.from_linear(linear, fit_weight(weight, spec))
     order = torch.randperm(2**bits, generator=generator)
+    if spec.has_offset:
+        return layer.requires_grad_(False), weight, generator  # its codebook never moves
     layer.codebook.data = layer.codebook.data[order]
     layer.indices = order.argsort().to(torch.uint8)[layer.indices.int()]
     return layer.requires_grad_(False), weight, generator
 
 
 kinds = st.sampled_from(
-    [{"group_size": 8}, {"group_size": 0}, {"rank": 2}, {"group_size": 8, "codebook": "int"}]
+    [
+        {"group_size": 8},
+        {"group_size": 0},
+        {"rank": 2},
+        {"group_size": 8, "codebook": "int"},
+        {"group_size": 8, "codebook": "uint"},
+    ]
 )
 
 

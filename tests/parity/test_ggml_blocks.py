@@ -11,12 +11,12 @@ from qat.export.gguf_file import read_tensor_records
 from qat.export.to_gguf import export_to_gguf
 from qat.grids.blocks import BLOCK_TYPES, pack_blocks, quantize_q8_0
 from qat.grids.scalar import dequantize, fixed_codebook, snap_float16
-from qat.quant.scheme import TYPE_OF_GRID
+from qat.quant.spec import GGUF_TYPES
 from tests.tiny import save_tiny, tiny_llama, tiny_student
 
 pytestmark = pytest.mark.parity
 
-GRIDS = {name: grid for grid, name in TYPE_OF_GRID.items()}
+GRIDS = {name: grid for grid, name in GGUF_TYPES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def random_weight(name):
 def test_c_gives_the_weights_of_training(ggml, name):
     """Scales of either sign, every index."""
     indices, scale, codebook = random_weight(name)
-    packed = pack_blocks(indices, scale, name)
+    packed = pack_blocks(indices, scale, None, name)
     found = dequantize_blocks(ggml, packed, name, indices.numel()).view(indices.shape)
     assert torch.equal(found, dequantize(indices, scale, codebook))
 
@@ -65,12 +65,12 @@ def test_a_converter_that_fits_anew_loses_what_was_trained(ggml, name):
     assert (found - weight).norm() > 0.001 * weight.norm()
 
 
-@pytest.mark.parametrize("scheme", ["gguf-q2_0+gguf-q4_0", "gguf-iq4_nl+gguf-q8_0"])
-def test_c_reads_our_files(ggml, tmp_path, scheme):
+@pytest.mark.parametrize("plan", ["gguf:q2_0+gguf:q4_0", "gguf:iq4_nl+gguf:q8_0"])
+def test_c_reads_our_files(ggml, tmp_path, plan):
     """Header, keys, tensor types and sizes, Q2_0 among them."""
     text_source = save_tiny(tmp_path / "base", tiny_llama())
     path = tmp_path / "out.gguf"
-    export_to_gguf(tiny_student("llama", scheme), path, text_source=text_source)
+    export_to_gguf(tiny_student("llama", plan), path, text_source=text_source)
 
     class Parameters(ctypes.Structure):
         _fields_ = [("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p)]

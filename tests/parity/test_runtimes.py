@@ -12,9 +12,7 @@ from qat.export.to_coreml import export_to_coreml
 from qat.export.to_gguf import export_to_gguf
 from qat.export.to_mlx import export_to_mlx
 from qat.model.surgery import quantized_layers
-from qat.pipelines.quantize import init_student
-from qat.quant.scheme import scheme_from_name
-from tests.tiny import TINY_MODELS, save_tiny, tiny_llama
+from tests.tiny import TINY_MODELS, quantize_plainly, save_tiny, tiny_llama
 
 pytestmark = pytest.mark.parity
 
@@ -29,12 +27,11 @@ def text_source(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("base"), tiny_llama())
 
 
-def unusual_student(family="llama", scheme="q2a4", **changes):
+def unusual_student(family="llama", plan="q2a4", **changes):
     """Return a student whose config has no number that a runtime takes by default."""
     rope = {"rope_type": "default", "rope_theta": 80000.0}
     student = TINY_MODELS[family](rope_parameters=rope, rms_norm_eps=3e-3, **changes)
-    init_student(student, scheme_from_name(scheme))
-    return student
+    return quantize_plainly(student, plan)
 
 
 def need(module, package):
@@ -48,24 +45,22 @@ def run(student, path, num_new_tokens=8):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize(
-    "scheme", ["gguf-q4_0", "gguf-iq4_nl", "gguf-q8_0", "gguf-iq4_nl+gguf-q4_0"]
-)
-def test_packed_gguf_runs(tmp_path, text_source, family, scheme):
+@pytest.mark.parametrize("plan", ["gguf:q4_0", "gguf:iq4_nl", "gguf:q8_0", "gguf:iq4_nl+gguf:q4_0"])
+def test_packed_gguf_runs(tmp_path, text_source, family, plan):
     """In ik_llama.cpp, which lacks Q2_0."""
     need("ik_llama_cpp", "ik-llama-cpp-python")
-    student = unusual_student(family, scheme)
+    student = unusual_student(family, plan)
     export_to_gguf(student, tmp_path / "a.gguf", text_source=text_source)
     _name, found = run(student, tmp_path / "a.gguf")
     assert found["kl_nats"] < ACTIVATION_COST_NATS
     assert found["top1_agreement"] > 0.85
 
 
-@pytest.mark.parametrize("scheme", ["gguf-q2_0", "gguf-q2_0+gguf-q4_0", "deploy"])
-def test_gguf_with_q2_0_runs(tmp_path, text_source, scheme):
+@pytest.mark.parametrize("plan", ["gguf:q2_0", "gguf:q2_0+gguf:q4_0", "deploy"])
+def test_gguf_with_q2_0_runs(tmp_path, text_source, plan):
     """In llama.cpp of 2026-07 or newer."""
     need("llama_cpp", "llama-cpp-python 0.3.36 (eleven CPU-minutes to build, so not by CI)")
-    student = unusual_student("llama", scheme)
+    student = unusual_student("llama", plan)
     export_to_gguf(student, tmp_path / "a.gguf", text_source=text_source)
     name, found = run(student, tmp_path / "a.gguf")
     assert name == "llama.cpp"
@@ -93,7 +88,7 @@ def test_the_runtime_splits_text_as_the_tokenizer_does(tmp_path, text_source):
     from qat.model.load import load_tokenizer
 
     export_to_gguf(
-        unusual_student("llama", "gguf-q4_0"), tmp_path / "a.gguf", text_source=text_source
+        unusual_student("llama", "gguf:q4_0"), tmp_path / "a.gguf", text_source=text_source
     )
     text = f"<|im_start|>user\n{PROBE}<|im_end|>\n"
     ours = load_tokenizer(text_source)(text).input_ids
@@ -101,21 +96,23 @@ def test_the_runtime_splits_text_as_the_tokenizer_does(tmp_path, text_source):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("scheme", ["deploy", "mlx-2bit-g64+mlx-4bit-g32", "mlx-4bit-g32"])
-def test_mlx_gives_the_weights_and_the_answers(tmp_path, text_source, family, scheme):
+@pytest.mark.parametrize(
+    "plan", ["deploy", "mlx-2bit-g64+mlx-4bit-g32", "mlx-4bit-g32", "mlx:4bit-g64", "mlx:3bit-g32"]
+)
+def test_mlx_gives_the_weights_and_the_answers(tmp_path, text_source, family, plan):
     """`mx.dequantize` equals training to the bit; logits differ by the order of sums."""
     need("mlx_lm", "mlx-lm with mlx-cpu")
     import mlx.core as mx
     import numpy as np
 
-    student = unusual_student(family, scheme)
+    student = unusual_student(family, plan)
     export_to_mlx(student, tmp_path / "a", text_source=text_source)
     stored = mx.load(str(tmp_path / "a" / "model.safetensors"))
     for name, layer in quantized_layers(student).items():
         found = mx.dequantize(
             *(stored[f"{name}.{part}"] for part in ("weight", "scales", "biases")),
-            group_size=layer.scheme.group_size,
-            bits=layer.scheme.bits,
+            group_size=layer.spec.group_size,
+            bits=layer.spec.bits,
         )
         found = torch.from_numpy(np.array(found.astype(mx.float32)))
         assert torch.equal(found, layer.fake_quantized_weight()), name
@@ -124,17 +121,17 @@ def test_mlx_gives_the_weights_and_the_answers(tmp_path, text_source, family, sc
     assert found["max_logit_difference"] < 1e-3
 
 
-@pytest.mark.parametrize("scheme", ["deploy", "w4a16-g32", "w2a16-g64", "gguf-q4_0"])
-def test_compressed_tensors_is_the_student(tmp_path, text_source, scheme):
+@pytest.mark.parametrize("plan", ["deploy", "w4a16-g32", "w2a16-g64", "gguf:q4_0"])
+def test_compressed_tensors_is_the_student(tmp_path, text_source, plan):
     """Through plain `from_pretrained`: weights to the bit, logits to the bit."""
     need("compressed_tensors", "compressed-tensors")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    student = unusual_student("llama", scheme)
+    student = unusual_student("llama", plan)
     export_to_compressed_tensors(student, tmp_path / "a", text_source=text_source)
     _name, found = run(student, tmp_path / "a")
     assert found["max_logit_difference"] == 0.0
-    if scheme == "deploy":
+    if plan == "deploy":
         return  # transformers 5.23 dequantizes at once with one grid for all layers only
     dense = AutoModelForCausalLM.from_pretrained(
         tmp_path / "a", quantization_config=CompressedTensorsConfig(dequantize=True)
@@ -145,11 +142,11 @@ def test_compressed_tensors_is_the_student(tmp_path, text_source, scheme):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-@pytest.mark.parametrize("scheme", ["coreml-lut2+coreml-lut4", "q2a4", "q4a4_r4", "q3a4"])
-def test_core_ml_palettes_read_back(tmp_path, text_source, scheme, dtype):
+@pytest.mark.parametrize("plan", ["coreml:lut2+coreml:lut4", "q2a4", "q4a4_r4", "q3a4"])
+def test_core_ml_palettes_read_back(tmp_path, text_source, plan, dtype):
     """Per tensor with a scale per row, per group, and low-rank factors."""
     need("coremltools", "coremltools")
-    student = unusual_student("llama", scheme)
+    student = unusual_student("llama", plan)
     report = export_to_coreml(student, tmp_path / "a", text_source=text_source, dtype=dtype)
     assert report["exact"] is True
     assert report["tensors_compared"] == len(quantized_layers(student))

@@ -28,8 +28,8 @@ def students(tmp_path_factory):
         pytest.skip(f"{MODEL.name} is not there; `qat fetch smollm2` makes it")
     folder = tmp_path_factory.mktemp("smollm2")
     (folder / "prompts.txt").write_text("\n".join(text.splitlines()[0] for text in PROMPTS))
-    for scheme in ("deploy", "gguf-iq4_nl+gguf-q4_0"):
-        flags = ["--model", str(MODEL), "--scheme", scheme, "--output", str(folder / scheme)]
+    for plan in ("deploy", "gguf:iq4_nl+gguf:q4_0"):
+        flags = ["--model", str(MODEL), "--plan", plan, "--output", str(folder / plan)]
         assert init_student([*flags, "--fit", "moments"]) == 0
     return folder
 
@@ -40,17 +40,17 @@ def closing(capsys, command, *flags):
     return json.loads(capsys.readouterr().out)
 
 
-def exported(capsys, students, scheme, output, *flags):
+def exported(capsys, students, plan, output, *flags):
     """Export and return what its closing line says."""
-    checkpoint = ("--checkpoint", students / scheme)
+    checkpoint = ("--checkpoint", students / plan)
     report = closing(capsys, export, *checkpoint, "--output", output, *flags)
     assert report["exact"] is True
     return report
 
 
-def distance(capsys, students, scheme, output):
+def distance(capsys, students, plan, output):
     """Return what the parity command says of an export."""
-    flags = ("--checkpoint", students / scheme, "--export", output)
+    flags = ("--checkpoint", students / plan, "--export", output)
     prompts = ("--prompts", students / "prompts.txt", "--num-new-tokens", 4)
     return closing(capsys, compare, *flags, *prompts)
 
@@ -77,8 +77,8 @@ def test_core_ml(tmp_path, students, capsys):
 
 def test_gguf_has_the_size_that_is_promised(tmp_path, students, capsys):
     """Within one part in a hundred of bits per weight, keys and vocabulary apart."""
-    for scheme in ("deploy", "gguf-iq4_nl+gguf-q4_0"):
-        report = exported(capsys, students, scheme, tmp_path / f"{scheme}.gguf", "--to", "gguf")
+    for plan in ("deploy", "gguf:iq4_nl+gguf:q4_0"):
+        report = exported(capsys, students, plan, tmp_path / f"{plan}.gguf", "--to", "gguf")
         num_weights = 134515008
         expected = report["bits_per_weight_model"] * num_weights / 8
         vocabulary = 2_000_000  # tokens, types and merges
@@ -90,9 +90,9 @@ def test_gguf_runs(tmp_path, students, capsys, flags):
     """Packed and dense; what packed files cost is the rounding of activations in kernels."""
     if find_spec("ik_llama_cpp") is None:
         pytest.skip("ik-llama-cpp-python is not installed; `make parity` installs it")
-    scheme = "gguf-iq4_nl+gguf-q4_0"
-    exported(capsys, students, scheme, tmp_path / "a.gguf", "--to", "gguf", *flags)
-    found = distance(capsys, students, scheme, tmp_path / "a.gguf")
+    plan = "gguf:iq4_nl+gguf:q4_0"
+    exported(capsys, students, plan, tmp_path / "a.gguf", "--to", "gguf", *flags)
+    found = distance(capsys, students, plan, tmp_path / "a.gguf")
     assert found["kl_nats"] < (1e-3 if "fp16" in flags else 0.02)
 
 

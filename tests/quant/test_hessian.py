@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from qat.calibrate.statistics import collect_loss_weights, walk_blocks
-from qat.model.surgery import quantizable_linears, quantized_layers
-from qat.pipelines.fit_layers import fit_by_blocks
+from qat.calibrate.statistics import collect_loss_weights, walk_decoder_layers
+from qat.model.surgery import dense_weights, quantized_layers
+from qat.pipelines.fit_layers import FitTask, fit_by_decoder_layers
+from qat.quant import hessian as hessian_fit
 from qat.quant.fit import fit_weight
 from qat.quant.hessian import (
     corrected_target,
@@ -20,23 +21,24 @@ from qat.quant.hessian import (
     refit_codebook,
     refit_scale,
 )
-from qat.quant.scheme import LayerScheme, scheme_from_name
-from tests.tiny import TINY_MODELS, tiny_llama
+from qat.quant.spec import TensorSpec, make_spec
+from tests.tiny import TINY_MODELS, plan_of, tiny_llama
 
-SCHEMES = {
-    "learned 2": LayerScheme(bits=2, group_size=16),
-    "learned 4": LayerScheme(bits=4, group_size=16),
-    "int 2": LayerScheme(bits=2, group_size=16, codebook="int"),
-    "int 4": LayerScheme(bits=4, group_size=16, codebook="int", stored_dtype="bfloat16"),
-    "balanced": LayerScheme(bits=2, group_size=16, codebook="balanced"),
-    "row scale": LayerScheme(bits=2, group_size=0),
-    "low rank": LayerScheme(bits=2, rank=4),
+SPECS = {
+    "learned 2": make_spec(bits=2, group_size=16),
+    "learned 4": make_spec(bits=4, group_size=16),
+    "int 2": make_spec(bits=2, group_size=16, codebook="int"),
+    "int 4": make_spec(bits=4, group_size=16, codebook="int", stored_dtype="bfloat16"),
+    "balanced": make_spec(bits=2, group_size=16, codebook="balanced"),
+    "row scale": make_spec(bits=2, group_size=0),
+    "low rank": make_spec(bits=2, rank=4),
+    "affine": make_spec(bits=3, group_size=16, codebook="uint"),
 }
 
 
-@pytest.fixture(params=SCHEMES)
-def scheme(request) -> LayerScheme:
-    return SCHEMES[request.param]
+@pytest.fixture(params=SPECS)
+def spec(request) -> TensorSpec:
+    return SPECS[request.param]
 
 
 def random_inputs(num_inputs: int, *, seed: int = 0, num_tokens: int = 512) -> torch.Tensor:
@@ -58,11 +60,11 @@ def random_layer(
     return weight, dampen(x.T @ x / len(x))
 
 
-def test_error_feedback_beats_plain_rounding(scheme):
+def test_error_feedback_beats_plain_rounding(spec):
     """Feeding errors forward lowers tr(E H E^T), on every draw, against rounding by moments."""
     for seed in range(4):
         weight, hessian = random_layer(seed=seed)
-        plain = fit_weight(weight, scheme, importance=hessian.diagonal())
+        plain = fit_weight(weight, spec, importance=hessian.diagonal())
         fed = feed_errors(weight, plain, hessian)
         assert hessian_error(weight, fed, hessian) < hessian_error(weight, plain, hessian)
 
@@ -70,7 +72,7 @@ def test_error_feedback_beats_plain_rounding(scheme):
 def test_error_feedback_equals_elimination_one_column_at_a_time():
     """The blocked triangular form is the plain loop that inverts H again after each column."""
     weight, hessian = random_layer(6, 80, seed=3)
-    start = fit_weight(weight, SCHEMES["learned 2"], importance=hessian.diagonal())
+    start = fit_weight(weight, SPECS["learned 2"], importance=hessian.diagonal())
     fed = feed_errors(weight, start, hessian)
     scale, codebook = full_scale(start).double(), start.codebook.double()
     work, left = weight.double().clone(), falling_order(hessian).tolist()
@@ -96,18 +98,18 @@ def test_feedback_factor_is_the_root_of_the_inverse():
 
 
 @pytest.mark.parametrize("step", ["scale", "codebook", "descend"])
-def test_no_refit_raises_the_error(scheme, step):
+def test_no_refit_raises_the_error(spec, step):
     """Scales, codebook and codes may each be refitted at any time without loss."""
-    if (step == "scale" and scheme.rank) or (step == "codebook" and scheme.codebook != "learned"):
-        pytest.skip("this scheme has none")
+    if (step == "scale" and spec.rank) or (step == "codebook" and not spec.grid.is_learned):
+        pytest.skip("this spec has none")
     refit = {
-        "scale": lambda w, q, h: refit_scale(w, q, h, scheme),
+        "scale": refit_scale,
         "codebook": refit_codebook,
         "descend": descend,
     }[step]
     for seed in range(3):
         weight, hessian = random_layer(seed=seed)
-        former = fit_weight(weight, scheme, importance=hessian.diagonal())
+        former = fit_weight(weight, spec, importance=hessian.diagonal())
         for _ in range(3):
             fitted = refit(weight, former, hessian)
             before, after = (hessian_error(weight, q, hessian) for q in (former, fitted))
@@ -115,12 +117,59 @@ def test_no_refit_raises_the_error(scheme, step):
             former = fitted
 
 
+def test_refitted_scales_and_offsets_are_least_squares_together():
+    """One system of 2G unknowns a row, to the float16 grid."""
+    weight, hessian = random_layer(4, 48)
+    weight += 0.1
+    start = fit_weight(
+        weight, make_spec(4, group_size=16, codebook="uint"), importance=hessian.diagonal()
+    )
+    fitted = refit_scale(weight, start, hessian)
+    values = start.codebook[start.indices.int()]
+    root = torch.linalg.cholesky(hessian).T
+    for row in range(4):
+        groups = [slice(16 * group, 16 * group + 16) for group in range(3)]
+        columns = [root[:, group] @ values[row, group] for group in groups]
+        columns += [root[:, group].sum(1) for group in groups]
+        system = torch.stack(columns, 1)
+        best = torch.linalg.lstsq(system, root @ weight[row]).solution
+        found = torch.cat([fitted.scale[row], fitted.parts["offset"][row]])
+        torch.testing.assert_close(found, best, rtol=5e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize("codebook", ["int", "uint", "balanced", "iq4_nl"])
+def test_chunks_of_rows_change_nothing(monkeypatch, codebook):
+    """A vocabulary that is fitted in parts gets what one fit gives, where codebooks are fixed."""
+    weight, hessian = random_layer(20, 64)
+    spec = make_spec(4, group_size=16, codebook=codebook)
+    whole = fit_with_hessian(weight, spec, hessian)
+    monkeypatch.setattr(hessian_fit, "FITTED_ROWS", 7)
+    chunked = fit_with_hessian(weight, spec, hessian)
+    assert chunked.parts.keys() == whole.parts.keys()
+    # Products of other shapes sum in another order, which moves a code on a border now and then.
+    assert (chunked.indices != whole.indices).float().mean() < 0.01
+    ratio = hessian_error(weight, chunked, hessian) / hessian_error(weight, whole, hessian)
+    assert ratio == pytest.approx(1, rel=1e-3)
+
+
+def test_chunks_of_rows_share_a_learned_codebook(monkeypatch):
+    """Fitted to rows spread over all; the whole is nearly as good as one fit."""
+    weight, hessian = random_layer(40, 64)
+    spec = make_spec(2, group_size=16)
+    whole = fit_with_hessian(weight, spec, hessian)
+    monkeypatch.setattr(hessian_fit, "FITTED_ROWS", 10)
+    chunked = fit_with_hessian(weight, spec, hessian, row_weights=torch.rand(40) + 0.1)
+    assert chunked.codebook.shape == (4,)
+    assert chunked.indices.shape == (40, 64)
+    assert hessian_error(weight, chunked, hessian) < 1.3 * hessian_error(weight, whole, hessian)
+
+
 def test_refitted_scales_are_least_squares():
     """Without the float16 grid, no scale of a row can be moved to lower the error."""
     weight, hessian = random_layer(4, 48)
-    scheme = LayerScheme(bits=4, group_size=16)
-    start = fit_weight(weight, scheme, importance=hessian.diagonal())
-    fitted = refit_scale(weight, start, hessian, scheme)
+    spec = make_spec(bits=4, group_size=16)
+    start = fit_weight(weight, spec, importance=hessian.diagonal())
+    fitted = refit_scale(weight, start, hessian)
     values = start.codebook[start.indices.int()]
     for row in range(4):
         root = torch.linalg.cholesky(hessian).T  # E H E^T = |root E^T|^2
@@ -132,24 +181,24 @@ def test_refitted_scales_are_least_squares():
         torch.testing.assert_close(fitted.scale[row], best, rtol=2e-3, atol=0)
 
 
-def test_every_fit_is_stored_as_it_is(scheme):
+def test_every_fit_is_stored_as_it_is(spec):
     """Indices, scales and codebook survive the float16 grid; fixed codebooks stay fixed."""
     weight, hessian = random_layer()
-    fitted = fit_with_hessian(weight, scheme, hessian)
-    numbers = [fitted.codebook, *(fitted.low_rank or [fitted.scale])]
+    fitted = fit_with_hessian(weight, spec, hessian)
+    numbers = fitted.parts.values()
     assert all(torch.equal(x, x.half().float()) for x in numbers)
-    if scheme.stored_dtype == "bfloat16":
+    if spec.stored_dtype == "bfloat16":
         assert torch.equal(fitted.scale, fitted.scale.bfloat16().float())
     assert torch.equal(fitted.codebook, fitted.codebook.sort().values)
-    assert fitted.indices.max() < 2**scheme.bits
-    if scheme.codebook == "int":
-        assert fitted.codebook.tolist() == list(range(-(2 ** (scheme.bits - 1)), 0)) + list(
-            range(2 ** (scheme.bits - 1))
+    assert fitted.indices.max() < 2**spec.bits
+    if spec.grid.kind == "int":
+        assert fitted.codebook.tolist() == list(range(-(2 ** (spec.bits - 1)), 0)) + list(
+            range(2 ** (spec.bits - 1))
         )
-    if scheme.is_signed:
+    if spec.is_signed:
         assert (fitted.scale < 0).any(), "these codebooks reach further on one side"
         assert (fitted.scale > 0).any()
-    elif not scheme.rank:
+    elif not spec.rank:
         assert (fitted.scale > 0).all()
 
 
@@ -161,7 +210,7 @@ def test_a_weight_on_the_grid_comes_back_exactly():
     signs = torch.tensor([1.0, -1.0]).repeat(4).unsqueeze(1)
     weight = indices * 0.0625 * signs
     _, hessian = random_layer(8, 64)
-    fitted = fit_with_hessian(weight, SCHEMES["int 2"], hessian)
+    fitted = fit_with_hessian(weight, SPECS["int 2"], hessian)
     assert torch.equal(fitted.dequantize(), weight)
 
 
@@ -189,9 +238,9 @@ def test_statistics_are_those_of_the_inputs_really_fed(family):
     """mean x_q x_q^T and mean (x - x_q) x_q^T, with x_q behind all layers replaced so far."""
     model, dense = TINY_MODELS[family](), TINY_MODELS[family]()
     batches = list(torch.randint(0, 256, (6, 12)).split(4))
-    names = list(quantizable_linears(model, scheme_from_name("q2a4")))
+    names = list(plan_of(model).quantized)
     found = {}
-    for group, statistics in walk_blocks(model, names, batches):
+    for group, statistics in walk_decoder_layers(model, names, batches):
         for name in group:
             found[name] = statistics
             weight = model.get_submodule(name).weight
@@ -209,10 +258,10 @@ def test_weighted_statistics_count_each_token_by_its_weight():
     """sum w x x^T / sum w; linears of one input take the mean of their shares."""
     model, dense = tiny_llama(), tiny_llama()
     batches = list(torch.randint(0, 256, (6, 12)).split(4))
-    names = list(quantizable_linears(model, scheme_from_name("q2a4")))
+    names = list(plan_of(model).quantized)
     weights = {name: [torch.rand(batch.shape) for batch in batches] for name in names}
     inputs = inputs_of(dense, names, batches)
-    for group, statistics in walk_blocks(model, names, batches, token_weights=weights):
+    for group, statistics in walk_decoder_layers(model, names, batches, token_weights=weights):
         share = [torch.cat([batch.flatten() for batch in weights[name]]) for name in group]
         weight = sum(one / one.sum() for one in share) / len(share)
         x = inputs[group[0]]
@@ -257,43 +306,40 @@ def inputs_of(model, names, batches) -> dict[str, torch.Tensor]:
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
-def test_a_model_fitted_by_blocks_is_a_student():
+def test_a_model_fitted_by_decoder_layers_is_a_student():
     """Every linear is replaced; nothing is left held."""
     model = TINY_MODELS["llama"]()
-    scheme = scheme_from_name("q2a4_g16")
-    linears = quantizable_linears(model, scheme)
-    fit_by_blocks(
-        model,
-        {name: scheme.layer(name) for name in linears},
-        [torch.randint(0, 256, (4, 12))],
-        weight_of=lambda name: linears[name].weight,
-        dtype=torch.float32,
+    plan = plan_of(model, "q2a4_g16")
+    linears = dense_weights(model, plan)
+    task = FitTask(
+        specs=plan.quantized, weight_of=lambda name: linears[name].weight, row_weights={}
     )
+    fit_by_decoder_layers(model, task, [torch.randint(0, 256, (4, 12))], dtype=torch.float32)
     layers = quantized_layers(model)
     assert list(layers) == list(linears)
     assert all(layer.held_weight is None for layer in layers.values())
     assert torch.isfinite(model(torch.randint(0, 256, (1, 8))).logits).all()
 
 
-def test_a_singular_hessian_is_no_obstacle(scheme):
+def test_a_singular_hessian_is_no_obstacle(spec):
     """Fewer tokens than inputs, silent inputs and inputs of zeros alone all give a finite fit."""
     weight, _ = random_layer()
     few = random_inputs(96, num_tokens=3)
     few[:, 10:30] = 0
     for hessian in (few.T @ few, torch.zeros(96, 96)):
-        fitted = fit_with_hessian(weight, scheme, hessian, drift=torch.zeros(96, 96))
+        fitted = fit_with_hessian(weight, spec, hessian, drift=torch.zeros(96, 96))
         assert torch.isfinite(fitted.dequantize()).all()
         assert hessian_error(weight, fitted, dampen(hessian)) < 0.5
 
 
-def test_rows_of_zeros_and_constant_weights_fit(scheme):
+def test_rows_of_zeros_and_constant_weights_fit(spec):
     """A row of zeros comes back small, a constant weight nearly exactly."""
     weight, hessian = random_layer()
     weight[3] = 0
-    fitted = fit_with_hessian(weight, scheme, hessian)
+    fitted = fit_with_hessian(weight, spec, hessian)
     assert fitted.dequantize()[3].abs().max() < 2e-3
     constant = torch.full_like(weight, 0.25)
-    fitted = fit_with_hessian(constant, scheme, hessian)
+    fitted = fit_with_hessian(constant, spec, hessian)
     assert hessian_error(constant, fitted, hessian) < 1e-3
 
 
@@ -301,28 +347,28 @@ def test_rows_of_zeros_and_constant_weights_fit(scheme):
 def test_what_is_not_finite_is_refused(bad):
     """A weight or a statistic with NaN or infinity is an error that says what to do."""
     weight, hessian = random_layer()
-    scheme = SCHEMES["learned 2"]
+    spec = SPECS["learned 2"]
     broken = weight.clone()
     broken[0, 0] = bad
     with pytest.raises(ValueError, match="repair the model"):
-        fit_with_hessian(broken, scheme, hessian)
+        fit_with_hessian(broken, spec, hessian)
     broken = hessian.clone()
     broken[0, 0] = bad
     with pytest.raises(ValueError, match="calibrate on this model"):
-        fit_with_hessian(weight, scheme, broken)
+        fit_with_hessian(weight, spec, broken)
 
 
 def test_statistics_of_another_layer_are_refused():
     """H must have one row per input of the weight."""
     weight, hessian = random_layer()
     with pytest.raises(ValueError, match=r"\(95, 95\).*\(96, 96\)"):
-        fit_with_hessian(weight, SCHEMES["int 2"], hessian[1:, 1:])
+        fit_with_hessian(weight, SPECS["int 2"], hessian[1:, 1:])
 
 
 def test_a_linear_outside_numbered_blocks_is_refused():
     """The walk needs blocks that follow each other; it says which fit does not."""
     model = TINY_MODELS["llama"]()
     with pytest.raises(ValueError, match="--fit moments"):
-        next(walk_blocks(model, ["lm_head"], [torch.zeros(1, 4, dtype=torch.long)]))
+        next(walk_decoder_layers(model, ["lm_head"], [torch.zeros(1, 4, dtype=torch.long)]))
     with pytest.raises(ValueError, match="no tokens"):
-        next(walk_blocks(model, ["model.layers.0.mlp.up_proj"], []))
+        next(walk_decoder_layers(model, ["model.layers.0.mlp.up_proj"], []))

@@ -5,12 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.grids.scalar import expand_groups, nearest_indices, snap_float16
+from qat.grids.scalar import (
+    ScalarGrid,
+    codebook_range,
+    expand_groups,
+    nearest_indices,
+    snap_float16,
+)
 from qat.quant import straight_through as ste
 from qat.quant.straight_through import (
     Dequantize,
     SnapFloat16,
-    codebook_range,
     fake_quantize,
     fake_quantize_gradients,
 )
@@ -27,14 +32,28 @@ def problem(rows, groups, size, bits, seed, *, spread=1.0):
     return latent, scale, codebook, gradient
 
 
-def dense(latent, scale, codebook):
+GRID = ScalarGrid(3)  # rounds to whatever codebook it is given
+
+
+def rounded(latent, scale, codebook, offset=None):
+    """Return the fake-quantized weight; tests differ in the tensors alone."""
+    return fake_quantize(latent, scale, codebook, GRID, offset=offset)
+
+
+def random_offset(scale):
+    """Return offsets of either sign, one per scale."""
+    return torch.randn(scale.shape, generator=torch.Generator().manual_seed(scale.numel()))
+
+
+def dense(latent, scale, codebook, offset=None):
     """Return what `fake_quantize` promises, in tensors as large as the weight."""
     full = expand_groups(scale, latent.shape[1])
-    normalized = latent / full
+    shift = 0 if offset is None else expand_groups(offset, latent.shape[1])
+    normalized = (latent - shift) / full
     low, high = codebook_range(codebook.detach())
     inside = ((normalized >= low) & (normalized <= high)).float()
     values = codebook[nearest_indices(normalized.detach(), codebook.detach()).long()]
-    return full * (values + inside * (normalized - normalized.detach()))
+    return full * (values + inside * (normalized - normalized.detach())) + shift
 
 
 def gradients(function, tensors, gradient):
@@ -60,29 +79,43 @@ cases = st.tuples(
 def test_explicit_gradients_are_those_of_dense_autograd(case):
     """Latent weight, scales and codebook, groups of any size down to one weight, signs of both."""
     *tensors, gradient = problem(*case)
-    explicit, result = gradients(fake_quantize, tensors, gradient)
+    explicit, result = gradients(rounded, tensors, gradient)
     expected, wanted = gradients(dense, tensors, gradient)
     assert torch.equal(result, wanted)
     for left, right in zip(explicit, expected, strict=True):
         assert_close(left, right)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=cases)
-def test_gradients_of_frozen_indices_are_those_of_dense_autograd(case):
-    """Without a latent weight only scales and codebook move."""
+def test_gradients_with_offsets_are_those_of_dense_autograd(case):
+    """Scale and offset move where a weight lies outside; inside only the rounding error counts."""
+    latent, scale, codebook, gradient = problem(*case)
+    tensors = (latent, scale, codebook, random_offset(scale))
+    explicit, result = gradients(rounded, tensors, gradient)
+    expected, wanted = gradients(dense, tensors, gradient)
+    torch.testing.assert_close(result, wanted, rtol=1e-6, atol=1e-6)
+    for left, right in zip(explicit, expected, strict=True):
+        assert_close(left, right)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases, has_offset=st.booleans())
+def test_gradients_of_frozen_indices_are_those_of_dense_autograd(case, has_offset):
+    """Without a latent weight only scales, offsets and codebook move."""
     latent, scale, codebook, gradient = problem(*case)
     indices = nearest_indices(latent / expand_groups(scale, latent.shape[1]), codebook)
 
-    def plain(scale, codebook):
-        return expand_groups(scale, latent.shape[1]) * codebook[indices.long()]
+    def plain(scale, codebook, offset=None):
+        weight = expand_groups(scale, latent.shape[1]) * codebook[indices.long()]
+        return weight if offset is None else weight + expand_groups(offset, latent.shape[1])
 
-    explicit, result = gradients(
-        lambda scale, codebook: Dequantize.apply(indices, scale, codebook, torch.float32),
-        (scale, codebook),
-        gradient,
-    )
-    expected, wanted = gradients(plain, (scale, codebook), gradient)
+    def explicit_form(scale, codebook, offset=None):
+        return Dequantize.apply(indices, scale, offset, codebook, GRID, torch.float32)
+
+    tensors = (scale, codebook, *([random_offset(scale)] if has_offset else []))
+    explicit, result = gradients(explicit_form, tensors, gradient)
+    expected, wanted = gradients(plain, tensors, gradient)
     assert torch.equal(result, wanted)
     for left, right in zip(explicit, expected, strict=True):
         assert_close(left, right)
@@ -93,8 +126,9 @@ def test_the_latent_gradient_is_the_identity_inside_and_zero_outside():
     codebook = torch.tensor([-2.0, -1.0, 0.0, 1.0])
     latent = torch.tensor([[-2.51, -2.5, -0.4, 1.5, 1.51]])
     gradient = torch.tensor([[3.0, 5.0, 7.0, 11.0, 13.0]])
-    d_latent, _, _ = fake_quantize_gradients(
-        latent, torch.ones(1, 1), codebook, gradient, True, False, False
+    needed = (True, False, False, False)
+    d_latent, *_ = fake_quantize_gradients(
+        GRID, latent, (torch.ones(1, 1), None), codebook, gradient, needed
     )
     assert d_latent.tolist() == [[0.0, 5.0, 7.0, 11.0, 0.0]]
 
@@ -102,10 +136,10 @@ def test_the_latent_gradient_is_the_identity_inside_and_zero_outside():
 def test_chunks_of_rows_change_nothing(monkeypatch):
     """However many rows are worked on at once; the codebook's sum alone may round otherwise."""
     *tensors, gradient = problem(37, 2, 8, 3, seed=1)
-    whole, result = gradients(fake_quantize, tensors, gradient)
+    whole, result = gradients(rounded, tensors, gradient)
     monkeypatch.setattr(ste, "numbers_at_once", lambda _device: 5 * 16)
     assert len(ste.row_chunks(tensors[0])) == 8
-    chunked, again = gradients(fake_quantize, tensors, gradient)
+    chunked, again = gradients(rounded, tensors, gradient)
     assert torch.equal(result, again)
     assert torch.equal(whole[0], chunked[0])
     assert torch.equal(whole[1], chunked[1])
@@ -116,8 +150,8 @@ def test_an_unsorted_codebook_is_the_same_codebook():
     """Training may move values past each other; each keeps its own gradient."""
     latent, scale, codebook, gradient = problem(5, 2, 8, 3, seed=2)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    sorted_gradients, result = gradients(fake_quantize, (latent, scale, codebook), gradient)
-    mixed, again = gradients(fake_quantize, (latent, scale, codebook[order]), gradient)
+    sorted_gradients, result = gradients(rounded, (latent, scale, codebook), gradient)
+    mixed, again = gradients(rounded, (latent, scale, codebook[order]), gradient)
     assert torch.equal(result, again)
     assert torch.equal(mixed[2], sorted_gradients[2][order])
 
@@ -125,9 +159,12 @@ def test_an_unsorted_codebook_is_the_same_codebook():
 def test_what_is_not_wanted_is_not_computed():
     """None stands for a gradient nobody asked for."""
     *tensors, gradient = problem(3, 2, 4, 2, seed=3)
-    for wanted in ((True, False, False), (False, True, False), (False, False, True)):
-        found = fake_quantize_gradients(*tensors, gradient, *wanted)
-        assert tuple(part is not None for part in found) == wanted
+    latent, scale, codebook = tensors
+    scales = (scale, random_offset(scale))
+    for place in range(4):
+        needed = tuple(place == each for each in range(4))
+        found = fake_quantize_gradients(GRID, latent, scales, codebook, gradient, needed)
+        assert tuple(part is not None for part in found) == needed
 
 
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 3)])
@@ -136,12 +173,12 @@ def test_a_scale_of_zero_gives_no_nan(rows):
     latent, scale, codebook, gradient = problem(3, 2, 4, 2, seed=4)
     scale[rows] = 0.0
     latent[rows, :2] = 0.0
-    found, result = gradients(fake_quantize, (latent, scale, codebook), gradient)
+    found, result = gradients(rounded, (latent, scale, codebook), gradient)
     assert torch.isfinite(result).all()
     for part in found:
         assert torch.isfinite(part).all()
     if rows.stop < 3:
-        clean, _ = gradients(fake_quantize, (latent[1:], scale[1:], codebook), gradient[1:])
+        clean, _ = gradients(rounded, (latent[1:], scale[1:], codebook), gradient[1:])
         assert torch.equal(found[0][1:], clean[0])
         assert torch.equal(found[1][1:], clean[1])
 
@@ -150,7 +187,7 @@ def test_float16_rounding_lets_gradients_through():
     """Forward = rounded to the bit, backward = identity, exactly."""
     values = torch.randn(50, generator=torch.Generator().manual_seed(0), requires_grad=True)
     gradient = torch.arange(50.0)
-    rounded = SnapFloat16.apply(values)
-    rounded.backward(gradient)
-    assert torch.equal(rounded, snap_float16(values.detach()))
+    snapped = SnapFloat16.apply(values)
+    snapped.backward(gradient)
+    assert torch.equal(snapped, snap_float16(values.detach()))
     assert torch.equal(values.grad, gradient)

@@ -1,0 +1,65 @@
+"""`QuantizedTensor`: indices on a grid with their scales, the same object on every path.
+
+The fit returns it, layers hold it, checkpoints store it, exporters pack it.
+
+Shape legend: O out, I in, G groups of a row, R rank, C codebook values.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from qat.grids.scalar import times_scale
+from qat.grids.scales import LowRank
+from qat.quant.spec import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A weight on its grid."""
+
+    spec: TensorSpec
+    indices: Tensor
+    """(O, I) uint8; blocks of several weights have an index of their own."""
+    parts: Mapping[str, Tensor]
+    """Scales and codebook by name, float32 numbers of the stored dtype."""
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codebook, (C,) ascending."""
+        return self.parts["codebook"]
+
+    @property
+    def scale(self) -> Tensor:
+        """Group scales, (O, G)."""
+        return self.parts["scale"]
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """Factors of low-rank scales; None where there are groups."""
+        if not self.spec.rank:
+            return None
+        return LowRank(*(self.parts[name] for name in LowRank._fields))
+
+    def expand(self) -> tuple[Tensor, Tensor | None]:
+        """Return scales and offsets as the grid takes them: (O, G), or (O, I) when low rank."""
+        return self.spec.scale.expand(self.parts, lambda values: values)
+
+    def full_scale(self) -> Tensor:
+        """Return the scales as the grid takes them."""
+        return self.expand()[0]
+
+    def dequantize(self) -> Tensor:
+        """Return W_hat, (O, I), float32."""
+        scale, offset = self.expand()
+        values = self.spec.grid.look_up(self.indices, self.codebook)
+        return times_scale(values, scale, offset)
+
+    def replaced(self, *, indices: Tensor | None = None, **parts: Tensor) -> "QuantizedTensor":
+        """Return the tensor with other indices or some other parts."""
+        return replace(
+            self,
+            indices=self.indices if indices is None else indices,
+            parts={**self.parts, **parts},
+        )

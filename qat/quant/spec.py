@@ -1,0 +1,246 @@
+"""`TensorSpec`: the format of one tensor, and the grammar of its names.
+
+    lut2-g32    a codebook of 2**2 values fitted per tensor, a scale for each 32 weights of a row
+    lut2-r8     the same with scales of rank 8; lut2-row: one scale for the whole row
+    int4-g32    integers -8 .. 7, scales of either sign; uniform, balanced, iq4_nl likewise
+    affine4-g64 integers 0 .. 15 with a scale and an offset for each group
+    f32, f16, bf16    not quantized
+
+A suffix `-bf16` or `-f32` says how scales and codebooks are stored; float16 without one. Names of
+runtimes' formats stand for the grids that their files hold: `gguf:q4_0`, `mlx:4bit-g64`,
+`w4a16-g32` (compressed-tensors), `coreml:lut4`.
+
+Shape legend: O out, I in.
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from qat.grids.scalar import ScalarGrid
+from qat.grids.scales import GroupScale, LowRankScale
+
+StoredDtype = Literal["float16", "bfloat16", "float32"]
+Grid = ScalarGrid
+Scale = GroupScale | LowRankScale
+
+STORED_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
+DENSE_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+DTYPE_SUFFIXES = {"float16": "", "bfloat16": "-bf16", "float32": "-f32"}
+PREFIXES = {"learned": "lut", "uint": "affine"}  # of codebooks named otherwise than by their kind
+RUNTIME_CODEBOOKS = ("int", "uint", "iq4_nl")  # whose values files of runtimes cannot change
+
+_NAME = re.compile(
+    r"(?P<kind>lut|int|affine|uniform|balanced|iq4_nl)(?P<bits>[2-8])"
+    r"-(?:g(?P<group>[1-9]\d*)|r(?P<rank>[1-9]\d*)|(?P<row>row))"
+    r"(?:-floor(?P<floor>[\d.e-]+?))?(?P<dtype>-bf16|-f32)?"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """The format of one tensor: W_hat = scale * grid value (+ offset), elementwise."""
+
+    grid: Grid | None
+    """The values that weights take; None = not quantized."""
+    scale: Scale | None
+    """What the values are multiplied by; None = not quantized."""
+    stored_dtype: StoredDtype = "float16"
+    """Of scales and codebook, in files and so in the forward; of the tensor itself where it is not
+    quantized. bfloat16: numbers of both bfloat16 and float16, for runtimes that cast scales to the
+    dtype of activations. Checkpoints of other programs may need float32 to stay what they are;
+    `qat snap-fp16` moves them to float16."""
+    name: str = field(default="", compare=False)
+    """As in the grammar of this module; found from the other fields when not given."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", canonical_name(self))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the tensor lies on a grid."""
+        return self.grid is not None
+
+    @property
+    def bits(self) -> int:
+        """Bits per index."""
+        return self.grid.bits
+
+    @property
+    def rank(self) -> int:
+        """Rank of the scales; 0 = one scale per group."""
+        return self.scale.rank if isinstance(self.scale, LowRankScale) else 0
+
+    @property
+    def group_size(self) -> int:
+        """Weights of a row that share a scale; 0 = the whole row, or low-rank scales."""
+        return 0 if self.rank else self.scale.group_size
+
+    @property
+    def floor(self) -> float | None:
+        """Least scale, in checkpoints of the seeds' first form."""
+        return self.scale.floor
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether a group's scale may be negative."""
+        return self.grid.is_signed and not self.rank
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether groups have an offset."""
+        return isinstance(self.scale, GroupScale) and self.scale.has_offset
+
+    @property
+    def has_fixed_values(self) -> bool:
+        """Whether a runtime's file fixes the grid's values, so that they cannot train."""
+        return self.grid.kind in RUNTIME_CODEBOOKS
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor that the format does not fit.
+
+        Raises:
+            ValueError: If so; says what would fit.
+        """
+        if self.is_quantized:
+            self.scale.check(shape)
+
+    def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of scales and codebook of an (O, I) weight, by name."""
+        return {**self.scale.part_shapes(shape), "codebook": (self.grid.num_values,)}
+
+    def size_bits(self, shape: tuple[int, ...]) -> int:
+        """Return the bits of everything that a tensor ships: indices, scales, codebook."""
+        stored_bits = STORED_BITS[self.stored_dtype]
+        if not self.is_quantized:
+            count = 1
+            for side in shape:
+                count *= side
+            return count * stored_bits
+        codebook = self.grid.num_values if self.grid.is_learned else 0
+        scales = self.scale.size_bits(shape, stored_bits)
+        return self.grid.size_bits(shape) + scales + stored_bits * codebook
+
+    def size_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes that a file holds for a tensor of a shape."""
+        return -(-self.size_bits(shape) // 8)
+
+    def with_scale(self, scale: Scale) -> "TensorSpec":
+        """Return the spec with other scales."""
+        return replace(self, scale=scale, name="")
+
+    def with_rank(self, rank: int) -> "TensorSpec":
+        """Return the spec with scales of a rank; itself where it has that rank."""
+        return self if rank == self.rank else self.with_scale(LowRankScale(rank, self.floor))
+
+    def without_floor(self) -> "TensorSpec":
+        """Return the spec with unfloored scales."""
+        return self.with_scale(replace(self.scale, floor=None))
+
+    def stored_as(self, dtype: StoredDtype) -> "TensorSpec":
+        """Return the spec with scales and codebook stored in another dtype."""
+        return replace(self, stored_dtype=dtype, name="")
+
+    @classmethod
+    def from_name(cls, name: str) -> "TensorSpec":
+        """Return the format that a name stands for.
+
+        Raises:
+            ValueError: If the name does not follow the grammar of this module.
+        """
+        if name in FORMATS:
+            return FORMATS[name]
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(
+                f"format {name!r} is unknown; write KIND BITS - SCALES, such as lut2-g32, lut2-r8, "
+                f"int4-g32, affine4-g64, or one of {', '.join(FORMATS)}"
+            )
+        kind = {"lut": "learned", "affine": "uint"}.get(match["kind"], match["kind"])
+        floor = float(match["floor"]) if match["floor"] else None
+        if match["rank"]:
+            scale: Scale = LowRankScale(int(match["rank"]), floor)
+        else:
+            scale = GroupScale(int(match["group"] or 0), kind == "uint", floor)
+        stored = next(d for d, suffix in DTYPE_SUFFIXES.items() if suffix == (match["dtype"] or ""))
+        return cls(grid=ScalarGrid(int(match["bits"]), kind), scale=scale, stored_dtype=stored)
+
+
+def make_spec(
+    bits: int,
+    *,
+    group_size: int = 32,
+    rank: int = 0,
+    codebook: str = "learned",
+    stored_dtype: StoredDtype = "float16",
+    floor: float | None = None,
+) -> TensorSpec:
+    """Return the spec of a scalar grid.
+
+    Args:
+        bits: Bits per index.
+        group_size: Weights of a row that share a scale; 0 = the whole row. Not used with a rank.
+        rank: Rank of low-rank scales; 0 = one scale per group.
+        codebook: As in `ScalarGrid.kind`; uint comes with offsets.
+        stored_dtype: Of scales and codebook.
+        floor: As in `GroupScale.floor`.
+    """
+    group = GroupScale(group_size, codebook == "uint", floor)
+    scale = LowRankScale(rank, floor) if rank else group
+    return TensorSpec(grid=ScalarGrid(bits, codebook), scale=scale, stored_dtype=stored_dtype)
+
+
+def canonical_name(spec: TensorSpec) -> str:
+    """Return the name of a spec in the grammar of this module."""
+    if not spec.is_quantized:
+        return next(name for name, dtype in DENSE_DTYPES.items() if dtype == spec.stored_dtype)
+    kind = PREFIXES.get(spec.grid.kind, spec.grid.kind)
+    size = f"r{spec.rank}" if spec.rank else f"g{spec.group_size}" if spec.group_size else "row"
+    floor = "" if spec.floor is None else f"-floor{spec.floor!r}"
+    return f"{kind}{spec.bits}-{size}{floor}{DTYPE_SUFFIXES[spec.stored_dtype]}"
+
+
+def named_formats() -> dict[str, TensorSpec]:
+    """Return the formats of runtimes and the unquantized ones, by name."""
+    both = {"stored_dtype": "bfloat16"}
+    formats = {
+        "gguf:q4_0": make_spec(4, codebook="int"),
+        "gguf:q2_0": make_spec(2, group_size=64, codebook="int"),
+        "gguf:iq4_nl": make_spec(4, codebook="iq4_nl"),
+        "gguf:q8_0": make_spec(8, codebook="int"),
+        "gguf:q4_1": make_spec(4, codebook="uint"),
+        "w4a16-g32": make_spec(4, codebook="int", **both),
+        "w2a16-g64": make_spec(2, group_size=64, codebook="int", **both),
+        "coreml:lut4": make_spec(4, group_size=0),
+        "coreml:lut2": make_spec(2, group_size=0),
+    }
+    for bits in (2, 3, 4, 5, 6, 8):
+        for size in (32, 64, 128):
+            formats[f"mlx:{bits}bit-g{size}"] = make_spec(bits, group_size=size, codebook="uint")
+    named = {name: replace(spec, name=name) for name, spec in formats.items()}
+    for name, dtype in DENSE_DTYPES.items():
+        named[name] = TensorSpec(grid=None, scale=None, stored_dtype=dtype, name=name)
+    return named
+
+
+FORMATS = named_formats()
+F32, F16 = FORMATS["f32"], FORMATS["f16"]
+
+# (codebook, bits, group size) of a spec to the GGUF type that holds it exactly.
+GGUF_TYPES = {
+    ("int", 4, 32): "q4_0",
+    ("int", 2, 64): "q2_0",
+    ("int", 8, 32): "q8_0",
+    ("iq4_nl", 4, 32): "iq4_nl",
+    ("uint", 4, 32): "q4_1",
+}
+
+
+def gguf_type_of(spec: TensorSpec) -> str | None:
+    """Return the GGUF type that holds a spec exactly, None where no type does."""
+    if not spec.is_quantized or spec.rank or spec.floor is not None:
+        return None
+    if spec.stored_dtype == "float32":
+        return None
+    return GGUF_TYPES.get((spec.grid.kind, spec.bits, spec.group_size))
