@@ -4,7 +4,6 @@ Plain fine-tuning is given its cheapest form: float32 master weights cast once a
 layers trained, the same loss, optimizer and batch. What is left over is fake quantization.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,18 +12,20 @@ from torch import Tensor, nn
 from qat.distill.kl import forward_kl
 from qat.grids.scalar import nearest_indices, over_scale
 from qat.grids.scales import GAUSSIAN_REACH, start_scale
-from qat.model.layers import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear, FakeQuantWeight
 from qat.model.rankwise import RankwiseLinear
 from qat.model.surgery import (
+    dense_weights,
     empty_layer,
     hold_weights,
     layers_of_kind,
-    quantizable_linears,
+    model_tensors,
     quantized_layers,
-    replace_linears,
+    replace_weights,
     swap,
 )
-from qat.quant.scheme import LayerScheme, Scheme, layer_kind, scheme_from_name
+from qat.quant.plan import QuantPlan, parse_plan, tensor_kind
+from qat.quant.spec import TensorSpec
 from qat.train.step import Trainer
 from qat.train.trainable import choose_trainable, make_optimizer, trained_layers
 
@@ -59,41 +60,40 @@ class PlainTrainer(Trainer):
     def pull(self) -> None:
         """Cast every gradient once."""
         for layer in self.layers:
-            layer.latent_weight.grad = layer.held_weight.grad.float()
-            layer.held_weight.grad = None
+            gradient, layer.held_weight.grad = layer.held_weight.grad, None
+            layer.latent_weight.grad = self.sums.pop(layer) if self.sums else gradient.float()
 
 
-def rank_scheme() -> Scheme:
-    """Return the seeds' q2a4: low-rank scales."""
-    scheme = scheme_from_name(GROUPED)
-    return replace(
-        scheme,
-        mlp=replace(scheme.mlp, rank=RANKS["mlp"]),
-        attention=replace(scheme.attention, rank=RANKS["attention"]),
-    )
+def plan_of(model: nn.Module, *, is_low_rank: bool = False) -> QuantPlan:
+    """Return q2a4 for a model, with the seeds' low-rank scales where asked."""
+    plan = parse_plan(GROUPED).resolve(model_tensors(model))
+    if not is_low_rank:
+        return plan
+    ranks = {name: RANKS[tensor_kind(name)] for name in plan.quantized}
+    return plan.with_specs({name: plan.quantized[name].with_rank(ranks[name]) for name in ranks})
 
 
 @torch.no_grad()
-def round_linears(model: nn.Module, scheme: Scheme) -> None:
+def round_linears(model: nn.Module, plan: QuantPlan) -> None:
     """Turn a model into a student rounded to the grid, in place: quick, and like a fitted one.
 
     Its logits are of the size of the model's. Those of random weights are so far apart that most
     probabilities are denormal numbers, which a CPU takes ten times as long over.
     """
-    replace_linears(model, scheme, rounded_layer)
+    replace_weights(model, plan, rounded_layer)
 
 
-def rounded_layer(name: str, linear: nn.Linear, scheme: LayerScheme) -> FakeQuantLinear:
+def rounded_layer(name: str, linear: nn.Linear, spec: TensorSpec) -> FakeQuantLinear:
     """Return a layer of evenly spaced values, as far as suits a normal distribution."""
-    layer = empty_layer(name, linear, scheme).to(linear.weight.device)
-    num_groups = 1 if scheme.rank else scheme.groups_of(linear.in_features)
+    layer = empty_layer(name, linear, spec).to(linear.weight.device)
+    num_groups = 1 if spec.rank else spec.scale.groups_of(linear.in_features)
     weight = linear.weight.float()
     even = weight.new_ones(linear.in_features)
-    reach = GAUSSIAN_REACH[scheme.bits] * start_scale(weight, even, num_groups)
+    reach = GAUSSIAN_REACH[spec.bits] * start_scale(weight, even, num_groups)
     layer.codebook.copy_(torch.linspace(-1, 1, len(layer.codebook)))
     layer.indices.copy_(nearest_indices(over_scale(weight, reach), layer.codebook))
-    if scheme.rank:
-        layer.scale_a.copy_(reach / scheme.rank)
+    if spec.rank:
+        layer.scale_a.copy_(reach / spec.rank)
         layer.magnitude.fill_(1.0)
         layer.scale_b.fill_(1.0)
     else:
@@ -116,15 +116,14 @@ def make_case(case: str, model: nn.Module, dtype: torch.dtype, sync: Any) -> Tra
     make = Trainer
     if case == "plain":
         make = PlainTrainer
-        scheme = scheme_from_name(GROUPED)
         layers: list[Any] = []
-        for name, linear in quantizable_linears(model, scheme).items():
-            if layer_kind(name) == "mlp":
+        for name, linear in dense_weights(model, plan_of(model)).items():
+            if tensor_kind(name) == "mlp":
                 layers.append(PlainLinear(linear).to(linear.weight.device))
                 swap(model, name, layers[-1])
         chosen = {"weights": [layer.latent_weight for layer in layers]}
     else:
-        round_linears(model, scheme_from_name(GROUPED) if case == "fake-quant" else rank_scheme())
+        round_linears(model, plan_of(model, is_low_rank=case != "fake-quant"))
         parts = ("weights", "scales") if case == "fake-quant" else ("scales",)
         chosen = choose_trainable(model, kinds=("mlp",), parts=parts, weight_of=lambda _name: None)
         hold_weights(model, dtype)
@@ -134,7 +133,7 @@ def make_case(case: str, model: nn.Module, dtype: torch.dtype, sync: Any) -> Tra
     return make(
         model=model,
         layers=layers,
-        optimizer=make_optimizer(chosen, dict.fromkeys(chosen, RATE), 0.0),
+        optimizer=make_optimizer(chosen, dict.fromkeys(chosen, RATE)),
         divergence=forward_kl,
         dtype=dtype,
         clip_grad_norm=1.0,
@@ -146,7 +145,7 @@ def go_rank_by_rank(model: nn.Module) -> list[nn.Parameter]:
     """Swap every quantized layer for its rank-by-rank form; return what trains in MLP layers."""
     trained: list[nn.Parameter] = []
     mlp = layers_of_kind(model, "mlp")
-    layers: dict[str, FakeQuantLinear] = quantized_layers(model)
+    layers: dict[str, FakeQuantWeight] = quantized_layers(model)
     for name, layer in layers.items():
         rankwise = RankwiseLinear(layer)
         swap(model, name, rankwise)

@@ -1,9 +1,9 @@
 """Layer by layer: each transformer block learns the teacher block's output, then the next.
 
 A block of the student reads what the quantized blocks before it make, and is pulled towards what
-the teacher's block makes of the teacher's own hidden states; so later blocks mend what earlier ones
-lost. Only one block has gradients and optimizer state at a time, and hidden states lie in files, so
-memory stays near that of two forward passes.
+the teacher's block makes of the teacher's own hidden states; so later blocks correct what earlier
+ones lost. Only one block has gradients and optimizer state at a time, and hidden states lie in
+files, so memory stays near that of two forward passes.
 
     loss = mean over positions of |block(x_student) - target|^2 / |target|^2
 
@@ -18,6 +18,7 @@ Source: block-wise training of all parameters before end-to-end training, Chen e
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qat.model.layers import FakeQuantLinear
+from qat.model.head import Tokens, hidden_states
+from qat.model.layers import FakeQuantWeight
 from qat.runtime.device import as_operand, run_recorded
-from qat.train.step import form_weights, pull_gradients
+from qat.train.step import form_weights, loss_scaler, pull_gradients
+from qat.train.trainable import mode
 
 Call = dict[str, Any]
+CallOf = Callable[[Tensor], Call]  # from the numbers of some sequences
 
 
 class StopForward(Exception):  # noqa: N818 a signal, not an error
-    """Ends a forward pass once the wanted block has been reached."""
+    """Ends a forward pass once the block that is asked for has been reached."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,25 +61,47 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     return model.get_decoder().layers
 
 
-def block_calls(model: nn.Module, token_ids: Tensor) -> list[Call]:
-    """Return the keyword arguments that each block is called with on a batch of this shape.
+def block_calls(model: nn.Module, batch: Tokens) -> list[Call]:
+    """Return the keyword arguments that each block is called with on a batch.
 
-    Positions and masks follow from the shape alone, as sequences are packed and full.
+    They follow from its shape and its documents alone, so no block runs.
     """
     calls: list[Call] = []
 
-    def hook(_module: nn.Module, _inputs: tuple[Any, ...], kwargs: Call) -> None:
-        calls.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
+    def record(hidden: Tensor, **kwargs: Any) -> Tensor:
+        calls.append(kwargs)
+        return hidden
 
     blocks = decoder_blocks(model)
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
+    for block in blocks:
+        block.forward = record
     try:
         with torch.no_grad():
-            model.get_decoder()(input_ids=token_ids, use_cache=False)
+            hidden_states(model, *batch)
     finally:
-        for handle in handles:
-            handle.remove()
+        for block in blocks:
+            del block.forward
     return calls
+
+
+def calls_of(model: nn.Module, number: int, first: Tensor, documents: Tensor | None) -> CallOf:
+    """Return the function from sequences to the keyword arguments of a block on them.
+
+    Args:
+        model: Whose block it is.
+        number: Of the block.
+        first: A batch of the largest size, (B, L).
+        documents: Document ids of all sequences, (N, L), as `Tokens` takes them.
+    """
+    if documents is None:
+        call = block_calls(model, Tokens(first))[number]
+        return lambda rows: sized(call, len(rows))
+
+    def call_on(rows: Tensor) -> Call:
+        found = documents[rows].to(first.device)
+        return block_calls(model, Tokens(torch.zeros_like(found), found))[number]
+
+    return call_on
 
 
 def first_inputs(model: nn.Module, token_ids: Tensor) -> Tensor:
@@ -120,7 +146,7 @@ class HiddenStates:
 
 
 def reserve(path: Path, num_bytes: int) -> None:
-    """Take a file's room on the disk: a mapped file that finds none later kills the process."""
+    """Reserve a file's space on the disk: a mapped file that finds none later kills the process."""
     with path.open("wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, num_bytes)
@@ -130,11 +156,13 @@ def reserve(path: Path, num_bytes: int) -> None:
 
 @torch.no_grad()
 def advance(
-    block: nn.Module, states: HiddenStates, call: Call, plan: BlockPlan, device: Any
+    block: nn.Module, states: HiddenStates, call_of: CallOf, plan: BlockPlan, device: torch.device
 ) -> None:
     """Replace hidden states by what a block makes of them."""
-    for part in states.values.split(plan.batch_size):
-        part.copy_(run_block(block, part.to(device), sized(call, len(part))))
+    values = states.values
+    for rows in torch.arange(len(values)).split(plan.batch_size):
+        part = values[rows[0] : rows[-1] + 1]
+        part.copy_(run_block(block, part.to(device), call_of(rows)))
 
 
 def sized(call: Call, batch_size: int) -> Call:
@@ -158,11 +186,11 @@ def block_loss(output: Tensor, target: Tensor) -> Tensor:
 
 def train_block(
     block: nn.Module,
-    layers: list[FakeQuantLinear],
+    layers: list[FakeQuantWeight],
     optimizer: torch.optim.Optimizer,
     inputs: Tensor,
     targets: Tensor,
-    call: Call,
+    call_of: CallOf,
     plan: BlockPlan,
     device: torch.device,
 ) -> tuple[float, float]:
@@ -174,12 +202,13 @@ def train_block(
         optimizer: Of their parameters.
         inputs: What the quantized blocks before it make, (N, L, H).
         targets: What the teacher's block makes of the teacher's hidden states, (N, L, H).
-        call: The block's keyword arguments.
+        call_of: Gives the block's keyword arguments.
         plan: Epochs, batches, rates.
         device: Of the block.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     generator = torch.Generator().manual_seed(plan.seed)
+    scaler = loss_scaler(device, plan.dtype)
     batches_an_epoch = -(-len(inputs) // plan.batch_size)
     num_steps = plan.num_epochs * batches_an_epoch
     means: list[float] = []
@@ -189,14 +218,21 @@ def train_block(
         order = torch.randperm(len(inputs), generator=generator)
         for rows in order.split(plan.batch_size):
             form_weights(layers, plan.dtype)
-            output = run_block(block, inputs[rows].to(device), sized(call, len(rows)))
-            loss = block_loss(output, targets[rows].to(device))
-            loss.backward()
+            with mode(block, is_training=True):
+                output = run_block(block, inputs[rows].to(device), call_of(rows))
+                loss = block_loss(output, targets[rows].to(device))
+                (loss if scaler is None else scaler.scale(loss)).backward()
             pull_gradients(layers)
+            if scaler is not None:
+                scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, plan.clip_grad_norm or float("inf"))
             for group in optimizer.param_groups:
                 group["lr"] = as_operand(group["peak_lr"] * plan.rate(step, num_steps), device)
-            optimizer.step()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
             optimizer.zero_grad(set_to_none=True)
             total += loss.detach()
             run_recorded(device)
@@ -207,7 +243,11 @@ def train_block(
 
 @torch.no_grad()
 def start_states(
-    model: nn.Module, batches: Iterator[Tensor], path: Path, dtype: torch.dtype, num_sequences: int
+    model: nn.Module,
+    batches: Iterator[Tensor | Tokens],
+    path: Path,
+    dtype: torch.dtype,
+    num_sequences: int,
 ) -> HiddenStates:
     """Write what the first block reads for every sequence.
 
@@ -219,8 +259,8 @@ def start_states(
         num_sequences: N.
     """
     states, start = None, 0
-    for token_ids in batches:
-        hidden = first_inputs(model, token_ids)
+    for batch in batches:
+        hidden = first_inputs(model, Tokens.of(batch).token_ids)
         if states is None:
             states = HiddenStates(path, (num_sequences, *hidden.shape[1:]), dtype)
         states.values[start : start + len(hidden)] = hidden
@@ -233,11 +273,11 @@ def start_states(
 def train_blockwise(
     student: nn.Module,
     teacher: nn.Module,
-    batches: Callable[[], Iterator[Tensor]],
+    batches: Callable[[], Iterator[Tensor | Tokens]],
     num_sequences: int,
     plan: BlockPlan,
     *,
-    prepare: Callable[[int, nn.Module], tuple[list[FakeQuantLinear], torch.optim.Optimizer | None]],
+    prepare: Callable[[int, nn.Module], tuple[list[FakeQuantWeight], torch.optim.Optimizer | None]],
     finish: Callable[[int, dict[str, float]], None],
     start_block: int = 0,
 ) -> None:
@@ -246,16 +286,19 @@ def train_blockwise(
     Args:
         student: Its weights held in the compute dtype.
         teacher: The full-precision model, of the same shape.
-        batches: Gives token ids (B, L) of all sequences on the device, in order.
+        batches: Gives token ids (B, L) of all sequences on the device, in order; `Tokens` where
+            documents are packed.
         num_sequences: How many there are.
         plan: How a block is trained.
         prepare: Makes a block's layers trainable; returns them and their optimizer.
         finish: Called when a block is done, with its losses; keeps what was learned.
         start_block: The first block to train; those before it are only passed through.
     """
-    first = next(batches())
-    device = first.device
-    calls = {True: block_calls(student, first), False: block_calls(teacher, first)}
+    first = Tokens.of(next(batches()))
+    device, documents = first.token_ids.device, None
+    if first.document_ids is not None:
+        documents = torch.cat([batch.document_ids.cpu() for batch in batches()])
+    call_of = partial(calls_of, first=first.token_ids, documents=documents)
     reads = start_states(
         student, batches(), plan.scratch / "student.bin", plan.dtype, num_sequences
     )
@@ -265,7 +308,7 @@ def train_blockwise(
     pairs = list(zip(decoder_blocks(student), decoder_blocks(teacher), strict=True))
     bar = tqdm(total=len(pairs), initial=start_block, desc="layer by layer", unit="block")
     for number, (block, teacher_block) in enumerate(pairs):
-        advance(teacher_block, wants, calls[False][number], plan, device)
+        advance(teacher_block, wants, call_of(teacher, number), plan, device)
         if number >= start_block:
             layers, optimizer = prepare(number, block)
             if optimizer is not None:
@@ -275,7 +318,7 @@ def train_blockwise(
                     optimizer,
                     reads.values,
                     wants.values,
-                    calls[True][number],
+                    call_of(student, number),
                     plan,
                     device,
                 )
@@ -283,7 +326,7 @@ def train_blockwise(
                 finish(number, {"block/first_loss": before, "block/last_loss": after})
                 bar.set_postfix(loss=f"{before:.4f} to {after:.4f}")
             bar.update()
-        advance(block, reads, calls[True][number], plan, device)
+        advance(block, reads, call_of(student, number), plan, device)
     bar.close()
     reads.remove()
     wants.remove()

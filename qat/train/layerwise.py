@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.cache.read import TeacherCache
-from qat.model.layers import FakeQuantLinear
+from qat.model.head import Tokens
+from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import (
     has_low_rank_scales,
     hold_weights,
@@ -57,18 +58,19 @@ def layerwise_stage(
     done, seconds = read_blocks(folder, student, weight_of)
     if done == len(student.get_decoder().layers):
         return seconds
-    chosen_ids = cache.sequence_ids("train")[: config.layerwise_sequences]
+    chosen_ids = cache.sequence_ids("train")[: config.layerwise.sequences]
     moving = config.parts(is_low_rank=has_low_rank_scales(student))
     clock = [time.perf_counter(), seconds]
 
-    def batches() -> Iterator[Tensor]:
-        size = config.layerwise_batch_size
+    def batches() -> Iterator[Tokens]:
+        size = config.layerwise.batch_size
         for start in range(0, len(chosen_ids), size):
-            yield cache.batch(chosen_ids[start : start + size]).input_ids.to(device)
+            batch = cache.batch(chosen_ids[start : start + size])
+            yield Tokens(batch.input_ids, batch.document_ids).to(device)
 
     def prepare(
         number: int, block: nn.Module
-    ) -> tuple[list[FakeQuantLinear], torch.optim.Optimizer | None]:
+    ) -> tuple[list[FakeQuantWeight], torch.optim.Optimizer | None]:
         prefix = block_prefix(student, block)
         parts = choose_trainable(
             block,
@@ -77,7 +79,7 @@ def layerwise_stage(
             weight_of=lambda name: weight_of(f"{prefix}.{name}"),
         )
         layers = [layer for layer in quantized_layers(block).values() if trains(layer)]
-        return layers, make_optimizer(parts, rates, config.weight_decay)
+        return layers, make_optimizer(parts, rates, weight_decay=config.optim.weight_decay)
 
     def finish(number: int, losses: dict[str, float]) -> None:
         clock[1] += time.perf_counter() - clock[0]
@@ -87,10 +89,10 @@ def layerwise_stage(
         block.requires_grad_(False)
 
     plan = BlockPlan(
-        num_epochs=config.layerwise_epochs,
-        batch_size=config.layerwise_batch_size,
-        rate=partial(block_rate, config.min_lr_ratio),
-        clip_grad_norm=config.clip_grad_norm,
+        num_epochs=config.layerwise.epochs,
+        batch_size=config.layerwise.batch_size,
+        rate=partial(block_rate, config.optim.min_lr_ratio),
+        clip_grad_norm=config.optim.clip_grad_norm,
         seed=config.seed,
         dtype=dtype,
         scratch=config.output_dir / "hidden",
@@ -114,7 +116,7 @@ def block_rate(min_ratio: float, step: int, num_steps: int) -> float:
     return rate_factor(step, max_steps=num_steps, warmup_steps=warmup, min_ratio=min_ratio)
 
 
-def trains(layer: FakeQuantLinear) -> bool:
+def trains(layer: FakeQuantWeight) -> bool:
     """Return whether anything of a layer trains."""
     return any(parameter.requires_grad for parameter in layer.parameters())
 

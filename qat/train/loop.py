@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qat.tracking.record import kl_name
 from qat.train.state import Progress
 from qat.train.step import Batch, Trainer
 
@@ -24,8 +25,8 @@ class DivergedError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Habits:
-    """How often a run does what is not a step; 0 = never but at the ends."""
+class LoopIntervals:
+    """Steps between what a run does besides steps; 0 = only before and after."""
 
     max_steps: int
     accumulation_steps: int
@@ -43,10 +44,10 @@ class Hooks:
     hard_weight: Callable[[int], float | None]
     """Weight of the hard cross-entropy at a step; None where it is no part of the loss."""
     evaluate: Callable[[], dict[str, float]]
-    """Held-out numbers, kl_nats among them."""
+    """Held-out numbers, kl_nats or kl_nats_lower among them."""
     track: Callable[[int, Mapping[str, float]], None]
     keep_best: Callable[[dict[str, float], int], None]
-    """Writes the student; called when kl_nats is the least so far."""
+    """Writes the student; called when kl_nats, or kl_nats_lower in its place, is the least."""
     save: Callable[[Progress], None]
     """Writes the state to resume from."""
     restore: Callable[[], Progress | None]
@@ -69,7 +70,7 @@ class Report:
 def train_end_to_end(
     trainer: Trainer,
     batches_from: Callable[[int], Iterator[Batch]],
-    habits: Habits,
+    intervals: LoopIntervals,
     hooks: Hooks,
     progress: Progress | None = None,
 ) -> Progress:
@@ -78,7 +79,7 @@ def train_end_to_end(
     Args:
         trainer: Model, layers, optimizer.
         batches_from: Endless micro-batches on the device, from the first of a step on.
-        habits: How often what happens.
+        intervals: How often what happens.
         hooks: What happens.
         progress: Where an earlier process stopped; None starts a run.
 
@@ -89,7 +90,7 @@ def train_end_to_end(
     while True:
         step = progress.step if progress else 0
         try:
-            return take_steps(trainer, batches_from(step), habits, hooks, progress)
+            return take_steps(trainer, batches_from(step), intervals, hooks, progress)
         except DivergedError as error:
             rollbacks += 1
             progress = hooks.restore() if rollbacks <= MAX_ROLLBACKS else None
@@ -102,7 +103,7 @@ def train_end_to_end(
 def take_steps(
     trainer: Trainer,
     batches: Iterator[Batch],
-    habits: Habits,
+    intervals: LoopIntervals,
     hooks: Hooks,
     progress: Progress | None,
 ) -> Progress:
@@ -111,7 +112,7 @@ def take_steps(
     Args:
         trainer: Model, layers, optimizer.
         batches: Endless micro-batches on the device, from the run's position on.
-        habits: How often what happens.
+        intervals: How often what happens.
         hooks: What happens.
         progress: Where an earlier process stopped; None starts a run.
 
@@ -120,31 +121,31 @@ def take_steps(
     """
     is_resumed = progress is not None and progress.step > 0
     progress = progress or Progress()
-    bar = tqdm(total=habits.max_steps, initial=progress.step, desc="train", unit="step")
+    bar = tqdm(total=intervals.max_steps, initial=progress.step, desc="train", unit="step")
     clock = Clock(progress)
     report = None
     while True:
-        is_last = progress.step == habits.max_steps
+        is_last = progress.step == intervals.max_steps
         if not is_resumed:  # a state is saved after the step's evaluation
             clock.pause()
-            if is_last or progress.step == 0 or is_due(progress.step, habits.eval_steps):
+            if is_last or progress.step == 0 or is_due(progress.step, intervals.eval_steps):
                 look(progress, hooks)
-            if progress.step and (is_last or is_due(progress.step, habits.save_steps)):
+            if progress.step and (is_last or is_due(progress.step, intervals.save_steps)):
                 check(progress, *report.values)
-                if habits.save_steps:
+                if intervals.save_steps:
                     hooks.save(progress)
             clock.go_on()
         if is_last:
             break
         is_resumed = False
         rate, hard_weight = hooks.rate(progress), hooks.hard_weight(progress.step)
-        micro_batches = [next(batches) for _ in range(habits.accumulation_steps)]
+        micro_batches = [next(batches) for _ in range(intervals.accumulation_steps)]
         report = Report(*trainer.step(micro_batches, rate, hard_weight))
         progress.step += 1
-        progress.tokens_seen += sum(token_ids.numel() for token_ids, _ in micro_batches)
+        progress.tokens_seen += sum(batch.token_ids.numel() for batch in micro_batches)
         progress.seconds = clock.seconds()
         bar.update()
-        if is_due(progress.step, habits.log_steps) or progress.step == habits.max_steps:
+        if is_due(progress.step, intervals.log_steps) or progress.step == intervals.max_steps:
             loss, norm = report.values
             check(progress, loss, norm)
             values = clock.log_values(progress, norm, trainer.peak_rate() * rate)
@@ -164,11 +165,13 @@ def look(progress: Progress, hooks: Hooks) -> None:
     """Evaluate, track, and keep the student if it is the best so far."""
     values = progress.last_eval = hooks.evaluate()
     hooks.track(progress.step, {f"eval/{name}": v for name, v in values.items() if v is not None})
-    kl_nats = values.get("kl_nats")
-    if kl_nats is None:
+    name = kl_name(values)
+    if name is None:
         return
-    if progress.best_kl_nats is None or kl_nats < progress.best_kl_nats:
-        progress.best_kl_nats, progress.best_step = kl_nats, progress.step
+    best = getattr(progress, f"best_{name}")
+    if best is None or values[name] < best:
+        setattr(progress, f"best_{name}", values[name])
+        progress.best_step = progress.step
         hooks.keep_best(values, progress.step)
 
 

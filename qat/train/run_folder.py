@@ -1,9 +1,9 @@
 """A run as a folder: what decides it, whether it is finished, what it leaves behind."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,72 +13,98 @@ from torch import Tensor, nn
 from qat.cache.read import CacheBatch, TeacherCache, shuffled_batches
 from qat.distill.candidates import draw_negatives, with_negatives
 from qat.distill.objective import make_divergence
+from qat.distill.teacher import TeacherSignal
 from qat.model.surgery import has_low_rank_scales, hold_weights
-from qat.storage.files import canonical_json, write_json
-from qat.tracking.record import CONFIG, read_config, read_summary
-from qat.train.config import TrainConfig
+from qat.storage.files import write_json
+from qat.tracking.record import (
+    CONFIG,
+    SETTINGS,
+    config_as_json,
+    flat_settings,
+    read_config,
+    read_summary,
+)
+from qat.train.config import OptimConfig, TrainConfig
 from qat.train.ema import MovingAverage
 from qat.train.schedule import rate_factor
 from qat.train.state import STATE, Progress
-from qat.train.step import Batch, Trainer
+from qat.train.step import Batch, Trainer, loss_scaler
 from qat.train.trainable import (
     choose_trainable,
-    freeze_magnitudes,
+    enable_gradient_checkpointing,
     make_optimizer,
-    set_training_mode,
     trained_layers,
 )
 
-PLACES = {
-    "output_dir",
-    "device",
-    "model_id",
-    "v2_checkpoint",
-    "cache_dir",
-    "eval_cache_dir",
-    "save_steps",
-    "keep_checkpoints",
-    "gdrive_dir",
-    "log_steps",
-}
+COMMAND = "train"
+# Settings that do not decide a run's numbers; what lies at a path is in the identity by its hash.
+PLACES = (
+    *("checkpoint", "cache_dir", "eval_cache_dir", "output_dir", "model_id", "tracking."),
+    *("intervals.log_steps", "intervals.save_steps", "intervals.keep_checkpoints"),
+)
+FOREIGN_FILES = ("config.json", "checkpoint.json", "*.pt", "*.safetensors")
 
 
 def run_identity(
-    config: TrainConfig, checkpoint: str, cache: str, eval_cache: str | None = None
+    config: TrainConfig,
+    checkpoint: str,
+    cache: str,
+    eval_cache: str | None = None,
+    *,
+    device_kind: str,
+    dtype: str,
 ) -> dict[str, Any]:
-    """Return what decides a run's numbers: its settings, the student, the caches it reads."""
-    flags = asdict(config)
-    settings = {k: v for k, v in flags.items() if k not in PLACES and not k.startswith("wandb")}
+    """Return what decides a run's numbers: its settings, the student, the caches it reads.
+
+    Args:
+        config: The run's.
+        checkpoint: Hash of the student.
+        cache: Fingerprint of the cache that is learned from.
+        eval_cache: Of the one that measures, if that is another.
+        device_kind: Which `--device auto` stands for: other kernels give other numbers.
+        dtype: Which `--dtype auto` stands for.
+    """
+    flat = flat_settings(config_as_json(config))
+    settings = {name: v for name, v in flat.items() if not name.startswith(PLACES)}
+    settings |= {"device": device_kind, "dtype": dtype}
     caches = {"cache": cache}
     if eval_cache not in (None, cache):
         caches["eval_cache"] = eval_cache
     return {"settings": settings, "checkpoint": checkpoint, **caches}
 
 
-def record_of(config: TrainConfig, identity: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json of a run: every flag as given, and the identity."""
-    flags = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    return {**flags, "identity": identity}
+def record_of(
+    config: TrainConfig, identity: dict[str, Any], latent_start: str | None = None
+) -> dict[str, Any]:
+    """Return config.json of a run: the command, its whole config, and the identity.
+
+    Args:
+        config: The run's.
+        identity: Of the run.
+        latent_start: What latent weights start from, where there are any.
+    """
+    record = {"command": COMMAND, SETTINGS: config_as_json(config), "identity": identity}
+    return record if latent_start is None else {**record, "latent_start": latent_start}
 
 
 def finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the summary of this very run if it has ended; None if it is to start or go on.
+    """Return the summary of the run with this identity if it has ended; None if it has not.
 
     Raises:
         ValueError: If the folder holds a run of other settings, whose first difference is named,
             or something else than a run.
     """
-    former = read_config(folder).get("identity")
-    if former is None and (folder / CONFIG).is_file():
+    previous = read_config(folder).get("identity")
+    foreign = [path.name for pattern in FOREIGN_FILES for path in folder.glob(pattern)]
+    if previous is None and foreign:
         raise ValueError(
-            f"{folder} holds a config.json that is no run's: a model or a student lies there; "
-            "choose another --output-dir"
+            f"{folder} holds {foreign[0]}, which is not of a training run: a model or a student is "
+            "there; choose another --output-dir"
         )
-    if former is None:
+    if previous is None:
         return None
-    plain = as_json(identity)
-    if former != plain:
-        name, old, new = first_difference(former, plain)
+    if previous != identity:
+        name, old, new = first_difference(previous, identity)
         raise ValueError(
             f"{folder} holds a run with {name} {old}, this one has {new}; "
             "choose another --output-dir or remove that folder"
@@ -87,20 +113,15 @@ def finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def claim_folder(folder: Path, record: dict[str, Any]) -> None:
-    """Say what a run's folder is for before anything is kept there that it may go on from."""
+    """Write a run's record before anything that it may resume from."""
     write_json(folder / CONFIG, record)
 
 
-def as_json(value: Any) -> Any:
-    """Return a value as JSON gives it back: tuples as lists."""
-    return json.loads(canonical_json(value))
-
-
-def first_difference(former: dict[str, Any], wanted: dict[str, Any]) -> tuple[str, Any, Any]:
+def first_difference(previous: dict[str, Any], expected: dict[str, Any]) -> tuple[str, Any, Any]:
     """Return the name and both values of the first field that differs."""
     flat = [
         {**d.get("settings", {}), **{k: v for k, v in d.items() if k != "settings"}}
-        for d in (former, wanted)
+        for d in (previous, expected)
     ]
     name = next(k for k in sorted(flat[0] | flat[1]) if flat[0].get(k) != flat[1].get(k))
     return name, flat[0].get(name), flat[1].get(name)
@@ -127,23 +148,44 @@ def training_batches(
     batches = shuffled_batches(
         cache, batch_size=config.batch_size, seed=config.seed, start_batch=start
     )
-    stages = config.lengths()
-    for number, batch in enumerate(batches, start=start):
-        moved = batch.to(device, non_blocking=True)
-        token_ids, signal = cropped(moved, stages, number // config.accumulation_steps)
-        if not config.full_logits:
-            drawn = draw_negatives(config.seed, number, vocab_size, config.sampled_negatives)
-            signal = with_negatives(signal, drawn)
-        yield token_ids, signal
+    stages, num_negatives = config.lengths(), config.loss.sampled_negatives
+    for number, whole in enumerate(batches, start=start):
+        length = length_at(stages, number // config.accumulation_steps)
+        packed = cropped(whole.to(device, non_blocking=True), length)
+        drawn = None
+        if num_negatives:
+            drawn = draw_negatives(config.seed, number, vocab_size, num_negatives)
+        yield Batch(
+            token_ids=packed.input_ids,
+            mask=packed.mask,
+            document_ids=packed.document_ids,
+            unpack=partial(unpacked, packed, drawn),
+        )
 
 
-def cropped(batch: CacheBatch, stages: list[tuple[int, int]], step: int) -> Batch:
-    """Return a batch cut to the length that the curriculum has at a step."""
+def cropped(packed: CacheBatch, length: int | None) -> CacheBatch:
+    """Return a batch cut to a length; None = as it is."""
+    if length is None:
+        return packed
+    return replace(
+        packed,
+        input_ids=packed.input_ids[:, :length],
+        document_ids=None if packed.document_ids is None else packed.document_ids[:, :length],
+        mask=packed.mask[:, : length - 1],
+        fields={name: field[:, : length - 1] for name, field in packed.fields.items()},
+    )
+
+
+def unpacked(packed: CacheBatch, negative_ids: Tensor | None) -> TeacherSignal:
+    """Return a batch's signal, which asks for negatives where there are any."""
+    signal = replace(packed).signal  # of a copy: a batch keeps its own
+    return signal if negative_ids is None else with_negatives(signal, negative_ids)
+
+
+def length_at(stages: list[tuple[int, int]], step: int) -> int | None:
+    """Return the length of sequences that the curriculum has at a step; None without one."""
     lengths = [length for first, length in stages if first <= step]
-    if not lengths or lengths[-1] >= batch.input_ids.shape[1]:
-        return batch.input_ids, batch.signal
-    length = lengths[-1]
-    return batch.input_ids[:, :length], batch.signal.map(lambda tensor: tensor[:, : length - 1])
+    return lengths[-1] if lengths else None
 
 
 def check_lengths(config: TrainConfig, seq_len: int) -> None:
@@ -158,10 +200,11 @@ def check_lengths(config: TrainConfig, seq_len: int) -> None:
 
 def check_content(config: TrainConfig, content: str) -> None:
     """Refuse candidates where the cache names none."""
-    if not config.full_logits and content == "hidden":
+    if config.loss.sampled_negatives and content == "hidden":
         raise ValueError(
-            "--no-full-logits needs a cache of token ids, this one is hidden: every logit follows "
-            "from it; leave out the flag, or build a cache with --content top-k or sampled"
+            f"--loss.sampled-negatives {config.loss.sampled_negatives} needs a cache of token ids, "
+            "this one is hidden: every logit follows from it; leave out the flag, or build a cache "
+            "with --content top-k or sampled"
         )
 
 
@@ -182,37 +225,42 @@ def make_trainer(
         weight_of: Full-precision weight of a layer by name, None where unknown.
         sync: Called once a step.
     """
+    optim = config.optim
     chosen = choose_trainable(
         model,
         kinds=config.kinds,
         parts=config.parts(is_low_rank=has_low_rank_scales(model)),
         weight_of=weight_of,
     )
-    if config.freeze_mags:
-        freeze_magnitudes(model, chosen)
     hold_weights(model, dtype)
-    set_training_mode(model, gradient_checkpointing=config.gradient_checkpointing)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
     parameters = [parameter for part in chosen.values() for parameter in part]
     return Trainer(
         model=model,
         layers=trained_layers(model),
-        optimizer=make_optimizer(chosen, peak_rates(config), config.weight_decay),
-        divergence=make_divergence(config.loss, temperature=config.loss_temperature),
+        optimizer=make_optimizer(
+            chosen, peak_rates(optim, optim.lr), weight_decay=optim.weight_decay
+        ),
+        divergence=make_divergence(
+            config.loss.divergence, temperature=config.loss.used_temperature
+        ),
         dtype=dtype,
-        clip_grad_norm=config.clip_grad_norm,
+        clip_grad_norm=optim.clip_grad_norm,
         sync=sync,
-        ema=MovingAverage(parameters, config.ema_decay) if config.ema_decay else None,
+        ema=MovingAverage(parameters, optim.ema_decay) if optim.ema_decay else None,
+        scaler=loss_scaler(parameters[0].device, dtype),
     )
 
 
-def peak_rates(config: TrainConfig) -> dict[str, float]:
-    """Return the peak learning rate of each part."""
+def peak_rates(optim: OptimConfig, lr: float) -> dict[str, float]:
+    """Return the peak learning rate of each part, where that of latent weights is `lr`."""
+    scales = ("scales", "directions", "magnitudes")
     return {
-        "weights": config.lr,
-        "scales": config.lr * config.scale_lr_ratio,
-        "magnitudes": config.lr * config.scale_lr_ratio,
-        "codebooks": config.lr * config.codebook_lr_ratio,
-        "norms": config.lr * config.norm_lr_ratio,
+        "weights": lr,
+        **dict.fromkeys(scales, lr * optim.scale_lr_ratio),
+        "codebooks": lr * optim.codebook_lr_ratio,
+        "norms": lr * optim.norm_lr_ratio,
     }
 
 
@@ -221,9 +269,9 @@ def rate_at(config: TrainConfig, progress: Progress) -> float:
     factor = rate_factor(
         progress.step,
         max_steps=config.max_steps,
-        warmup_steps=config.warmup_steps,
-        min_ratio=config.min_lr_ratio,
-        schedule="constant" if config.constant_lr else config.schedule,
+        warmup_steps=config.optim.warmup_steps,
+        min_ratio=config.optim.min_lr_ratio,
+        schedule=config.optim.schedule,
     )
     return factor * 0.5**progress.rollbacks
 
@@ -239,6 +287,7 @@ def summary_of(progress: Progress) -> dict[str, Any]:
     """Return the closing values of a run."""
     return {
         "best_kl_nats": progress.best_kl_nats,
+        "best_kl_nats_lower": progress.best_kl_nats_lower,
         "best_step": progress.best_step,
         "final_loss": progress.last_loss,
         "steps": progress.step,

@@ -1,7 +1,8 @@
-"""All that a killed run needs to go on as if it had not been killed.
+"""All that a killed run needs to resume as if it had not been killed.
 
-state/state.pt holds trained parameters, optimizer and generator; state/state.json the position and
-the sha256 of the other. Both live in one folder that is swapped in one rename.
+state/state.pt holds trained parameters, optimizer, loss scale and random generators;
+state/state.json the position and the sha256 of the other. Both are in one folder that is replaced
+in one rename.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -9,10 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qat.storage.files import atomic_folder, read_json, settle_folder, sha256_of_file, write_json
-from qat.train.ema import MovingAverage
+from qat.runtime.device import random_state, set_random_state
+from qat.storage.files import (
+    atomic_folder,
+    read_json,
+    recover_interrupted_replace,
+    sha256_of_file,
+    write_json,
+)
+from qat.train.step import Trainer
 
 STATE = "state"
 
@@ -27,6 +35,8 @@ class Progress:
     seconds: float = 0.0
     """Time spent in training, earlier processes included."""
     best_kl_nats: float | None = None
+    best_kl_nats_lower: float | None = None
+    """In its place where the cache keeps a part of the vocabulary."""
     best_step: int | None = None
     last_loss: float | None = None
     smooth_loss: float | None = None
@@ -35,14 +45,9 @@ class Progress:
     last_eval: dict[str, Any] = field(default_factory=dict)
 
 
-def write_state(
-    folder: Path,
-    progress: Progress,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: MovingAverage | None = None,
-) -> None:
-    """Write the state of a run; the former one stays until this one is whole."""
+def write_state(folder: Path, progress: Progress, trainer: Trainer) -> None:
+    """Write the state of a run; the previous one stays until this one is whole."""
+    model, ema, scaler = trainer.model, trainer.ema, trainer.scaler
     trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     indices = {  # thawing may have renumbered them
         name: tensor.cpu()
@@ -55,8 +60,9 @@ def write_state(
             {
                 "trained": trained,
                 "indices": indices,
-                "optimizer": on_cpu(optimizer.state_dict()),
-                "generator": torch.get_rng_state(),
+                "optimizer": on_cpu(trainer.optimizer.state_dict()),
+                "random": random_state(trainer.device),
+                "scaler": scaler.state_dict() if scaler else {},
                 "ema": [average.cpu() for average in ema.averages] if ema else [],
             },
             path,
@@ -81,28 +87,23 @@ def save(values: dict[str, Any], path: Path) -> None:
     """
     try:
         torch.save(values, path)
-    except RuntimeError as error:  # torch's only word for a write that failed
+    except RuntimeError as error:  # how torch reports a write that failed
         why = str(error).splitlines()[0]
         raise OSError(
-            f"{path.parent.parent} has no room for the state to resume from ({why}); free some "
+            f"{path.parent.parent} has no space for the state to resume from ({why}); free some "
             "space and run the same command again"
         ) from error
 
 
 def has_state(folder: Path) -> bool:
-    """Return whether a run left a state to go on from."""
-    settle_folder(Path(folder) / STATE)
+    """Return whether a run left a state to resume from."""
+    recover_interrupted_replace(Path(folder) / STATE)
     return (Path(folder) / STATE / "state.json").is_file()
 
 
 @torch.no_grad()
-def read_state(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: MovingAverage | None = None,
-) -> Progress:
-    """Put a run's state back into its model and optimizer.
+def read_state(folder: Path, trainer: Trainer) -> Progress:
+    """Put a run's state back into its model, optimizer and random generators.
 
     Raises:
         ValueError: If the file is damaged.
@@ -112,16 +113,19 @@ def read_state(
     if sha256_of_file(path) != values.pop("sha256"):
         raise ValueError(f"{path} does not match its sha256; remove {path.parent} to start over")
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    parameters = dict(model.named_parameters())
+    ema, optimizer = trainer.ema, trainer.optimizer
+    parameters = dict(trainer.model.named_parameters())
     for name, tensor in state["trained"].items():
         parameters[name].copy_(tensor)
-    buffers = dict(model.named_buffers())
+    buffers = dict(trainer.model.named_buffers())
     for name, tensor in state["indices"].items():
         buffers[name].copy_(tensor)
     # Rates follow from the step, and how the optimizer works from the device, which may be another.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-    torch.set_rng_state(state["generator"])
+    set_random_state(trainer.device, state["random"])
+    if trainer.scaler is not None:
+        trainer.scaler.load_state_dict(state["scaler"])
     for average, tensor in zip(ema.averages if ema else [], state["ema"], strict=True):
         average.copy_(tensor)
     return Progress(**values)

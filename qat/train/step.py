@@ -9,7 +9,7 @@ so fake quantization costs two passes over the weights a step, however many toke
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,48 +20,106 @@ from qat.distill.kl import StudentLogits, hard_top1
 from qat.distill.objective import Divergence, chunked_loss
 from qat.distill.teacher import TeacherSignal
 from qat.model.head import hidden_states, logits_at, logits_of
-from qat.model.layers import FakeQuantLinear
+from qat.model.layers import FakeQuantWeight, TiedHead
 from qat.quant.straight_through import dequantize_gradients, fake_quantize_gradients
 from qat.runtime.device import as_operand
 from qat.train.ema import MovingAverage
+from qat.train.trainable import mode
 
-Batch = tuple[Tensor, TeacherSignal]
+Gradients = dict[FakeQuantWeight, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """A micro-batch on the device, its teacher unpacked where it is asked for and not kept.
+
+    Packed fields are a few times smaller than the signal, those of hidden states hundreds of times:
+    a step holds the signal of one micro-batch at a time.
+    """
+
+    token_ids: Tensor
+    """(B, L) int64."""
+    mask: Tensor
+    """(B, T) bool; True = the position counts."""
+    unpack: Callable[[], TeacherSignal]
+    """Gives the teacher on the T = L - 1 positions that predict a token."""
+    document_ids: Tensor | None = None
+    """(B, L), as `hidden_states` takes them."""
+
+    @classmethod
+    def of(
+        cls, token_ids: Tensor, signal: TeacherSignal, document_ids: Tensor | None = None
+    ) -> "Batch":
+        """Return a micro-batch whose signal is at hand."""
+        return cls(
+            token_ids=token_ids,
+            mask=signal.mask,
+            unpack=lambda: signal,
+            document_ids=document_ids,
+        )
 
 
 @torch.no_grad()
-def form_weights(layers: Iterable[FakeQuantLinear], dtype: torch.dtype) -> None:
+def form_weights(layers: Iterable[FakeQuantWeight], dtype: torch.dtype) -> None:
     """Hold each layer's fake-quantized weight as a leaf that collects a gradient."""
     for layer in layers:
         layer.held_weight = layer.fake_quantized_weight(dtype).requires_grad_()
 
 
-def pull_gradients(layers: Iterable[FakeQuantLinear]) -> None:
-    """Turn each held weight's gradient into those of the layer's parameters, and drop it."""
+def add_gradients(layers: Iterable[FakeQuantWeight], sums: Gradients) -> None:
+    """Move each held weight's gradient into its float32 sum.
+
+    A leaf adds up in its own dtype, where bfloat16's 8 bits lose what a micro-batch adds.
+    """
     for layer in layers:
         gradient, layer.held_weight.grad = layer.held_weight.grad, None
-        scale = layer.full_scale()
+        if layer in sums:
+            sums[layer] += gradient
+        else:
+            sums[layer] = gradient.float()
+
+
+def pull_gradients(layers: Iterable[FakeQuantWeight], sums: Gradients | None = None) -> None:
+    """Turn each held weight's gradient into those of the layer's parameters, and drop it.
+
+    Args:
+        layers: With held weights.
+        sums: Gradients of several micro-batches, emptied; those of the held weights if not given.
+    """
+    for layer in layers:
+        gradient, layer.held_weight.grad = layer.held_weight.grad, None
+        gradient = sums.pop(layer) if sums else gradient
+        grid, (scale, offset) = layer.spec.grid, layer.expand()
         codebook = layer.stored(layer.codebook.detach())
-        wanted = (scale.requires_grad, layer.codebook.requires_grad)
+        scales = (scale.detach(), None if offset is None else offset.detach())
+        needed = (
+            scale.requires_grad,
+            offset is not None and offset.requires_grad,
+            layer.codebook.requires_grad,
+        )
         if layer.latent_weight is None:
-            d_scale, d_codebook = dequantize_gradients(
-                layer.indices, scale.detach(), codebook, gradient, *wanted
+            d_scale, d_offset, d_codebook = dequantize_gradients(
+                grid, layer.indices, scales, codebook, gradient, needed
             )
         else:
             codebook, order = codebook.sort()
-            layer.latent_weight.grad, d_scale, d_codebook = fake_quantize_gradients(
+            latent, d_scale, d_offset, d_codebook = fake_quantize_gradients(
+                grid,
                 layer.latent_weight.detach(),
-                scale.detach(),
+                scales,
                 codebook,
                 gradient,
-                layer.latent_weight.requires_grad,
-                *wanted,
+                (layer.latent_weight.requires_grad, *needed),
             )
+            layer.latent_weight.grad = latent
             if d_codebook is not None:
                 d_codebook = d_codebook[order.argsort()]
         if d_codebook is not None:
             layer.codebook.grad = d_codebook
         if d_scale is not None:
             scale.backward(d_scale)
+        if d_offset is not None:
+            offset.backward(d_offset)
 
 
 @dataclass(slots=True)
@@ -69,13 +127,17 @@ class Trainer:
     """What a step works with."""
 
     model: nn.Module
-    layers: list[FakeQuantLinear]
+    layers: list[FakeQuantWeight]
     optimizer: torch.optim.Optimizer
     divergence: Divergence
     dtype: torch.dtype
     clip_grad_norm: float
     sync: Callable[[], None]
     ema: MovingAverage | None = None
+    scaler: torch.amp.GradScaler | None = None
+    """Keeps float16 gradients above its smallest number; None for other dtypes."""
+    sums: Gradients = field(default_factory=dict)
+    """Float32 gradients of held weights while a step has several micro-batches."""
 
     def step(
         self, batches: list[Batch], rate: float, hard_weight: float | None = None
@@ -85,7 +147,7 @@ class Trainer:
         Every counted position weighs the same, whichever micro-batch it is in.
 
         Args:
-            batches: Token ids (B, L) and signals on the device.
+            batches: Of the step.
             rate: Share of the peak learning rates.
             hard_weight: Of the cross-entropy on the teacher's likeliest token; None = no such term.
 
@@ -93,19 +155,40 @@ class Trainer:
             Loss and gradient norm, scalars on the device.
         """
         self.form()
-        loss = self.accumulate(batches, hard_weight)
+        with mode(self.model, is_training=True):
+            loss = self.accumulate(batches, hard_weight)
         self.pull()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = self.clip_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         for group in self.optimizer.param_groups:
             group["lr"] = as_operand(group["peak_lr"] * rate, loss.device)
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            norm = self.scaled_step(norm)
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update()
         self.sync()
         return loss, norm
+
+    def scaled_step(self, norm: Tensor) -> Tensor:
+        """Step unless a float16 gradient overflowed; return the norm, zero where it did.
+
+        Below a scale of one nothing overflows that is finite: such a gradient is told as it is.
+        """
+        scale = self.loss_scale(norm.device)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        overflowed = ~torch.isfinite(norm) & (scale >= 1)
+        return torch.where(overflowed, torch.zeros_like(norm), norm)
+
+    def loss_scale(self, device: torch.device) -> Tensor:
+        """Return what losses are multiplied with, a scalar on the device."""
+        return self.scaler.scale(torch.ones((), device=device))
 
     def form(self) -> None:
         """Hold the weights that this step runs on."""
@@ -113,23 +196,36 @@ class Trainer:
 
     def pull(self) -> None:
         """Bring the gradients of held weights to what trains."""
-        pull_gradients(self.layers)
+        pull_gradients(self.layers, self.sums)
 
     def accumulate(self, batches: list[Batch], hard_weight: float | None) -> Tensor:
         """Add up the gradients of micro-batches; return the mean loss."""
-        divergence = self.divergence
+        divergence, device = self.divergence, batches[0].token_ids.device
         if hard_weight is not None:
-            weight = as_operand(hard_weight, batches[0][0].device)
+            weight = as_operand(hard_weight, device)
             divergence = partial(with_hard, self.divergence, weight)
-        counts = torch.stack([signal.mask.sum() for _, signal in batches])
+        scale = None if self.scaler is None else self.loss_scale(device)
+        if scale is not None:  # within the divergence: gradients of hidden states are float16 too
+            divergence = partial(scaled, divergence, scale)
+        counts = torch.stack([batch.mask.sum() for batch in batches])
         shares = counts / counts.sum().clamp_min(1)
-        total = torch.zeros((), device=counts.device)
-        for share, (token_ids, signal) in zip(shares, batches, strict=True):
-            hidden = hidden_states(self.model, token_ids)[:, :-1]
-            loss = share * chunked_loss(hidden, self.head, signal, divergence)
+        total = torch.zeros((), device=device)
+        is_summed = len(batches) > 1 and self.dtype != torch.float32
+        for share, batch in zip(shares, batches, strict=True):
+            hidden = hidden_states(self.model, batch.token_ids, batch.document_ids)[:, :-1]
+            loss = share * chunked_loss(
+                hidden, self.head, batch.unpack(), divergence, head_weight=self.head_weight()
+            )
             loss.backward()
             total += loss.detach()
-        return total
+            if is_summed:
+                add_gradients(self.layers, self.sums)
+        return total if scale is None else total / scale
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the parameters are that train."""
+        return self.optimizer.param_groups[0]["params"][0].device
 
     @property
     def num_trained(self) -> int:
@@ -143,6 +239,13 @@ class Trainer:
     def peak_rate(self) -> float:
         """Return the highest peak learning rate of any part."""
         return max(group["peak_lr"] for group in self.optimizer.param_groups)
+
+    def head_weight(self) -> Tensor | None:
+        """Return the head's weight where it trains, alone or tied to the embedding."""
+        head = self.model.get_output_embeddings()
+        layer = head.tied[0] if isinstance(head, TiedHead) else head
+        weight = layer.held_weight if layer in self.layers else None
+        return weight if weight is not None and weight.requires_grad else None
 
     def head(self, hidden: Tensor, signal: TeacherSignal) -> StudentLogits:
         """Return all logits of hidden states (N, H), or candidates' where negatives are drawn."""
@@ -158,3 +261,15 @@ def with_hard(
 ) -> Tensor:
     """Return a divergence plus the weighted cross-entropy on the teacher's likeliest token."""
     return soft(logits, signal) + hard_weight * hard_top1(logits, signal)
+
+
+def scaled(
+    divergence: Divergence, scale: Tensor, logits: StudentLogits, signal: TeacherSignal
+) -> Tensor:
+    """Return a divergence times a scale."""
+    return divergence(logits, signal) * scale
+
+
+def loss_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler | None:
+    """Return what scales losses in float16; None for dtypes of a wider range."""
+    return torch.amp.GradScaler(device.type) if dtype == torch.float16 else None

@@ -1,16 +1,22 @@
 """What trains: chosen by the type of a module and the part it plays, never by a piece of a name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from qat.model.layers import FakeQuantLinear
+from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import layers_of_kind, quantized_layers, thaw_indices
 from qat.runtime.device import checkpoint_function, optimizer_settings
 
-RUNTIME_GRIDS = ("int", "iq4_nl")
-SCALE_NAMES = ("scale", "scale_a", "scale_b", "magnitude")
+DIRECTION_NAMES = ("scale", "offset", "scale_a", "scale_b")
+PART_NAMES = {
+    "scales": (*DIRECTION_NAMES, "magnitude"),
+    "directions": DIRECTION_NAMES,
+    "magnitudes": ("magnitude",),
+    "codebooks": ("codebook",),
+}
 
 
 def choose_trainable(
@@ -24,8 +30,8 @@ def choose_trainable(
 
     Args:
         model: A student; layers whose weights train get latent ones.
-        kinds: mlp, attention or both.
-        parts: Of weights, scales, magnitudes, codebooks, norms.
+        kinds: Of the layers that train, as `tensor_kind` names them.
+        parts: Of weights, scales, directions, magnitudes, codebooks, norms.
         weight_of: Returns the full-precision weight of a layer by name, None where unknown.
 
     Returns:
@@ -42,7 +48,7 @@ def choose_trainable(
             if layer.latent_weight is None:
                 thaw_indices(layer, weight_of(name))
             chosen["weights"].append(layer.latent_weight)
-        for part in ("scales", "magnitudes", "codebooks"):
+        for part in PART_NAMES:
             if part in parts and not (part == "magnitudes" and "scales" in parts):  # once is enough
                 chosen[part] += parameters_of(layer, part)
     if "norms" in parts:
@@ -59,20 +65,23 @@ def choose_trainable(
     return chosen
 
 
-def parameters_of(layer: FakeQuantLinear, part: str) -> list[nn.Parameter]:
+def parameters_of(layer: FakeQuantWeight, part: str) -> list[nn.Parameter]:
     """Return a layer's parameters of one part; all scale factors count as scales.
 
     The codebooks of runtimes' grids are what their files cannot change, so they stay.
     """
-    if part == "codebooks" and layer.scheme.codebook in RUNTIME_GRIDS:
+    if part == "codebooks" and layer.spec.has_fixed_values:
         return []
-    names = {"scales": SCALE_NAMES, "magnitudes": ("magnitude",), "codebooks": ("codebook",)}[part]
-    return [parameter for name, parameter in layer.named_parameters() if name in names]
+    return [p for name, p in layer.named_parameters() if name in PART_NAMES[part]]
 
 
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of norms as float32 parameters; what norms give keeps its dtype."""
-    norms = [m for m in model.modules() if "Norm" in type(m).__name__ and hasattr(m, "weight")]
+    """Return the weights of norms as float32 parameters; what norms give keeps its dtype.
+
+    A norm is a module whose own weight is a vector: linears, embeddings and convolutions have a
+    matrix or more, whatever their class is called.
+    """
+    norms = [m for m in model.modules() if getattr(m._parameters.get("weight"), "ndim", 0) == 1]
     for norm in norms:
         norm.weight = nn.Parameter(norm.weight.detach().float())
         norm.register_forward_hook(in_dtype_of_input)
@@ -84,16 +93,7 @@ def in_dtype_of_input(_norm: nn.Module, inputs: tuple[Tensor, ...], output: Tens
     return output.to(inputs[0].dtype)
 
 
-def freeze_magnitudes(model: nn.Module, chosen: dict[str, list[nn.Parameter]]) -> None:
-    """Take the magnitudes of low-rank scales out of what trains."""
-    for layer in quantized_layers(model).values():
-        if layer.scheme.rank:
-            layer.magnitude.requires_grad_(False)
-    for part in chosen:
-        chosen[part] = [parameter for parameter in chosen[part] if parameter.requires_grad]
-
-
-def trained_layers(model: nn.Module) -> list[FakeQuantLinear]:
+def trained_layers(model: nn.Module) -> list[FakeQuantWeight]:
     """Return the quantized layers that have something to train."""
     return [
         layer
@@ -108,7 +108,7 @@ def count_parameters(chosen: dict[str, list[nn.Parameter]]) -> dict[str, int]:
 
 
 def make_optimizer(
-    chosen: dict[str, list[nn.Parameter]], rates: dict[str, float], weight_decay: float
+    chosen: dict[str, list[nn.Parameter]], rates: dict[str, float], weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
     """Return AdamW with one group of parameters a part.
 
@@ -130,10 +130,20 @@ def make_optimizer(
     return torch.optim.AdamW(groups, **optimizer_settings(device))
 
 
-def set_training_mode(model: nn.Module, *, gradient_checkpointing: bool) -> None:
-    """Prepare a model for steps: recomputed activations where asked, no cache of keys."""
-    if gradient_checkpointing:
-        model.train()
-        function = checkpoint_function(next(model.parameters()).device)
-        model._set_gradient_checkpointing(True, function)
-        model.enable_input_require_grads()
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Recompute activations in the backward pass, whenever the model is in training mode."""
+    function = checkpoint_function(next(model.parameters()).device)
+    model._set_gradient_checkpointing(True, function)
+    model.enable_input_require_grads()
+
+
+@contextmanager
+def mode(model: nn.Module, *, is_training: bool) -> Iterator[None]:
+    """Have a model in training or evaluation mode inside the block; put every module's back."""
+    previous = [(module, module.training) for module in model.modules()]
+    model.train(is_training)
+    try:
+        yield
+    finally:
+        for module, was_training in previous:
+            module.training = was_training

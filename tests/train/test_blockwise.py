@@ -6,8 +6,17 @@ import torch
 
 from qat.distill.teacher import dense_signal
 from qat.evaluate.kl import evaluate_batches
+from qat.model.head import Tokens, hidden_states
 from qat.model.surgery import hold_weights, quantized_layers
-from qat.train.blockwise import BlockPlan, HiddenStates, block_loss, train_blockwise
+from qat.train.blockwise import (
+    BlockPlan,
+    HiddenStates,
+    advance,
+    block_loss,
+    calls_of,
+    start_states,
+    train_blockwise,
+)
 from qat.train.trainable import choose_trainable, make_optimizer
 from tests.tiny import TINY_MODELS, tiny_student
 
@@ -83,6 +92,24 @@ def test_blocks_come_nearer_to_the_teachers(tmp_path, family):
         assert losses["block/last_loss"] < losses["block/first_loss"]
     assert distance(student, teacher) < before
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_targets_of_packed_documents_are_as_if_alone(tmp_path, family):
+    """The teacher's blocks, run one by one, end where its own pass ends on each document."""
+    teacher, ids = TINY_MODELS[family](), token_ids()
+    documents = torch.tensor([[number, number + 1] for number in range(NUM_SEQUENCES)])
+    documents = documents.repeat_interleave(LENGTH // 2, dim=1)
+    batches = [Tokens(*pair) for pair in zip(ids.split(4), documents.split(4), strict=True)]
+    block_plan = plan(tmp_path)
+    path = tmp_path / "states.bin"
+    states = start_states(teacher, iter(batches), path, torch.float32, NUM_SEQUENCES)
+    for number, block in enumerate(teacher.model.layers):
+        call_of = calls_of(teacher, number, ids[:4], documents)
+        advance(block, states, call_of, block_plan, torch.device("cpu"))
+    expected = hidden_states(teacher, ids, documents)
+    torch.testing.assert_close(teacher.model.norm(states.values), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected, hidden_states(teacher, ids), atol=1e-3)
 
 
 def test_a_stage_can_begin_at_any_block(tmp_path):

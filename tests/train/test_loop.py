@@ -2,12 +2,14 @@
 
 import copy
 import math
+from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from qat.train.loop import DivergedError, Habits, Hooks, train_end_to_end
+from qat.train.loop import DivergedError, Hooks, LoopIntervals, train_end_to_end
 from qat.train.state import Progress
 
 TOKENS = 12  # of a micro-batch
@@ -23,7 +25,7 @@ class FakeTrainer:
         self.rates = []
 
     def step(self, batches, rate, hard_weight):
-        self.seen.append([number for _, number in batches])
+        self.seen.append([batch.number for batch in batches])
         self.rates.append(rate)
         loss = self.losses.pop(len(self.seen), 1.0 / len(self.seen))
         return torch.tensor(loss), torch.tensor(self.norms.pop(len(self.seen), 0.5))
@@ -62,7 +64,7 @@ class Story:
         self.saved = copy.deepcopy(progress)
 
 
-def habits(**changes):
+def intervals(**changes):
     usual = {
         "max_steps": 6,
         "accumulation_steps": 1,
@@ -70,18 +72,21 @@ def habits(**changes):
         "log_steps": 1,
         "save_steps": 0,
     }
-    return Habits(**{**usual, **changes})
+    return LoopIntervals(**{**usual, **changes})
 
 
 def batches_from(step, accumulation_steps=1):
     """Yield numbered micro-batches, as if those of earlier steps had been given."""
-    return ((torch.zeros(3, 4), number) for number in count(step * accumulation_steps))
+    return (
+        SimpleNamespace(token_ids=torch.zeros(3, 4), number=number)
+        for number in count(step * accumulation_steps)
+    )
 
 
 def test_a_run_looks_before_after_and_between():
     """Evaluations at both ends and every two steps; the best student is kept when it is found."""
     story = Story([3.0, 2.0, 2.5, 1.0])
-    progress = train_end_to_end(FakeTrainer(), batches_from, habits(eval_steps=2), story.hooks())
+    progress = train_end_to_end(FakeTrainer(), batches_from, intervals(eval_steps=2), story.hooks())
     evaluated = [step for step, values in story.rows if "eval/kl_nats" in values]
     assert evaluated == [0, 2, 4, 6]
     assert [event for event in story.events if event != "evaluate"] == [
@@ -93,10 +98,22 @@ def test_a_run_looks_before_after_and_between():
     assert all("eval/perplexity" not in values for _, values in story.rows)
 
 
+def test_a_bound_chooses_the_best_where_the_exact_distance_is_not_known():
+    """On a cache of some tokens the least lower bound is kept, under its own name."""
+    story = Story()
+    bounds = iter([3.0, 1.0, 2.0])
+    hooks = replace(
+        story.hooks(), evaluate=lambda: {"kl_nats": None, "kl_nats_lower": next(bounds)}
+    )
+    progress = train_end_to_end(FakeTrainer(), batches_from, intervals(eval_steps=3), hooks)
+    assert story.events == [("best", 0), ("best", 3)]
+    assert (progress.best_kl_nats, progress.best_kl_nats_lower) == (None, 1.0)
+
+
 def test_a_distance_that_is_not_known_is_no_best():
     """None is not better than anything."""
     story = Story([None, None])
-    progress = train_end_to_end(FakeTrainer(), batches_from, habits(), story.hooks())
+    progress = train_end_to_end(FakeTrainer(), batches_from, intervals(), story.hooks())
     assert progress.best_step is None
     assert story.events == ["evaluate", "evaluate"]
 
@@ -107,7 +124,7 @@ def test_every_step_is_counted():
     progress = train_end_to_end(
         trainer,
         lambda step: batches_from(step, 2),
-        habits(accumulation_steps=2),
+        intervals(accumulation_steps=2),
         story.hooks(),
     )
     assert trainer.seen == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
@@ -123,17 +140,17 @@ def test_every_step_is_counted():
 def test_log_lines_come_as_asked_and_at_the_end():
     """Every four steps, and the last."""
     story = Story()
-    train_end_to_end(FakeTrainer(), batches_from, habits(log_steps=4), story.hooks())
+    train_end_to_end(FakeTrainer(), batches_from, intervals(log_steps=4), story.hooks())
     assert [step for step, values in story.rows if "train/loss" in values] == [4, 6]
 
 
 def test_states_are_saved_as_asked_and_at_the_end():
     """Every four steps and the last; never with 0."""
     story = Story()
-    train_end_to_end(FakeTrainer(), batches_from, habits(save_steps=4), story.hooks())
+    train_end_to_end(FakeTrainer(), batches_from, intervals(save_steps=4), story.hooks())
     assert [event for event in story.events if event[0] == "save"] == [("save", 4), ("save", 6)]
     story = Story()
-    train_end_to_end(FakeTrainer(), batches_from, habits(), story.hooks())
+    train_end_to_end(FakeTrainer(), batches_from, intervals(), story.hooks())
     assert story.saved is None
 
 
@@ -142,7 +159,7 @@ def test_a_resumed_run_tells_the_rest_of_the_same_story(stop):
     """From a saved state on: the same batches, rows and events as without the stop."""
     distances = [3.0, 2.0, 2.5, 1.0]
     straight, trainer = Story(distances), FakeTrainer()
-    plan = habits(eval_steps=2, save_steps=2)
+    plan = intervals(eval_steps=2, save_steps=2)
     saved = {}
     hooks = straight.hooks()
     original = straight.save
@@ -171,7 +188,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved():
     """The loss of that step was made before the weights were spoilt."""
     story, trainer = Story(), FakeTrainer(norms={4: math.nan})
     progress = train_end_to_end(
-        trainer, batches_from, habits(log_steps=100, save_steps=2), story.hooks()
+        trainer, batches_from, intervals(log_steps=100, save_steps=2), story.hooks()
     )
     assert [numbers[0] for numbers in trainer.seen] == [0, 1, 2, 3, 2, 3, 4, 5]
     assert progress.rollbacks == 1
@@ -182,14 +199,14 @@ def test_a_loss_that_breaks_out_stops_the_run(loss):
     """Not finite, or a jump: the step is named, and the student is not evaluated any more."""
     story = Story(restores=False)
     with pytest.raises(DivergedError, match="at step 3"):
-        train_end_to_end(FakeTrainer({3: loss}), batches_from, habits(), story.hooks())
+        train_end_to_end(FakeTrainer({3: loss}), batches_from, intervals(), story.hooks())
     assert story.events == ["evaluate", ("best", 0)]
 
 
 def test_going_back_replays_from_the_state_at_half_the_rate():
     """The steps since the state are taken again, with the same batches."""
     story, trainer = Story(), FakeTrainer({4: math.nan})
-    progress = train_end_to_end(trainer, batches_from, habits(save_steps=2), story.hooks())
+    progress = train_end_to_end(trainer, batches_from, intervals(save_steps=2), story.hooks())
     assert [numbers[0] for numbers in trainer.seen] == [0, 1, 2, 3, 2, 3, 4, 5]
     assert trainer.rates == [1.0] * 4 + [0.5] * 4
     assert progress.rollbacks == 1
@@ -201,7 +218,7 @@ def test_a_run_that_keeps_breaking_stops():
     story = Story()
     trainer = FakeTrainer(dict.fromkeys(range(4, 40), math.nan))
     with pytest.raises(DivergedError, match="loss is nan"):
-        train_end_to_end(trainer, batches_from, habits(save_steps=2), story.hooks())
+        train_end_to_end(trainer, batches_from, intervals(save_steps=2), story.hooks())
     assert len(trainer.seen) == 4 + 3
 
 
@@ -212,7 +229,7 @@ def test_a_bad_state_is_never_saved():
         train_end_to_end(
             FakeTrainer({4: math.nan}),
             batches_from,
-            habits(log_steps=100, save_steps=2),
+            intervals(log_steps=100, save_steps=2),
             story.hooks(),
         )
     assert story.saved.step == 2
@@ -222,7 +239,7 @@ def test_a_finished_run_is_not_taken_up_again():
     """A state of the last step has nothing left to do."""
     story, trainer = Story(), FakeTrainer()
     progress = train_end_to_end(
-        trainer, batches_from, habits(), story.hooks(), Progress(step=6, tokens_seen=72)
+        trainer, batches_from, intervals(), story.hooks(), Progress(step=6, tokens_seen=72)
     )
     assert trainer.seen == []
     assert story.events == []

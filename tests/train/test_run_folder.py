@@ -7,7 +7,13 @@ import torch
 from qat.cache.read import TeacherCache
 from qat.storage.files import write_json
 from qat.tracking.record import CONFIG, SUMMARY
-from qat.train.config import TrainConfig
+from qat.train.config import (
+    IntervalsConfig,
+    LossConfig,
+    OptimConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from qat.train.run_folder import (
     check_content,
     check_lengths,
@@ -26,7 +32,7 @@ from tests.tiny import tiny_cache
 
 
 def config(**changes):
-    places = {name: Path(name) for name in ("v2_checkpoint", "cache_dir", "output_dir")}
+    places = {name: Path(name) for name in ("checkpoint", "cache_dir", "output_dir")}
     return TrainConfig(**{**places, **changes})
 
 
@@ -36,18 +42,19 @@ def cache(tmp_path_factory):
 
 
 def identity(**changes):
-    return run_identity(config(**changes), "student", "cache")
+    return identity_of(config(**changes))
+
+
+def identity_of(plan, *hashes):
+    return run_identity(plan, *(hashes or ("student", "cache")), device_kind="cpu", dtype="fp32")
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"output_dir": Path("elsewhere")},
-        {"device": "cuda"},
-        {"wandb": True, "wandb_run": "x", "wandb_tags": ("a",)},
-        {"save_steps": 7},
-        {"log_steps": 7},
-        {"keep_checkpoints": 2},
+        {"tracking": TrackingConfig(to="wandb", name="x", tags=("a",), copy_to=Path("drive"))},
+        {"intervals": IntervalsConfig(save_steps=7, log_steps=7, keep_checkpoints=2)},
         {"model_id": "somewhere"},
     ],
 )
@@ -57,15 +64,32 @@ def test_places_and_habits_do_not_decide_a_run(changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"lr": 1e-5}, {"seed": 1}, {"max_steps": 7}, {"loss": "kd"}, {"dtype": "bf16"}]
+    "changes",
+    [
+        {"optim": OptimConfig(lr=1e-5)},
+        {"seed": 1},
+        {"max_steps": 7},
+        {"loss": LossConfig(divergence="kd")},
+        {"intervals": IntervalsConfig(eval_samples=7)},
+    ],
 )
 def test_settings_decide_a_run(changes):
     """So do the student and the cache that it reads."""
     assert identity(**changes) != identity()
-    assert run_identity(config(), "other", "cache") != identity()
-    assert run_identity(config(), "student", "other") != identity()
-    assert run_identity(config(), "student", "cache", "other") != identity()
-    assert run_identity(config(), "student", "cache", "cache") == identity()
+    assert identity_of(config(), "other", "cache") != identity()
+    assert identity_of(config(), "student", "other") != identity()
+    assert identity_of(config(), "student", "cache", "other") != identity()
+    assert identity_of(config(), "student", "cache", "cache") == identity()
+
+
+def test_a_run_does_not_resume_in_another_dtype_or_on_another_kind_of_device():
+    """`auto` was kept unresolved, so float32 and bfloat16 steps could mix in one run."""
+    plan, hashes = config(), ("student", "cache")
+    here = run_identity(plan, *hashes, device_kind="cpu", dtype="fp32")
+    assert run_identity(plan, *hashes, device_kind="cpu", dtype="bf16") != here
+    assert run_identity(plan, *hashes, device_kind="cuda", dtype="fp32") != here
+    named = config(device="cpu", dtype="fp32")
+    assert run_identity(named, *hashes, device_kind="cpu", dtype="fp32") == here
 
 
 def test_a_run_is_found_by_its_identity(tmp_path):
@@ -81,7 +105,10 @@ def test_a_run_is_found_by_its_identity(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 1e-5}, "holds a run with lr 0.0002, this one has 1e-05; choose another"),
+        (
+            {"optim": OptimConfig(lr=1e-5)},
+            "holds a run with optim.lr 0.0002, this one has 1e-05; choose another",
+        ),
         ({"trainable": ("norms",)}, "holds a run with trainable"),
     ],
 )
@@ -97,34 +124,52 @@ def test_another_runs_folder_is_refused(tmp_path, changes, message):
 def test_a_models_folder_is_no_runs(tmp_path):
     """Its config.json was overwritten, and the model was lost."""
     write_json(tmp_path / CONFIG, {"model_type": "llama"})
-    with pytest.raises(ValueError, match="is no run's: a model or a student lies there; choose"):
+    with pytest.raises(ValueError, match="config.json, which is not of a training run: .*; choose"):
+        finished_run(tmp_path, identity())
+
+
+@pytest.mark.parametrize("name", ["best_state_dict.pt", "model.safetensors", "checkpoint.json"])
+def test_what_is_not_a_runs_is_not_written_over(tmp_path, name):
+    """A file of the seeds without its config.json was replaced by that of the run."""
+    (tmp_path / name).write_bytes(b"weights")
+    with pytest.raises(ValueError, match=f"holds {name}, which is not of a training run"):
         finished_run(tmp_path, identity())
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 3])
 def test_batches_go_on_where_a_run_stopped(cache, accumulation_steps):
     """From any step on, the same sequences as without the stop, and the same negatives."""
-    plan = config(batch_size=4, accumulation_steps=accumulation_steps, seed=3, full_logits=False)
+    plan = config(
+        batch_size=4,
+        accumulation_steps=accumulation_steps,
+        seed=3,
+        loss=LossConfig(sampled_negatives=8),
+    )
     device, size = torch.device("cpu"), {"vocab_size": 5000}
     straight = list(islice(training_batches(cache, plan, device, start_step=0, **size), 30))
-    drawn = {tuple(signal.negative_ids[0, 0].tolist()) for _, signal in straight}
+    drawn = {tuple(batch.unpack().negative_ids[0, 0].tolist()) for batch in straight}
     assert len(drawn) == 30
     for step in (1, 4):
         resumed = training_batches(cache, plan, device, start_step=step, **size)
-        for (ids, signal), (wanted, expected) in zip(
+        for found, expected in zip(
             islice(resumed, 6), straight[step * accumulation_steps :], strict=False
         ):
-            assert torch.equal(ids, wanted)
-            assert torch.equal(signal.log_probs, expected.log_probs)
-            assert torch.equal(signal.negative_ids, expected.negative_ids)
+            assert torch.equal(found.token_ids, expected.token_ids)
+            assert torch.equal(found.document_ids, expected.document_ids)
+            signals = found.unpack(), expected.unpack()
+            assert torch.equal(*(signal.log_probs for signal in signals))
+            assert torch.equal(*(signal.negative_ids for signal in signals))
 
 
 def test_a_curriculum_cuts_sequences_and_their_signal_alike(cache):
     """Short ones first; the step decides, so a resumed run has the same lengths."""
     plan = config(batch_size=4, accumulation_steps=2, curriculum="6:0,16:2")
     batches = training_batches(cache, plan, torch.device("cpu"), start_step=1)
-    shapes = [(ids.shape[1], signal.mask.shape[1]) for ids, signal in islice(batches, 4)]
-    assert shapes == [(6, 5), (6, 5), (16, 15), (16, 15)]
+    first = list(islice(batches, 4))
+    parts = [(batch.token_ids, batch.mask, batch.document_ids) for batch in first]
+    shapes = [tuple(part.shape[1] for part in each) for each in parts]
+    assert shapes == [(6, 5, 6), (6, 5, 6), (16, 15, 16), (16, 15, 16)]
+    assert all(batch.unpack().log_probs.shape[:2] == batch.mask.shape for batch in first)
 
 
 def test_a_curriculum_longer_than_the_cache_is_refused():
@@ -137,23 +182,27 @@ def test_a_curriculum_longer_than_the_cache_is_refused():
 def test_candidates_need_token_ids():
     """A hidden cache names none; its full logits are what it is for."""
     check_content(config(), "hidden")
+    plan = config(loss=LossConfig(sampled_negatives=8))
     for content in ("top-k", "sampled", "conditional"):
-        check_content(config(full_logits=False), content)
-    with pytest.raises(ValueError, match="--no-full-logits needs a cache of token ids.*--content"):
-        check_content(config(full_logits=False), "hidden")
+        check_content(plan, content)
+    with pytest.raises(
+        ValueError, match="--loss.sampled-negatives 8 needs a cache of token ids.*--content"
+    ):
+        check_content(plan, "hidden")
 
 
 def test_rates_are_shares_of_one():
     """Each part's peak is a ratio of --lr; each rollback halves what a step takes."""
-    plan = config(lr=1e-3, scale_lr_ratio=0.5, codebook_lr_ratio=2.0, norm_lr_ratio=0.1)
-    assert peak_rates(plan) == {
+    optim = OptimConfig(scale_lr_ratio=0.5, codebook_lr_ratio=2.0, norm_lr_ratio=0.1)
+    assert peak_rates(optim, 1e-3) == {
         "weights": 1e-3,
         "scales": 5e-4,
+        "directions": 5e-4,
         "magnitudes": 5e-4,
         "codebooks": 2e-3,
         "norms": 1e-4,
     }
-    plan = config(constant_lr=True, warmup_steps=0)
+    plan = config(optim=OptimConfig(schedule="constant", warmup_steps=0))
     assert rate_at(plan, Progress(step=5)) == 1.0
     assert rate_at(plan, Progress(step=5, rollbacks=2)) == 0.25
 

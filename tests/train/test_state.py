@@ -4,117 +4,141 @@ import resource
 import pytest
 import torch
 
+from qat.distill.kl import forward_kl
 from qat.model.surgery import quantized_layers
-from qat.storage.files import former_folder
+from qat.storage.files import previous_folder
 from qat.train.ema import MovingAverage
 from qat.train.state import STATE, Progress, has_state, read_state, write_state
-from qat.train.trainable import choose_trainable, make_optimizer
+from qat.train.step import Trainer
+from qat.train.trainable import choose_trainable, make_optimizer, trained_layers
 from tests.tiny import tiny_student
 
 PARTS = ("weights", "scales", "codebooks", "norms")
 TOKEN_IDS = torch.arange(12).view(2, 6)
 
 
-def make_run(scheme="q2a4", decay=0.0):
-    """Return a student, its optimizer and its moving average."""
-    student = tiny_student(scheme=scheme)
+def make_run(plan="q2a4", decay=0.0):
+    """Return a trainer of a student, with a moving average where it decays."""
+    student = tiny_student(plan=plan)
     chosen = choose_trainable(
         student, kinds=("mlp", "attention"), parts=PARTS, weight_of=lambda _name: None
     )
     optimizer = make_optimizer(chosen, dict.fromkeys(chosen, 1e-2), 0.0)
     parameters = [p for part in chosen.values() for p in part]
-    return student, optimizer, MovingAverage(parameters, decay) if decay else None
+    return Trainer(
+        model=student,
+        layers=trained_layers(student),
+        optimizer=optimizer,
+        divergence=forward_kl,
+        dtype=torch.float32,
+        clip_grad_norm=0.0,
+        sync=lambda: None,
+        ema=MovingAverage(parameters, decay) if decay else None,
+    )
 
 
-def take_step(student, optimizer, ema=None):
-    student(TOKEN_IDS, use_cache=False).logits.square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    if ema:
-        ema.update()
+def take_step(trainer):
+    trainer.model(TOKEN_IDS, use_cache=False).logits.square().mean().backward()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    if trainer.ema:
+        trainer.ema.update()
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-@pytest.mark.parametrize("scheme", ["q2a4", "q4_r4"])
-def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, scheme, decay):
+@pytest.mark.parametrize("plan", ["q2a4", "q4_r4"])
+def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, plan, decay):
     """Two steps, a state, two more: the same bits in another process that read the state."""
-    run = make_run(scheme, decay)
+    run = make_run(plan, decay)
     for _ in range(2):
-        take_step(*run)
+        take_step(run)
     progress = Progress(step=2, tokens_seen=24, best_kl_nats=0.5, last_eval={"kl_nats": 0.5})
     torch.manual_seed(5)
-    write_state(tmp_path, progress, *run)
+    write_state(tmp_path, progress, run)
     expected = torch.rand(3)
     for _ in range(2):
-        take_step(*run)
+        take_step(run)
 
-    other = make_run(scheme, decay)
+    other = make_run(plan, decay)
     torch.manual_seed(99)
-    assert read_state(tmp_path, *other) == progress
+    assert read_state(tmp_path, other) == progress
     assert torch.equal(torch.rand(3), expected)
     for _ in range(2):
-        take_step(*other)
-    for left, right in zip(run[0].parameters(), other[0].parameters(), strict=True):
+        take_step(other)
+    for left, right in zip(run.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(left, right)
     if decay:
-        for left, right in zip(run[2].averages, other[2].averages, strict=True):
+        for left, right in zip(run.ema.averages, other.ema.averages, strict=True):
             assert torch.equal(left, right)
 
 
 def test_frozen_indices_come_back_in_their_order(tmp_path):
     """Training may have begun with a codebook out of order, which thawing sorts."""
-    student, optimizer, _ = make_run()
-    layer = next(iter(quantized_layers(student).values()))
+    trainer = make_run()
+    layer = next(iter(quantized_layers(trainer.model).values()))
     layer.indices = (15 - layer.indices.int()).to(torch.uint8)
-    write_state(tmp_path, Progress(step=1), student, optimizer)
-    other, other_optimizer, _ = make_run()
-    read_state(tmp_path, other, other_optimizer)
-    assert torch.equal(next(iter(quantized_layers(other).values())).indices, layer.indices)
+    write_state(tmp_path, Progress(step=1), trainer)
+    other = make_run()
+    read_state(tmp_path, other)
+    assert torch.equal(next(iter(quantized_layers(other.model).values())).indices, layer.indices)
 
 
 def test_there_is_no_state_before_one_is_written(tmp_path):
     """An empty folder starts from the beginning."""
     assert not has_state(tmp_path)
-    student, optimizer, _ = make_run()
-    write_state(tmp_path, Progress(step=1), student, optimizer)
+    trainer = make_run()
+    write_state(tmp_path, Progress(step=1), trainer)
     assert has_state(tmp_path)
 
 
 def test_a_state_hidden_by_a_kill_is_found(tmp_path):
     """A process killed between the two renames of the next state."""
-    student, optimizer, _ = make_run()
-    write_state(tmp_path, Progress(step=7), student, optimizer)
-    (tmp_path / STATE).rename(former_folder(tmp_path / STATE))
+    trainer = make_run()
+    write_state(tmp_path, Progress(step=7), trainer)
+    (tmp_path / STATE).rename(previous_folder(tmp_path / STATE))
     assert has_state(tmp_path)
-    assert read_state(tmp_path, student, optimizer).step == 7
+    assert read_state(tmp_path, trainer).step == 7
 
 
 def test_a_changed_byte_is_seen(tmp_path):
     """Rather than trained on; the remedy is to start over."""
-    student, optimizer, _ = make_run()
-    write_state(tmp_path, Progress(step=1), student, optimizer)
+    trainer = make_run()
+    write_state(tmp_path, Progress(step=1), trainer)
     path = tmp_path / STATE / "state.pt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="does not match its sha256; remove .*state to start over"):
-        read_state(tmp_path, student, optimizer)
+        read_state(tmp_path, trainer)
 
 
 def test_a_full_disk_leaves_the_former_state(tmp_path):
     """torch reports a failed write as RuntimeError, which ended in a traceback."""
-    student, optimizer, _ = make_run()
-    take_step(student, optimizer)
-    write_state(tmp_path, Progress(step=1), student, optimizer)
-    before = copy.deepcopy(student.state_dict())
-    take_step(student, optimizer)
+    trainer = make_run()
+    take_step(trainer)
+    write_state(tmp_path, Progress(step=1), trainer)
+    before = copy.deepcopy(trainer.model.state_dict())
+    take_step(trainer)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(OSError, match="no room for the state .* run the same command again"):
-            write_state(tmp_path, Progress(step=2), student, optimizer)
+        with pytest.raises(OSError, match="no space for the state .* run the same command again"):
+            write_state(tmp_path, Progress(step=2), trainer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == [STATE]
-    assert read_state(tmp_path, student, optimizer).step == 1
-    assert all(torch.equal(student.state_dict()[name], value) for name, value in before.items())
+    assert read_state(tmp_path, trainer).step == 1
+    assert all(
+        torch.equal(trainer.model.state_dict()[name], value) for name, value in before.items()
+    )
+
+
+def test_the_loss_scale_of_float16_comes_back(tmp_path):
+    """A resumed run would otherwise start at a scale that overflows again."""
+    trainer, other = make_run(), make_run()
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    other.scaler = torch.amp.GradScaler("cpu")
+    trainer.loss_scale(torch.device("cpu"))  # makes it a tensor, as a step does
+    write_state(tmp_path, Progress(step=1), trainer)
+    read_state(tmp_path, other)
+    assert other.scaler.get_scale() == 64.0

@@ -1,4 +1,6 @@
 import copy
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,28 +12,35 @@ from qat.model.head import hidden_states, logits_of
 from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import hold_weights, quantized_layers, release_weights
 from qat.quant.fit import fit_weight
-from qat.quant.scheme import LayerScheme
-from qat.train.step import Trainer, form_weights, pull_gradients
+from qat.quant.spec import make_spec
+from qat.train.step import Batch, Trainer, form_weights, loss_scaler, pull_gradients
 from qat.train.trainable import choose_trainable, make_optimizer, trained_layers
-from tests.tiny import TINY_MODELS, VOCAB_SIZE, tiny_llama, tiny_student
+from tests.tiny import TINY_MODELS, VOCAB_SIZE, quantize_plainly, tiny_llama, tiny_student
 
 PARTS = ("weights", "scales", "codebooks", "norms")
 KINDS = ("mlp", "attention")
 
 
 def batch(seed=0, *, rows=4, length=8, ratio=0.7):
-    """Return token ids and a teacher's word on them, with positions that do not count."""
+    """Return a micro-batch with its teacher, and positions that do not count."""
     generator = torch.Generator().manual_seed(seed)
     token_ids = torch.randint(261, (rows, length), generator=generator)
     mask = torch.rand(rows, length - 1, generator=generator) < ratio
-    return token_ids, top_k_signal(tiny_llama()(token_ids).logits[:, :-1], mask, 12)
+    return Batch.of(token_ids, top_k_signal(tiny_llama()(token_ids).logits[:, :-1], mask, 12))
+
+
+def parts_of(made):
+    """Return token ids and signal of a micro-batch."""
+    return made.token_ids, made.unpack()
 
 
 def joined(batches):
     """Return micro-batches as one."""
-    token_ids = torch.cat([ids for ids, _ in batches])
+    token_ids = torch.cat([batch.token_ids for batch in batches])
     logits = tiny_llama()(token_ids).logits[:, :-1]
-    return token_ids, top_k_signal(logits, torch.cat([s.mask for _, s in batches]), 12)
+    return Batch.of(
+        token_ids, top_k_signal(logits, torch.cat([batch.mask for batch in batches]), 12)
+    )
 
 
 def make_trainer(student, parts=PARTS, kinds=KINDS, *, lr=1e-3, dtype=torch.float32, **changes):
@@ -74,16 +83,16 @@ def nudge(student, seed=0):
 
 @pytest.mark.parametrize("parts", [PARTS, ("scales", "codebooks"), ("weights",), ("scales",)])
 @pytest.mark.parametrize(
-    ("family", "scheme"), [("llama", "q2a4"), ("qwen3", "q4_r4"), ("gemma", "q2a4_int_g32")]
+    ("family", "plan"), [("llama", "q2a4"), ("qwen3", "q4_r4"), ("gemma", "q2a4_int_g32")]
 )
-def test_one_pull_a_step_equals_plain_autograd(family, scheme, parts):
+def test_one_pull_a_step_equals_plain_autograd(family, plan, parts):
     """Weights formed once and gradients pulled once: what autograd through each layer gives."""
-    student = tiny_student(family, scheme)
+    student = tiny_student(family, plan)
     trainer = make_trainer(student, parts)
     nudge(student)
-    token_ids, signal = batch()
+    token_ids, signal = parts_of(batch())
     form_weights(trainer.layers, torch.float32)
-    loss = trainer.accumulate([(token_ids, signal)], None)
+    loss = trainer.accumulate([Batch.of(token_ids, signal)], None)
     pull_gradients(trainer.layers)
     found = gradients(student)
     student.zero_grad(set_to_none=True)
@@ -99,9 +108,9 @@ def test_one_pull_a_step_equals_plain_autograd(family, scheme, parts):
 @pytest.mark.parametrize("stored_dtype", ["float16", "float32"])
 def test_gradients_are_taken_at_the_codebook_that_the_forward_used(stored_dtype):
     """Values stored in float32 were rounded to float16 for the backward pass only."""
-    scheme = LayerScheme(bits=3, group_size=8, stored_dtype=stored_dtype)
+    plan = make_spec(bits=3, group_size=8, stored_dtype=stored_dtype)
     linear = torch.nn.Linear(16, 12, bias=False)
-    layer = FakeQuantLinear.from_linear(linear, fit_weight(linear.weight, scheme), scheme)
+    layer = FakeQuantLinear.from_linear(linear, fit_weight(linear.weight, plan))
     layer.codebook.data *= 1.0001
     layer.scale.data *= 1.0001
     gradient = torch.randn(12, 16)
@@ -136,10 +145,10 @@ def test_the_loss_is_the_mean_over_counted_positions():
     """In nats a token: what the evaluation of the same positions says."""
     student = tiny_student()
     trainer = make_trainer(student)
-    token_ids, signal = batch()
+    token_ids, signal = parts_of(batch())
     with torch.no_grad():
         values = forward_kl(student(token_ids).logits[:, :-1], signal)
-    loss, _norm = trainer.step([(token_ids, signal)], 1.0)
+    loss, _norm = trainer.step([Batch.of(token_ids, signal)], 1.0)
     assert loss.item() == pytest.approx(values[signal.mask].mean().item(), rel=1e-5)
 
 
@@ -182,10 +191,10 @@ def test_only_what_was_chosen_moves(parts, kinds, moving):
         ) or (len(kinds) == 2)
 
 
-@pytest.mark.parametrize("scheme", ["q2a4", "q4_r4", "q2a4_int_g32"])
-def test_training_lowers_the_loss(scheme):
+@pytest.mark.parametrize("plan", ["q2a4", "q4_r4", "q2a4_int_g32"])
+def test_training_lowers_the_loss(plan):
     """Twenty steps on one batch: the student comes nearer to its teacher."""
-    student = tiny_student(scheme=scheme)
+    student = tiny_student(plan=plan)
     trainer = make_trainer(student, ("weights", "scales"), lr=3e-3)
     repeated = batch()
     losses = [trainer.step([repeated], 1.0)[0].item() for _ in range(20)]
@@ -232,10 +241,7 @@ def test_a_dead_row_trains(part):
     for layer in model.model.layers:
         weight = layer.mlp.up_proj.weight
         weight[(3,) if part == "row" else (slice(None), 5)] = 0.0
-    from qat.pipelines.quantize import init_student
-    from qat.quant.scheme import scheme_from_name
-
-    init_student(model, scheme_from_name("q2_r2"))
+    quantize_plainly(model, "q2_r2")
     trainer = make_trainer(model)
     for seed in range(3):
         loss, norm = trainer.step([batch(seed)], 1.0)
@@ -262,14 +268,14 @@ def test_the_hard_loss_is_added_with_its_weight():
     """Cross-entropy on the teacher's likeliest token beside the divergence."""
     student = tiny_student()
     trainer = make_trainer(student)
-    token_ids, signal = batch()
+    token_ids, signal = parts_of(batch())
     with torch.no_grad():
         logits = student(token_ids).logits[:, :-1]
         best = signal.token_ids[..., 0]
         hard = -logits.log_softmax(-1).gather(-1, best.unsqueeze(-1)).squeeze(-1)
         soft = forward_kl(logits, signal)
     expected = (soft + 0.3 * hard)[signal.mask].mean()
-    loss, _ = trainer.step([(token_ids, signal)], 1.0, 0.3)
+    loss, _ = trainer.step([Batch.of(token_ids, signal)], 1.0, 0.3)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -277,11 +283,11 @@ def test_all_tokens_as_negatives_change_nothing():
     """R = V: the loss and every gradient of full logits."""
     student = tiny_student()
     trainer = make_trainer(student)
-    token_ids, signal = batch()
+    token_ids, signal = parts_of(batch())
     results = []
     for asked in (signal, with_negatives(signal, draw_negatives(0, 0, VOCAB_SIZE, VOCAB_SIZE))):
         form_weights(trainer.layers, torch.float32)
-        loss = trainer.accumulate([(token_ids, asked)], 0.3)
+        loss = trainer.accumulate([Batch.of(token_ids, asked)], 0.3)
         pull_gradients(trainer.layers)
         results.append((loss.item(), gradients(student)))
         student.zero_grad(set_to_none=True)
@@ -293,7 +299,125 @@ def test_all_tokens_as_negatives_change_nothing():
 def test_the_head_used_is_the_models_own():
     """Positions predict the next token: hidden states of the last one are left out."""
     model = tiny_llama()
-    token_ids, _ = batch()
+    token_ids = batch().token_ids
     signal = dense_signal(model(token_ids).logits[:, :-1], torch.ones(4, 7, dtype=torch.bool))
     hidden = hidden_states(model, token_ids)[:, :-1]
     assert forward_kl(logits_of(model, hidden), signal).abs().max() < 1e-5
+
+
+def test_a_step_holds_one_unpacked_teacher_at_a_time():
+    """Dense logits of all micro-batches were formed before the first forward pass."""
+    trainer = make_trainer(tiny_student())
+    alive, most = weakref.WeakSet(), []
+
+    def unpacking(made):
+        def unpack():
+            logits = tiny_llama()(made.token_ids).logits[:, :-1]
+            signal = dense_signal(logits, made.mask)
+            alive.add(signal.log_probs)
+            most.append(len(alive))
+            return signal
+
+        return replace(made, unpack=unpack)
+
+    trainer.step([unpacking(batch(seed)) for seed in range(4)], 1.0)
+    assert most == [1] * 4
+
+
+@pytest.mark.parametrize("num_batches", [1, 16])
+def test_micro_batches_add_up_in_float32(num_batches):
+    """A bfloat16 leaf lost most of what the later of many micro-batches add."""
+    student = tiny_student().to(torch.bfloat16)
+    for layer in quantized_layers(student).values():
+        layer.float()
+    trainer = make_trainer(student, ("weights",), dtype=torch.bfloat16)
+    batches = [batch(seed, rows=1, ratio=1.1) for seed in range(num_batches)]
+    expected = None
+    for one in batches:  # a share of a power of two changes no digit
+        trainer.form()
+        trainer.accumulate([one], None)
+        trainer.pull()
+        found = gradients(student)
+        expected = {n: g + expected[n] for n, g in found.items()} if expected else found
+        student.zero_grad(set_to_none=True)
+    trainer.form()
+    trainer.accumulate(batches, None)
+    trainer.pull()
+    mean = {name: gradient / num_batches for name, gradient in expected.items()}
+    assert_same_gradients(gradients(student), mean, 1e-5)
+    assert not trainer.sums
+
+
+def in_float16(**changes):
+    """Return a trainer of a student in float16 whose loss is too small for it."""
+    student = tiny_student().half()
+    for layer in quantized_layers(student).values():
+        layer.float()
+    settings = {"scaler": loss_scaler(torch.device("cpu"), torch.float16), **changes}
+    return make_trainer(
+        student,
+        ("weights", "scales"),
+        dtype=torch.float16,
+        divergence=lambda logits, signal: forward_kl(logits, signal) * 2**-16,
+        **settings,
+    )
+
+
+def test_float16_gradients_do_not_vanish():
+    """They lie below float16's smallest number: without a loss scale nothing trained."""
+    small = make_trainer(
+        tiny_student(),
+        ("weights", "scales"),
+        divergence=lambda logits, signal: forward_kl(logits, signal) * 2**-16,
+    )
+    loss, expected = small.step([batch()], 1.0)
+    found_loss, found = in_float16().step([batch()], 1.0)
+    assert found_loss.item() == pytest.approx(loss.item(), rel=0.02)
+    assert found.item() == pytest.approx(expected.item(), rel=0.02)
+    _loss, unscaled = in_float16(scaler=None).step([batch()], 1.0)
+    assert abs(unscaled.item() - expected.item()) > 0.02 * expected.item()
+
+
+def test_a_float16_step_that_overflows_is_left_out():
+    """The scale halves until gradients fit; the loss is told as it is, the run does not end."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    trainer = in_float16(scaler=scaler)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    loss, norm = trainer.step([batch()], 1.0)
+    assert torch.isfinite(loss)
+    assert norm == 0
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    norms = [trainer.step([batch()], 1.0)[1].item() for _ in range(30)]
+    assert 2.0**10 < scaler.get_scale() < 2.0**40
+    assert norms[-1] > 0
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_a_gradient_that_no_scale_mends_is_told():
+    """At a scale below one it is no overflow, and the run ends."""
+    trainer = in_float16(scaler=torch.amp.GradScaler("cpu", init_scale=0.5))
+    trainer.divergence = lambda logits, signal: (logits.float() * float("inf")).sum(-1)
+    assert not torch.isfinite(trainer.step([batch()], 1.0)[1])
+
+
+def test_dropout_works_in_steps_and_nowhere_else():
+    """Modules are in training mode during the forward pass only, also if it fails."""
+    student = tiny_student(attention_dropout=0.5).eval()
+    trainer = make_trainer(student)
+    seen = []
+    layer = student.model.layers[0]
+    layer.register_forward_pre_hook(lambda *_: seen.append(layer.self_attn.training))
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses.append(trainer.accumulate([batch()], None).item())
+    assert len(set(losses)) == 1, "outside a step nothing drops out"
+    torch.manual_seed(0)
+    first = trainer.step([batch()], 0.0)[0].item()
+    torch.manual_seed(1)
+    assert trainer.step([batch()], 0.0)[0].item() != first
+    assert seen == [False] * 3 + [True] * 2
+    trainer.divergence = None
+    with pytest.raises(TypeError):
+        trainer.step([batch()], 1.0)
+    assert not any(module.training for module in student.modules())

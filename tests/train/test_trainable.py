@@ -5,9 +5,9 @@ from qat.model.surgery import quantized_layers
 from qat.train.trainable import (
     choose_trainable,
     count_parameters,
-    freeze_magnitudes,
+    enable_gradient_checkpointing,
     make_optimizer,
-    set_training_mode,
+    mode,
     trained_layers,
 )
 from tests.tiny import TINY_MODELS, tiny_llama, tiny_student
@@ -75,7 +75,7 @@ def test_nothing_to_train_is_refused():
 
 def test_magnitudes_named_twice_train_once():
     """They count as scales already; one parameter in two groups ended in torch's own words."""
-    student = tiny_student(scheme="q4_r4")
+    student = tiny_student(plan="q4_r4")
     chosen = choose_trainable(student, kinds=BOTH, parts=("scales", "magnitudes"), **NOTHING)
     make_optimizer(chosen, {"scales": 1e-3, "magnitudes": 1e-4}, 0.0)
     count = sum(count_parameters(chosen).values())
@@ -84,11 +84,10 @@ def test_magnitudes_named_twice_train_once():
 
 def test_magnitudes_can_be_left_out():
     """Directions of low-rank scales move, their sizes stay."""
-    student = tiny_student(scheme="q4_r4")
-    chosen = choose_trainable(student, kinds=BOTH, parts=("scales",), **NOTHING)
-    freeze_magnitudes(student, chosen)
+    student = tiny_student(plan="q4_r4")
+    chosen = choose_trainable(student, kinds=BOTH, parts=("directions",), **NOTHING)
     assert {name.rpartition(".")[2] for name in names(student)} == {"scale_a", "scale_b"}
-    assert len(chosen["scales"]) == 2 * 14
+    assert len(chosen["directions"]) == 2 * 14
 
 
 def test_each_part_has_its_rate_and_only_weights_decay():
@@ -115,7 +114,37 @@ def test_recomputed_activations_change_no_gradient(family):
     for is_on in (False, True):
         student = tiny_student(family)
         choose_trainable(student, kinds=BOTH, parts=("weights",), **NOTHING)
-        set_training_mode(student, gradient_checkpointing=is_on)
-        student(torch.arange(12).view(2, 6), use_cache=False).logits.square().mean().backward()
+        if is_on:
+            enable_gradient_checkpointing(student)
+        with mode(student, is_training=True):
+            student(torch.arange(12).view(2, 6), use_cache=False).logits.square().mean().backward()
         found.append([p.grad for p in student.parameters() if p.requires_grad])
     assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+
+
+def test_norms_are_found_by_their_weights_and_not_by_their_names():
+    """A norm class of another name was left out, a head called a norm was taken for one."""
+
+    class RootMeanSquare(type(tiny_llama().model.norm)):
+        pass
+
+    class NormHead(torch.nn.Linear):
+        pass
+
+    student = tiny_student()
+    expected = {name for name, _ in student.named_parameters() if "norm" in name}
+    for module in student.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.__class__ = RootMeanSquare
+    student.lm_head.__class__ = NormHead
+    choose_trainable(student, kinds=BOTH, parts=("norms",), **NOTHING)
+    assert names(student) == expected
+
+
+def test_modes_are_put_back():
+    """Each module's own, also those that differ from the model's."""
+    student = tiny_student().eval()
+    student.model.norm.train()
+    with mode(student, is_training=True):
+        assert all(module.training for module in student.modules())
+    assert [m for m in student.modules() if m.training] == [student.model.norm]

@@ -1,0 +1,316 @@
+"""The story of a training run.
+
+Open the student and its cache, choose what trains, take steps, keep the best, write the end.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from time import strftime
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.cache.read import TeacherCache
+from qat.evaluate.on_cache import evaluate_on_cache
+from qat.legacy.fp16_snap import snap_student
+from qat.legacy.run_files import BEST_FILE, TIME_FORMAT, why_no_seed_files, write_seed_files
+from qat.model.checkpoint import CheckpointHeader, bits_per_weight, write_checkpoint
+from qat.model.load import BaseWeights, load_dense
+from qat.model.surgery import has_low_rank_scales
+from qat.pipelines.open_checkpoint import (
+    BEST_NAME,
+    FINAL_NAME,
+    Checkpoint,
+    latent_or_base_weights,
+    load_model,
+    open_checkpoint,
+)
+from qat.pipelines.students import open_cache
+from qat.runtime.device import Device, dtype_name, seeded
+from qat.storage.files import folder_lock
+from qat.tracking.messages import say
+from qat.tracking.sinks import Tracker, open_tracker
+from qat.train.config import TrackingConfig, TrainConfig
+from qat.train.layerwise import layerwise_stage
+from qat.train.loop import Hooks, LoopIntervals, train_end_to_end
+from qat.train.run_folder import (
+    COMMAND,
+    check_content,
+    check_lengths,
+    claim_folder,
+    copy_results,
+    finished_run,
+    make_trainer,
+    peak_rates,
+    rate_at,
+    record_of,
+    rotate,
+    run_identity,
+    summary_of,
+    training_batches,
+)
+from qat.train.state import Progress, has_state, read_state, write_state
+from qat.train.step import Trainer
+from qat.train.trainable import mode
+
+Keep = Callable[[str, dict[str, Any], int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """How a run ended."""
+
+    checkpoint: str
+    """The best student's folder."""
+    best_kl_nats: float | None
+    """Least held-out KL; None where no held-out position counts."""
+    best_kl_nats_lower: float | None
+    """In its place from a cache that keeps a part of the logits: a lower bound."""
+    best_step: int | None
+    final_loss: float | None
+    steps: int
+    tokens_seen: int
+    tokens_per_second: float
+    seconds: float
+    rollbacks: int
+    """Times that the run went back to a saved state."""
+    bits_per_weight: float | None
+    bits_per_weight_mlp: float | None
+    bits_per_weight_model: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What a run works with, opened and checked, nothing of it loaded yet."""
+
+    config: TrainConfig
+    device: Device
+    dtype: torch.dtype
+    student: Checkpoint
+    cache: TeacherCache
+    eval_cache: TeacherCache
+    identity: dict[str, Any]
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Distil a teacher's cache into a student, or find the run already complete.
+
+    Raises:
+        ValueError: If student, caches, settings and folder do not fit each other, the folder is in
+            use, or the loss diverged.
+        FileNotFoundError: If student or cache is not there.
+    """
+    run = open_run(config)
+    finished_run(config.output_dir, run.identity)  # refuse before the folder is touched
+    with folder_lock(config.output_dir), seeded(run.device.torch_device, config.seed):
+        summary = finished_run(config.output_dir, run.identity)
+        if summary is None:
+            summary = take_run(run)
+        else:
+            say(f"{config.output_dir} is already complete: nothing to do")
+        if config.tracking.copy_to:
+            copied = copy_results(config.output_dir, config.tracking.copy_to)
+            say(f"copied to {config.tracking.copy_to}: {', '.join(copied)}")
+    return TrainResult(checkpoint=str(config.output_dir / BEST_NAME), **summary)
+
+
+def open_run(config: TrainConfig) -> Run:
+    """Look up student, caches, device and dtype; refuse what does not fit."""
+    device = Device.detect(config.device)
+    dtype = device.dtype_from_name(config.dtype)
+    say(device.describe())
+    student = open_checkpoint(config.checkpoint, model_id=config.model_id)
+    if student.header is None:
+        raise ValueError(
+            f"--checkpoint {student.path} is a full-precision model; "
+            "`qat init-student` makes a student of it"
+        )
+    teacher = student.header.base_model["weights"]
+    cache = open_cache(config.cache_dir, student.text_folder, None, teacher)
+    eval_cache = open_cache(config.eval_cache_dir, student.text_folder, None, teacher) or cache
+    check_lengths(config, cache.seq_len)
+    check_content(config, cache.manifest.identity.content)
+    identity = run_identity(
+        config,
+        student.header.sha256,
+        cache.fingerprint,
+        eval_cache.fingerprint,
+        device_kind=device.kind,
+        dtype=dtype_name(dtype),
+    )
+    return Run(
+        config=config,
+        device=device,
+        dtype=dtype,
+        student=student,
+        cache=cache,
+        eval_cache=eval_cache,
+        identity=identity,
+    )
+
+
+def take_run(run: Run) -> dict[str, Any]:
+    """Start or resume a run, take it to its end, and return its summary."""
+    config, device, header = run.config, run.device, run.student.header
+    folder, base = config.output_dir, config.model_id or header.base_model["path"]
+    model, _header = load_model(config.checkpoint, model_id=config.model_id, dtype=run.dtype)
+    device.place(model)
+    weight_of = latent_or_base_weights(run.student, {**header.base_model, "path": base})
+    record = record_of(config, run.identity, latent_start(config, model, weight_of))
+    claim_folder(folder, record)
+    progress = Progress()
+    if config.layerwise.sequences and not has_state(folder):
+        progress.seconds = train_layer_by_layer(run, model, base, weight_of)
+    trainer = make_trainer(config, model, run.dtype, weight_of=weight_of, sync=device.sync)
+    count = f"{trainer.num_trained:,} parameters in {len(trainer.layers)} layers"
+    say(f"training {count}, compute dtype {dtype_name(run.dtype)}")
+    if has_state(folder):
+        progress = read_state(folder, trainer)
+        say(f"resuming from step {progress.step}")
+    track = open_tracker(
+        folder, record, resume_step=progress.step or None, wandb=wandb_settings(config.tracking)
+    )
+    made_by = {"command": COMMAND, **run.identity}
+    header = replace(header, cache_fingerprint=run.cache.fingerprint, made_by=made_by)
+    keep = partial(write_student, run, trainer, header)
+    progress = train_end_to_end(
+        trainer,
+        lambda step: training_batches(
+            run.cache,
+            config,
+            device.torch_device,
+            start_step=step,
+            vocab_size=model.config.vocab_size,
+        ),
+        loop_intervals(config),
+        make_hooks(run, trainer, track, keep),
+        progress,
+    )
+    keep(FINAL_NAME, progress.last_eval, progress.step)
+    leave_seed_files(run, base, weight_of)
+    summary = summary_of(progress) | bits_per_weight(model)
+    track.finish(summary)
+    return summary
+
+
+def latent_start(config: TrainConfig, model: nn.Module, weights: BaseWeights) -> str | None:
+    """Return what latent weights start from, None without any; say so if not full precision."""
+    if "weights" not in config.parts(is_low_rank=has_low_rank_scales(model)):
+        return None
+    if weights.why_missing is None:
+        return "full-precision weights"
+    say(
+        f"no full-precision weights ({weights.why_missing}): latent weights start at the student's "
+        "quantized values; give the model that it was made from with --model-id"
+    )
+    return f"quantized values: {weights.why_missing}"
+
+
+def train_layer_by_layer(run: Run, model: nn.Module, base: str, weight_of: BaseWeights) -> float:
+    """Take the layer-by-layer stage of a run; return its seconds."""
+    teacher = load_dense(base, dtype=run.dtype)
+    run.device.place(teacher)
+    return layerwise_stage(
+        run.config,
+        model,
+        teacher,
+        run.cache,
+        weight_of=weight_of,
+        rates=peak_rates(run.config.optim, run.config.layerwise.lr),
+        device=run.device.torch_device,
+        dtype=run.dtype,
+    )
+
+
+def write_student(
+    run: Run,
+    trainer: Trainer,
+    header: CheckpointHeader,
+    name: str,
+    values: dict[str, Any],
+    step: int,
+) -> None:
+    """Write the student at a step, with its held-out numbers, into the run's folder."""
+    header = replace(header, metrics={**values, "step": step})
+    folder, text_source = run.config.output_dir / name, run.student.text_folder
+    with trainer.averaged():
+        write_checkpoint(trainer.model, header, folder, text_source=text_source)
+
+
+def leave_seed_files(run: Run, base: str, weight_of: BaseWeights) -> None:
+    """Write the run's students in the seeds' form as well, or say why not."""
+    why = why_no_seed_files(run.student.header.plan, came_in_theirs=run.student.path.is_file())
+    if why is not None:
+        say(f"no {BEST_FILE}: {why}")
+        return
+    names = write_seed_files(
+        run.config.output_dir,
+        best=BEST_NAME,
+        last=FINAL_NAME,
+        model_id=base,
+        time=strftime(TIME_FORMAT),
+        weight_of=weight_of,
+        snap=partial(snap_student, bake=True),
+    )
+    say(f"in the seeds' form: {', '.join(names)}")
+
+
+def loop_intervals(config: TrainConfig) -> LoopIntervals:
+    """Return how often the loop does what is not a step."""
+    return LoopIntervals(
+        max_steps=config.max_steps,
+        accumulation_steps=config.accumulation_steps,
+        eval_steps=config.intervals.eval_steps,
+        log_steps=config.intervals.log_steps,
+        save_steps=config.intervals.save_steps,
+    )
+
+
+def make_hooks(run: Run, trainer: Trainer, track: Tracker, keep: Keep) -> Hooks:
+    """Return what the loop calls: evaluation, tracking, saving, going back."""
+    config, folder = run.config, run.config.output_dir
+
+    def evaluate() -> dict[str, Any]:
+        with trainer.averaged(), mode(trainer.model, is_training=False):
+            return evaluate_on_cache(
+                trainer.model,
+                run.eval_cache,
+                device=run.device.torch_device,
+                dtype=run.dtype,
+                num_sequences=config.intervals.eval_samples,
+            )
+
+    def save(progress: Progress) -> None:
+        write_state(folder, progress, trainer)
+        if config.intervals.keep_checkpoints is not None:
+            keep(f"checkpoints/step_{progress.step:07d}", progress.last_eval, progress.step)
+            rotate(folder / "checkpoints", config.intervals.keep_checkpoints)
+
+    def restore() -> Progress | None:
+        if config.optim.on_nan == "stop" or not has_state(folder):
+            return None
+        return read_state(folder, trainer)
+
+    return Hooks(
+        rate=partial(rate_at, config),
+        hard_weight=config.hard_weight,
+        evaluate=evaluate,
+        track=track,
+        keep_best=partial(keep, BEST_NAME),
+        save=save,
+        restore=restore,
+    )
+
+
+def wandb_settings(tracking: TrackingConfig) -> dict[str, Any] | None:
+    """Return where the run goes at Weights & Biases, None where it does not."""
+    if tracking.to != "wandb":
+        return None
+    return {
+        "project": tracking.project,
+        "name": tracking.name,
+        "group": tracking.group,
+        "tags": tracking.tags,
+    }
