@@ -1,7 +1,7 @@
 """Measure what a converter that fits scales anew makes of a trained student: a table in log.md.
 
 Every weight goes through ggml's own quantizer to the block type that holds it exactly, as
-`llama-quantize` would send it; kl_nats is that of the cache's held-out split.
+`llama-quantize` would send it; the KL is that of the cache's held-out split.
 """
 
 from collections import defaultdict
@@ -18,7 +18,7 @@ class RefitConfig:
     """Send a student's weights through ggml's quantizer and measure before and after."""
 
     checkpoint: Path
-    """A student or run on the grids of GGUF types, such as scheme `deploy`."""
+    """A student or run on the grids of GGUF types, such as plan `deploy`."""
     cache_dir: Path
     """Teacher cache to measure on."""
 
@@ -33,7 +33,8 @@ def act(config: RefitConfig) -> dict[str, Any]:
     from qat.model.surgery import quantized_layers, swap
     from qat.pipelines.open_cache import open_teacher_cache
     from qat.pipelines.open_checkpoint import load_model
-    from qat.quant.scheme import block_type_of
+    from qat.quant.spec import gguf_type_of
+    from qat.tracking.record import kl_name
 
     ggml, cache = open_ggml(), open_teacher_cache(config.cache_dir)
     student, _header = load_model(config.checkpoint)
@@ -41,7 +42,7 @@ def act(config: RefitConfig) -> dict[str, Any]:
     trained = evaluate_on_cache(student, cache, **place)
     changes = defaultdict(list)
     for name, layer in quantized_layers(student).items():
-        type_name = block_type_of(layer.scheme)
+        type_name = gguf_type_of(layer.spec)
         if type_name is None:
             raise ValueError(f"--checkpoint {config.checkpoint}: no GGUF type holds {name} exactly")
         weight = layer.fake_quantized_weight().detach()
@@ -61,7 +62,7 @@ def act(config: RefitConfig) -> dict[str, Any]:
         for type_name, found in changes.items()
     }
     refitted = evaluate_on_cache(student, cache, **place)
-    for name in ("kl_nats", "perplexity", "top1_agreement"):
+    for name in (kl_name(trained), "perplexity", "top1_agreement"):
         say(f"held-out {name}: {trained[name]:.4f} as trained, {refitted[name]:.4f} fitted anew")
     return {"trained": trained, "refitted": refitted, "types": types}
 

@@ -37,10 +37,10 @@ esac
 CACHE="$CACHES/${SIZE}_think_${THINKING}_L${SEQ_LEN}_K${TOP_K}_R0"
 MORE=()
 if [ -n "${WANDB:-}" ]; then
-    MORE+=(--wandb --wandb-group "speedrun-$SIZE" --wandb-run "$SIZE-$STEPS")
+    MORE+=(--tracking.to wandb --tracking.group "speedrun-$SIZE" --tracking.name "$SIZE-$STEPS")
 fi
 if [ -n "${DRIVE:-}" ]; then
-    MORE+=(--gdrive-dir "$DRIVE/qwen3_runs/$SIZE")
+    MORE+=(--tracking.copy-to "$DRIVE/qwen3_runs/$SIZE")
 fi
 
 # The Python that speedrun/setup.sh finds, where qat is no command of this shell.
@@ -57,7 +57,7 @@ if [ "$TEACHER" = models/smollm2-135m ]; then
     qat fetch smollm2 --output-dir "$TEACHER"
 fi
 
-# 2. Its word on the text, once: the only stage that runs the teacher.
+# 2. Its logits on the text, once: the only stage that runs the teacher.
 qat build-cache --teacher "$TEACHER" --data "$DATA" --format alpaca --thinking "$THINKING" \
     --seq-len "$SEQ_LEN" --top-k "$TOP_K" --num-sequences "$SEQUENCES" \
     --output-dir "$CACHES" --name "$(basename "$CACHE")" --device "$DEVICE"
@@ -71,8 +71,8 @@ qat convert-q4-to-q2 --q4-checkpoint "$RUNS/q4" --output "$RUNS/q2_init" --fit "
     --eval --cache-dir "$CACHE" --device "$DEVICE"
 
 # 5. Distil the teacher into the MLP layers.
-qat train --v2-checkpoint "$RUNS/q2_init" --cache-dir "$CACHE" --output-dir "$RUNS/q2_mlp_$STEPS" \
-    --mlp-only --lr "$LR" --max-steps "$STEPS" --batch-size "$BATCH" --device "$DEVICE" \
+qat train --checkpoint "$RUNS/q2_init" --cache-dir "$CACHE" --output-dir "$RUNS/q2_mlp_$STEPS" \
+    --layers mlp --optim.lr "$LR" --max-steps "$STEPS" --batch-size "$BATCH" --device "$DEVICE" \
     ${MORE[@]+"${MORE[@]}"}
 
 # 6. Held-out numbers of what is kept: the best of the run.

@@ -127,11 +127,11 @@ class BenchmarkConfig:
     @property
     def configurations(self) -> dict[str, bool]:
         """Return what is measured, and whether activations are recomputed in it."""
-        wanted = {
+        measured = {
             "baseline": not self.skip_baseline,
             "checkpointing": self.gradient_checkpointing and not self.skip_checkpointing,
         }
-        return {name: name == "checkpointing" for name in wanted if wanted[name]}
+        return {name: name == "checkpointing" for name in measured if measured[name]}
 
     @property
     def sizes(self) -> list[int]:

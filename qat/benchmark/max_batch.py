@@ -75,5 +75,5 @@ def floor(batch: float) -> int:
 def batches_below(largest: int, probed: list[int], budget: int) -> list[int]:
     """Return sizes that may be faster than the largest: its half and quarter, within a budget."""
     sizes = [floor(largest / 2), floor(largest / 4)]
-    wanted = [size for size in dict.fromkeys(sizes) if size and size not in probed]
-    return wanted[: max(0, budget - len(probed))]
+    expected = [size for size in dict.fromkeys(sizes) if size and size not in probed]
+    return expected[: max(0, budget - len(probed))]

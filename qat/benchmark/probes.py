@@ -19,7 +19,7 @@ from qat.runtime.device import says_out_of_memory
 from qat.storage.files import fingerprint, read_json, write_json
 
 SCRATCH = ".probe."
-TAIL_LINES = 20  # of what a process said: its last words, not a warning at its start
+TAIL_LINES = 20  # of a process's messages: an error is at their end, warnings at their start
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
@@ -59,20 +59,20 @@ class Probes:
 
 
 def run_fresh(
-    words: Sequence[str], max_seconds: float, scratch: Path | None = None
+    words: Sequence[str], max_seconds: float | None = None, scratch: Path | None = None
 ) -> dict[str, Any]:
     """Return the closing values of a command in a process of its own.
 
     Args:
         words: Command line, after python.
-        max_seconds: Longest that it may take.
+        max_seconds: Longest that it may take; without end when not given.
         scratch: Folder for its temporary files, which are removed also where it was killed.
 
     Returns:
         Values with "status" OOM and "why" where memory was too small.
 
     Raises:
-        ValueError: If it failed otherwise, with its last words.
+        ValueError: If it failed otherwise, with the last line of its messages.
     """
     with tempfile.TemporaryDirectory(dir=scratch, prefix=SCRATCH) as temporary:
         try:
@@ -94,5 +94,5 @@ def run_fresh(
     if says_out_of_memory("\n".join(last)):
         why = next(line for line in reversed(last) if says_out_of_memory(line))
         return {"status": "OOM", "why": why}
-    word = last[-1] if last else f"exit code {done.returncode}"
-    raise ValueError(word.removeprefix("error: "))
+    message = last[-1] if last else f"exit code {done.returncode}"
+    raise ValueError(message.removeprefix("error: "))

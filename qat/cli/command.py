@@ -1,78 +1,185 @@
-"""What every command shares: flags from one dataclass, one line of JSON, one line for an error."""
+"""What every command shares: flags from a dataclass, one line of JSON, one line for an error."""
 
 import contextlib
 import errno
+import inspect
 import io
 import json
+import linecache
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError  # loads no torch
 
-from qat.tracking.messages import say
+from qat.storage.files import read_json
+from qat.tracking.messages import LOGGER, messages_on_standard_error
+from qat.tracking.record import SETTINGS, config_from_json
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, SafetensorError)
-NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 BOX_LINES = re.compile(r"[\u2500-\u257f]|^[+|]|[+|]$|-{3,}")  # tyro draws in either alphabet
+CONFIG_FLAG_HELP = (
+    "--config RUN/config.json takes all flags as that run records them; flags on the command line "
+    "win, so a run is reproduced by --config and another --output-dir."
+)
+
+Config = TypeVar("Config")
 
 
 def run_command(
     name: str,
-    config_type: type,
-    act: Callable[[Any], dict[str, Any]],
+    config_type: type[Config],
+    pipeline: str | Callable[[Config], object],
     argv: Sequence[str] | None = None,
+    *,
+    has_config_flag: bool = False,
 ) -> int:
-    """Parse flags into a config, run the act, print its closing JSON line.
+    """Parse flags into a config, run the pipeline, print its result as one line of JSON.
 
     Args:
         name: The command as typed, for usage lines.
         config_type: Frozen dataclass; its docstring and field docstrings are the help.
-        act: Gets the config, returns the values of the closing line.
+        pipeline: Function from the config to the result, a dataclass or a dict; as
+            "module:function" it is imported after the flags are parsed, so that help is quick.
         argv: Flags; those of the process when not given.
+        has_config_flag: Whether `--config FILE` takes the flags that a run's config.json records;
+            those given on the command line win.
 
     Returns:
         Exit code: 0, or 2 where the user can fix what is wrong.
     """
-    try:
-        config = parse_flags(name, config_type, sys.argv[1:] if argv is None else argv)
-        closing = act(config)
-    except USER_ERRORS as error:
-        if os.environ.get("QAT_TRACEBACK"):
-            raise
-        close_bars()
-        say(f"error: {one_line(error)}")
-        return 2
-    print(json.dumps(closing, allow_nan=False), flush=True)  # noqa: T201 the closing line
+    with messages_on_standard_error():
+        try:
+            words = list(sys.argv[1:] if argv is None else argv)
+            recorded = take_config(words, config_type) if has_config_flag else None
+            config = parse_flags(
+                name, config_type, words, recorded, has_config_flag=has_config_flag
+            )
+            line = closing_line(find_function(pipeline)(config))
+        except USER_ERRORS as error:
+            if os.environ.get("QAT_TRACEBACK") or is_own_mistake(error):
+                raise
+            close_bars()
+            LOGGER.error(f"error: {one_line(error)}")
+            return 2
+    print(line, flush=True)  # noqa: T201 the closing line
     return 0
 
 
-def parse_flags(name: str, config_type: type, argv: Sequence[str]) -> Any:
-    """Return the config that the flags ask for.
+def is_own_mistake(error: BaseException) -> bool:
+    """Whether a ValueError comes from a line of this package that raises nothing itself.
+
+    `zip(strict=True)`, an unpacking or a conversion that fails there is a fault of the package and
+    ends in a traceback. What is raised on purpose, or inside a library, speaks of user input.
+    """
+    if type(error) is not ValueError or error.__traceback__ is None:
+        return False
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    if not frame.f_globals.get("__name__", "").startswith("qat."):
+        return False
+    return not linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise")
+
+
+def find_function(pipeline: str | Callable[[Config], object]) -> Callable[[Config], object]:
+    """Return a function, imported where it is given as "module:function"."""
+    if not isinstance(pipeline, str):
+        return pipeline
+    module, _, function = pipeline.partition(":")
+    return getattr(import_module(module), function)
+
+
+def take_config(words: list[str], config_type: type[Config]) -> Config | None:
+    """Take `--config FILE` out of a command line; return the config that the file records.
+
+    Raises:
+        ValueError: If there is no such file, it records no config, or a key is unknown.
+    """
+    places = [n for n, word in enumerate(words) if word == "--config" or word[:9] == "--config="]
+    if not places:
+        return None
+    flag, _, path = words.pop(places[0]).partition("=")
+    if not path and places[0] < len(words):
+        path = words.pop(places[0])
+    if not Path(path).is_file():
+        raise ValueError(f"{flag} {path or 'without a value'} is no file; give RUN/config.json")
+    values = read_json(Path(path))
+    try:
+        if isinstance(values, dict) and SETTINGS in values:
+            values = values[SETTINGS]
+        return config_from_json(config_type, values)
+    except ValueError as error:
+        raise ValueError(f"{flag} {path}: {error}; correct the file, or give flags") from error
+
+
+def parse_flags(
+    name: str,
+    config_type: type[Config],
+    argv: Sequence[str],
+    recorded: Config | None = None,
+    *,
+    has_config_flag: bool = False,
+) -> Config:
+    """Return the config that the flags ask for, over a recorded one if it is given.
 
     Raises:
         ValueError: If a flag or its value is wrong, on one line.
     """
     import tyro
 
-    said = io.StringIO()
+    settings = {} if recorded is None else {"default": recorded}
+    if has_config_flag:
+        settings["description"] = f"{inspect.getdoc(config_type)}\n\n{CONFIG_FLAG_HELP}"
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(config_type, args=list(argv), prog=name)
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(config_type, args=list(argv), prog=name, **settings)
     except SystemExit as stop:
         if not stop.code:  # --help has been printed
             raise
-        raise ValueError(flag_error(said.getvalue(), name)) from None
+        raise ValueError(flag_error(printed.getvalue(), name)) from None
 
 
 def flag_error(box: str, name: str) -> str:
     """Return on one line what tyro draws as a box: what is wrong, what may have been meant."""
     lines = [BOX_LINES.sub("", line).strip() for line in box.splitlines()[1:]]
     what = re.split(r"For full helptext|Argument helptext", " ".join(lines))[0]
-    what = re.sub(r"^Error parsing \w+Config: ", "", " ".join(what.split()))
+    what = re.sub(r"^Error parsing \w+: ", "", " ".join(what.split()))
     return f"{what.rstrip('.')}; `{name} --help` lists the flags"
+
+
+def closing_line(result: object) -> str:
+    """Return a result, a dataclass or a dict, as one line of JSON; paths become strings.
+
+    Raises:
+        ValueError: If a number is not finite, which JSON cannot hold; names its key.
+    """
+    values = result
+    if is_dataclass(result) and not isinstance(result, type):
+        values = result.to_json() if hasattr(result, "to_json") else asdict(result)
+    for key, number in not_finite(values):
+        raise ValueError(
+            f"{key} is {number}: the student computes no finite numbers; "
+            "train with a lower --lr, or use --dtype fp32"
+        )
+    return json.dumps(values, allow_nan=False, default=os.fspath)
+
+
+def not_finite(values: object, key: str = "") -> Iterator[tuple[str, float]]:
+    """Yield key, joined with dots, and value of each number that is NaN or infinite."""
+    if isinstance(values, float) and not math.isfinite(values):
+        yield key, values
+    items = values.items() if isinstance(values, dict) else ()
+    items = enumerate(values) if isinstance(values, list | tuple) else items
+    for name, value in items:
+        yield from not_finite(value, f"{key}.{name}" if key else str(name))
 
 
 def close_bars() -> None:
@@ -88,9 +195,9 @@ def one_line(error: BaseException) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{error.filename}: "
-        is_full = error.errno in NO_ROOM or not where
+        is_full = error.errno in DISK_FULL or not where
         remedy = "free some space or choose another --output" if is_full else "check the path"
         message = f"{where}{error.strerror}; {remedy}"
-    if isinstance(error, SafetensorError):  # damaged, or the disk is full: its words tell which
+    if isinstance(error, SafetensorError):  # damaged, or the disk is full: its message tells which
         message = f"{message}; free some space, or make or fetch the damaged file again"
     return message or type(error).__name__

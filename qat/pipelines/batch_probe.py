@@ -8,28 +8,45 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from qat.benchmark.config import DEFAULT_LENGTH, DEFAULT_MODEL, BenchmarkConfig
+from qat.benchmark.ratios import random_batch
+from qat.benchmark.throughput import flops_per_token, measure_steps, peak_flops
+from qat.cache.read import TeacherCache
+from qat.evaluate.kl import evaluate_batches
+from qat.model.checkpoint import CheckpointHeader
+from qat.model.load import load_dense, model_folder, model_identity, vocabulary_size
+from qat.model.surgery import hold_weights, model_tensors
+from qat.pipelines.open_cache import open_teacher_cache
+from qat.pipelines.open_checkpoint import load_model, open_checkpoint
+from qat.pipelines.students import write_student
+from qat.quant.plan import parse_plan
+from qat.runtime.device import Device, dtype_name
+from qat.runtime.memory import peak_rss_bytes
+from qat.storage.files import fingerprint
+from qat.tracking.environment import describe_environment
+from qat.train.baselines import round_linears
+from qat.train.config import TrainConfig
+from qat.train.run_folder import make_trainer, training_batches
+from qat.train.state import Progress, write_state
+from qat.train.step import Batch
 
 EVAL_SEQUENCES = 16  # of the one evaluation: as many as training measures in a forward pass
-SCHEME = "q2a4"  # of a student that is made for its shape alone
+PLAN = "q2a4"  # of a student that is made for its shape alone
 
 
 def describe(config: BenchmarkConfig) -> dict[str, Any]:
-    """Return what is measured and where; write the student that was made, where asked."""
-    from qat.benchmark.throughput import peak_flops
-    from qat.model.checkpoint import CheckpointHeader
-    from qat.model.load import model_folder, model_identity, vocabulary_size
-    from qat.pipelines.open_checkpoint import open_checkpoint
-    from qat.pipelines.students import write_student
-    from qat.quant.scheme import scheme_from_name
-    from qat.runtime.device import Device, dtype_name
-    from qat.storage.files import fingerprint
-    from qat.tracking.environment import describe_environment
+    """Return what is measured and where; write the student that was made, where asked.
 
+    Raises:
+        ValueError: If the model to load is no student, or of another vocabulary than the cache.
+    """
     device = Device.detect(config.device)
     dtype = dtype_name(device.dtype_from_name(config.dtype))
     environment = describe_environment(config.device)
-    cache, word = sources(config)
+    cache, base = sources(config)
     if config.load_model:
         opened = open_checkpoint(config.load_model, model_id=config.model_id)
         if opened.header is None:
@@ -39,17 +56,11 @@ def describe(config: BenchmarkConfig) -> dict[str, Any]:
         model = {"name": config.load_model, "weights": opened.header.sha256}
         text_folder = opened.text_folder
     else:
-        model, text_folder = model_identity(word), model_folder(word)
+        model, text_folder = model_identity(base), model_folder(base)
     if cache is not None:
         cache.require_vocabulary(vocabulary_size(text_folder))
     if config.save_model:
-        header = CheckpointHeader(
-            scheme=scheme_from_name(SCHEME).to_dict(),
-            base_model={"path": word, **model},
-            made_by={"command": "benchmark"},
-        )
-        student = load_student(config, word, device.dtype_from_name("fp32"))
-        write_student(student, header, config.save_model, text_source=text_folder)
+        save_student(config, base, text_folder)
     identity = {
         "device": f"{device.torch_device} {device.chip() or environment['machine']}",
         "model": model,
@@ -72,10 +83,19 @@ def describe(config: BenchmarkConfig) -> dict[str, Any]:
     }
 
 
+def save_student(config: BenchmarkConfig, base: str, text_folder: Path) -> None:
+    """Write the student that is measured, so that it can be loaded again."""
+    student = load_student(config, base, torch.float32)
+    header = CheckpointHeader(
+        plan=parse_plan(PLAN).resolve(model_tensors(student)).to_dict(),
+        base_model={"path": base, **model_identity(base)},
+        made_by={"command": "benchmark"},
+    )
+    write_student(student, header, config.save_model, text_source=text_folder)
+
+
 def probe(config: BenchmarkConfig) -> dict[str, Any]:
     """Measure one batch size in this process; "status" tells whether its memory sufficed."""
-    from qat.runtime.device import Device
-
     device = Device.detect(config.device)
     if config.limit_bytes is not None:
         device.limit_memory(config.limit_bytes)
@@ -87,67 +107,53 @@ def probe(config: BenchmarkConfig) -> dict[str, Any]:
         return {"status": "OOM", "why": " ".join(str(error).split())[:400]}
 
 
-def measure(config: BenchmarkConfig, device: Any) -> dict[str, Any]:
+def measure(config: BenchmarkConfig, device: Device) -> dict[str, Any]:
     """Train as `qat train` does for a few steps, evaluate, write a state; return the cost."""
-    from qat.benchmark.throughput import flops_per_token, measure_steps
-    from qat.evaluate.kl import evaluate_batches
-    from qat.model.surgery import hold_weights
-    from qat.runtime.memory import peak_rss_bytes
-    from qat.train.config import TrainConfig
-    from qat.train.run_folder import make_trainer
-    from qat.train.state import Progress, write_state
-
-    cache, word = sources(config)
+    cache, base = sources(config)
     settings = TrainConfig(
-        v2_checkpoint=Path(config.load_model or word),
+        checkpoint=Path(config.load_model or base),
         cache_dir=config.cache_dir or Path(),
         output_dir=config.output_dir or Path(),
-        mlp_only=config.mode == "mlp",
+        layers="mlp" if config.mode == "mlp" else "all",
         batch_size=config.probe,
         gradient_checkpointing=config.gradient_checkpointing,
         curriculum=f"{length(config, cache)}:0",
     )
     dtype = device.dtype_from_name(config.dtype)
-    model = load_student(config, word, dtype)
+    model = load_student(config, base, dtype)
     device.place(model)
     trainer = make_trainer(settings, model, dtype, weight_of=lambda _layer: None, sync=device.sync)
     batches = batches_of(settings, cache, model.config.vocab_size, device.torch_device)
 
-    def look() -> None:
+    def evaluate_and_save() -> None:
         sizes = replace(settings, batch_size=min(EVAL_SEQUENCES, config.probe))
-        held_out = batches_of(sizes, cache, model.config.vocab_size, device.torch_device)
+        held_out = next(batches_of(sizes, cache, model.config.vocab_size, device.torch_device))
         hold_weights(model, dtype)
-        evaluate_batches(model, [next(held_out)], description="evaluate")
+        pairs = [(held_out.token_ids, held_out.unpack())]
+        evaluate_batches(model, pairs, description="evaluate")
         with tempfile.TemporaryDirectory() as folder:
-            write_state(Path(folder), Progress(), model, trainer.optimizer)
+            write_state(Path(folder), Progress(), trainer)
 
     return measure_steps(
         lambda: trainer.step([next(batches)], 1.0)[0],
         config.steps,
         partial(device.sync, wait=True),
         lambda: device.peak_bytes() or peak_rss_bytes(),
-        look,
+        evaluate_and_save,
     ) | {"flops_per_token": flops_per_token(model, trainer.layers)}
 
 
-def load_student(config: BenchmarkConfig, word: str, dtype: Any) -> Any:
+def load_student(config: BenchmarkConfig, base: str, dtype: torch.dtype) -> nn.Module:
     """Return the student that is measured, on the CPU."""
-    from qat.model.load import load_dense
-    from qat.pipelines.open_checkpoint import load_model
-    from qat.quant.scheme import scheme_from_name
-    from qat.train.baselines import round_linears
-
     if config.load_model:
         return load_model(config.load_model, model_id=config.model_id, dtype=dtype)[0]
-    model = load_dense(word, dtype=dtype)
-    round_linears(model, scheme_from_name(SCHEME))
+    model = load_dense(base, dtype=dtype)
+    round_linears(model, parse_plan(PLAN).resolve(model_tensors(model)))
     return model
 
 
-def sources(config: BenchmarkConfig) -> tuple[Any, str]:
+def sources(config: BenchmarkConfig) -> tuple[TeacherCache | None, str]:
     """Return the cache, if there is one, and the full-precision model's name or folder."""
-    from qat.pipelines.open_cache import open_teacher_cache
-
     if config.cache_dir is None:
         return None, config.model_id or DEFAULT_MODEL
     cache = open_teacher_cache(config.cache_dir)
@@ -156,7 +162,7 @@ def sources(config: BenchmarkConfig) -> tuple[Any, str]:
     return cache, config.model_id or (str(local) if local.is_dir() else named)
 
 
-def length(config: BenchmarkConfig, cache: Any) -> int:
+def length(config: BenchmarkConfig, cache: TeacherCache | None) -> int:
     """Return the tokens of a sequence."""
     longest = cache.seq_len if cache else None
     if longest and (config.seq_len or 0) > longest:
@@ -167,12 +173,12 @@ def length(config: BenchmarkConfig, cache: Any) -> int:
     return config.seq_len or longest or DEFAULT_LENGTH
 
 
-def batches_of(settings: Any, cache: Any, vocab_size: int, torch_device: Any) -> Iterator[Any]:
+def batches_of(
+    settings: TrainConfig, cache: TeacherCache | None, vocab_size: int, torch_device: torch.device
+) -> Iterator[Batch]:
     """Return endless batches as training reads them, or one of random tokens again and again."""
-    from qat.benchmark.ratios import random_batch
-    from qat.train.run_folder import training_batches
-
     if cache is not None:
         return training_batches(cache, settings, torch_device, start_step=0)
     _first, seq_len = settings.lengths()[0]
-    return repeat(random_batch(vocab_size, settings.batch_size, seq_len, torch_device))
+    shape = (settings.batch_size, seq_len)
+    return repeat(Batch.of(*random_batch(vocab_size, *shape, torch_device)))

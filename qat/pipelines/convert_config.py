@@ -2,19 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from qat.pipelines.quantize_config import Fit, default_sequences, require_other, require_positive
-from qat.quant.scheme import scheme_from_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    """Move a student onto another scheme, such as a grid of a runtime, and tell the cost."""
+    """Move a student onto another plan, such as the grids of a runtime, and tell the cost."""
 
     checkpoint: Path
     """The student: native folder, run folder (its best) or `.pt` file with its config.json."""
-    scheme: str
-    """Of the new student: a format's name or two (gguf-q2_0+gguf-q4_0, deploy), or as q2a4."""
+    plan: Annotated[str, tyro.conf.arg(aliases=("--scheme",))]
+    """Of the new student, as `qat init-student` takes it: deploy, gguf:q2_0+gguf:q4_0, q2a4."""
     output: Path
     """Folder of the new student."""
     model_id: str | None = None
@@ -34,8 +36,7 @@ class ConvertConfig:
     """auto, cpu, cuda, mps, xla or tpu."""
 
     def __post_init__(self) -> None:
-        """Refuse an unknown scheme, a count below one, an output that is the input."""
-        scheme_from_name(self.scheme)
+        """Refuse a count below one, an output that is the input."""
         require_other("--checkpoint", self.checkpoint, self.output)
         if self.calibration_sequences is not None:
             require_positive("--calibration-sequences", self.calibration_sequences)

@@ -1,68 +1,152 @@
-"""Layers fitted one transformer block at a time, each fed by the quantized layers before it."""
+"""Weights of a model fitted to formats and put in place, alone or fed by those fitted before.
 
-from collections.abc import Callable, Sequence
+The decoder layers come first, in the order of the forward pass; embedding and head last, against
+what the quantized body makes of the text.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qat.calibrate.statistics import walk_blocks
-from qat.model.layers import FakeQuantLinear
-from qat.model.surgery import release_weights, swap
-from qat.quant.fit import check_weight
+from qat.calibrate.statistics import Batch, walk_decoder_layers
+from qat.model.surgery import put_layer, quantized_layer, release_weights
+from qat.quant.fit import check_weight, fit_weight
 from qat.quant.hessian import fit_with_hessian
-from qat.quant.scheme import LayerScheme
+from qat.quant.quantized_tensor import QuantizedTensor
+from qat.quant.spec import TensorSpec
+
+WeightOf = Callable[[str], Tensor]
+NUMBERED = re.compile(r"\.\d+\.")  # the name of a module inside a decoder layer
 
 
-def check_weights(linears: dict[str, nn.Module], scheme_of: Callable[[str], LayerScheme]) -> None:
-    """Refuse weights that a scheme cannot hold, naming the layer, before any long work."""
-    for name, linear in linears.items():
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitTask:
+    """What is fitted to what."""
+
+    specs: Mapping[str, TensorSpec]
+    """Of each weight to fit, by the name of its module."""
+    weight_of: WeightOf
+    """Returns the full-precision weight, (O, I), of a module's name."""
+    row_weights: Mapping[str, Tensor]
+    """How much each row counts for a learned codebook, (O,), by module name: token frequencies of
+    an embedding. Rows of modules that are not named count alike."""
+
+    def check(self) -> None:
+        """Refuse weights that a format cannot hold, naming the module, before any long work."""
+        for name, spec in self.specs.items():
+            try:
+                check_weight(self.weight_of(name), spec)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
+    def fit(
+        self,
+        name: str,
+        *,
+        importance: Tensor | None = None,
+        hessian: Tensor | None = None,
+        drift: Tensor | None = None,
+    ) -> QuantizedTensor:
+        """Return a fitted weight; errors name its module."""
+        weight, spec, rows = self.weight_of(name), self.specs[name], self.row_weights.get(name)
         try:
-            check_weight(linear.weight, scheme_of(name))
+            if hessian is None:
+                return fit_weight(weight, spec, importance=importance, row_weights=rows)
+            return fit_with_hessian(weight, spec, hessian, drift=drift, row_weights=rows)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
 
 @torch.no_grad()
-def fit_by_blocks(
+def fit_with_moments(
+    model: nn.Module, task: FitTask, importance: Mapping[str, Tensor] | None
+) -> None:
+    """Put fitted layers in the place of a model's, each by the second moments of its inputs.
+
+    Args:
+        model: Causal LM; its modules are replaced.
+        task: What is fitted.
+        importance: Second moments of each module's inputs by name, (I,); equal where not given.
+    """
+    with tqdm(total=len(task.specs), desc="fit", unit="layer") as progress:
+        for name in task.specs:
+            progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)
+            quantized = task.fit(name, importance=(importance or {}).get(name))
+            put_layer(model, name, quantized_layer(model.get_submodule(name), quantized))
+            progress.update()
+    model.requires_grad_(False)
+
+
+@torch.no_grad()
+def fit_by_decoder_layers(
     model: nn.Module,
-    schemes: dict[str, LayerScheme],
-    batches: Sequence[Tensor],
+    task: FitTask,
+    batches: Sequence[Batch],
     *,
-    weight_of: Callable[[str], Tensor],
     reference: nn.Module | None = None,
     token_weights: dict[str, list[Tensor]] | None = None,
     dtype: torch.dtype,
 ) -> None:
-    """Put fitted layers in the place of a model's linears, in the order of its forward pass.
+    """Put fitted layers in the place of a model's, in the order of its forward pass.
 
     Args:
         model: Causal LM; quantized layers that it has already hold their weights.
-        schemes: Of each linear to fit, by name.
+        task: What is fitted.
         batches: Token ids, (B, T) each, on the model's device.
-        weight_of: Returns the full-precision weight, (O, I), of a linear's name.
         reference: The full-precision model; the model itself as it comes when not given.
-        token_weights: How much each token counts for each linear, as `walk_blocks` takes it.
+        token_weights: How much each token counts for each linear, as `walk_decoder_layers` takes.
         dtype: Compute dtype of the walk.
 
     Raises:
         ValueError: If a layer cannot be fitted; names the layer.
     """
-    progress = tqdm(total=len(schemes), desc="fit", unit="layer")
-    walk = walk_blocks(model, schemes, batches, reference=reference, token_weights=token_weights)
-    for names, statistics in walk:
+    progress = tqdm(total=len(task.specs), desc="fit", unit="layer")
+
+    def put(name: str, quantized: QuantizedTensor) -> None:
+        layer = quantized_layer(model.get_submodule(name), quantized)
+        layer.held_weight = layer.fake_quantized_weight(dtype)
+        put_layer(model, name, layer)
+        progress.update()
+
+    head = head_weight(model, task.specs)
+    body = [name for name in task.specs if NUMBERED.search(name)]
+    walk = walk_decoder_layers(
+        model, body, batches, head=head, reference=reference, token_weights=token_weights
+    )
+    for names, statistics in walk if body or head else ():
         for name in names:
             progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)
-            try:
-                quantized = fit_with_hessian(
-                    weight_of(name), schemes[name], statistics.hessian, drift=statistics.drift
-                )
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            layer = FakeQuantLinear.from_linear(model.get_submodule(name), quantized, schemes[name])
-            layer.held_weight = layer.fake_quantized_weight(dtype)
-            swap(model, name, layer)
-            progress.update()
+            put(name, task.fit(name, hessian=statistics.hessian, drift=statistics.drift))
+    for name in task.specs:  # an untied embedding, whose inputs are tokens
+        if name != head and name not in body:
+            put(name, task.fit(name))
     progress.close()
     release_weights(model)
     model.requires_grad_(False)
+
+
+def head_weight(model: nn.Module, specs: Mapping[str, TensorSpec]) -> str | None:
+    """Return the module whose weight makes the logits, if it is to be fitted."""
+    head, names = model.get_output_embeddings(), {m: n for n, m in model.named_modules()}
+    if names.get(head) in specs:
+        return names[head]
+    embedding = model.get_input_embeddings()
+    is_tied = head is not None and getattr(head, "weight", None) is getattr(
+        embedding, "weight", None
+    )
+    tied = getattr(head, "tied", (None,))[0]
+    name = names.get(embedding)
+    return name if name in specs and (is_tied or tied is embedding) else None
+
+
+def token_frequencies(batches: Sequence[Tensor], vocab_size: int) -> Tensor:
+    """Return how often each token occurs, (V,), no token less than half a time.
+
+    A token that the text lacks may come later.
+    """
+    counts = sum(torch.bincount(batch.flatten().cpu(), minlength=vocab_size) for batch in batches)
+    return torch.as_tensor(counts).float().clamp_min(0.5)

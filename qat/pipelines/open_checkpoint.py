@@ -3,7 +3,6 @@
 The one place that tells native students and the seeds' forms apart.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +16,26 @@ from qat.legacy.checkpoint import (
     seed_identity,
     seed_notes,
 )
-from qat.legacy.student import latent_weights, read_seed_student, seed_scheme
-from qat.model.checkpoint import CheckpointHeader, is_checkpoint, read_checkpoint, read_header
+from qat.legacy.student import latent_weights, read_seed_student, seed_rules
+from qat.model.checkpoint import (
+    CheckpointHeader,
+    empty_model,
+    is_checkpoint,
+    read_checkpoint,
+    read_header,
+)
 from qat.model.load import (
     WHAT_TO_GIVE,
+    BaseWeights,
     base_weights,
     load_dense,
     model_folder,
     model_identity,
     weight_files,
 )
-from qat.storage.archive import SUFFIXES, archive_stem, extract_archive
-from qat.storage.files import settle_folder
+from qat.model.surgery import model_tensors
+from qat.storage.archive import SUFFIXES, extract_once
+from qat.storage.files import recover_interrupted_replace
 
 BEST_NAME = "best"
 FINAL_NAME = "final"
@@ -72,7 +79,9 @@ def open_seed_word(stored: SeedCheckpoint, model_id: str | None) -> Checkpoint:
     unknown = {"name": folder.name, "weights": None}  # a config alone is enough to load
     identity = model_identity(folder) if weight_files(folder) else unknown
     header = CheckpointHeader(
-        scheme=seed_scheme(stored).to_dict(),
+        plan=seed_rules(stored)
+        .resolve(model_tensors(empty_model(folder, device="meta")))
+        .to_dict(),
         base_model={"path": name, **identity},
         cache_fingerprint=notes.get("cache_fingerprint"),
         made_by=notes.get("made_by", {}),
@@ -131,25 +140,24 @@ def load_model(
     if opened.path.is_dir():
         return read_checkpoint(opened.path, dtype=dtype)
     stored = open_seed_checkpoint(opened.path)
-    model, _scheme = read_seed_student(stored, opened.text_folder, dtype=dtype)
-    return model, opened.header
+    return read_seed_student(stored, opened.text_folder, dtype=dtype), opened.header
 
 
 def checkpoint_path(checkpoint: str | Path) -> Path:
     """Return the folder or `.pt` file of a checkpoint word: a run stands for its best student.
 
-    Archives are unpacked beside themselves, once.
+    Archives are extracted next to themselves, again where an archive has changed.
 
     Raises:
+        FileExistsError: If a folder is there that was not extracted from the archive.
         FileNotFoundError: If there is neither a folder nor a hub model of that name.
         ValueError: If it is a file of another kind, or several checkpoints.
     """
     path = Path(checkpoint)
     if path.is_file() and path.name.endswith(SUFFIXES):
-        folder = path.parent / archive_stem(path.name)
-        path = folder if folder.is_dir() else extract_archive(path, path.parent, name=folder.name)
+        path = extract_once(path)
     for name in ("", BEST_NAME, FINAL_NAME):
-        settle_folder(path / name)
+        recover_interrupted_replace(path / name)
         if is_checkpoint(path / name):
             return path / name
     seed_file = find_seed_file(path)
@@ -165,10 +173,8 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
     return open_checkpoint(checkpoint).text_folder
 
 
-def latent_or_base_weights(
-    opened: Checkpoint, base: dict[str, str] | None = None
-) -> Callable[[str], torch.Tensor | None]:
-    """Return a function from a layer's name to the weight that its indices were made from.
+def latent_or_base_weights(opened: Checkpoint, base: dict[str, str] | None = None) -> BaseWeights:
+    """Return the weights that a student's indices were made from, by layer name.
 
     A `.pt` file's latent weight where it has one, else the base model's; None where unknown.
 
@@ -180,10 +186,12 @@ def latent_or_base_weights(
     of_base = base_weights(base["path"], base)
     if opened.path.is_dir():
         return of_base
-    latent = latent_weights(open_seed_checkpoint(opened.path))
+    stored = open_seed_checkpoint(opened.path)
+    latent = latent_weights(stored)
 
     def weight_of(layer: str) -> torch.Tensor | None:
         weight = latent(layer)
         return of_base(layer) if weight is None else weight
 
-    return weight_of
+    has_latent = any(latent(layer) is not None for layer in stored.layers)
+    return BaseWeights(weight_of, None if has_latent else of_base.why_missing)

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from qat.quant.scheme import CodebookKind, LayerScheme
+import tyro
 
+CodebookKind = Literal["learned", "uniform", "balanced", "int", "iq4_nl"]
 Fit = Literal["hessian", "guided", "moments"]
 # Where more no longer pays: a second moment is known from few tokens, a Hessian from many.
 CALIBRATION_TOKENS = {"hessian": 32768, "guided": 32768, "moments": 4096}
+CALIBRATION_BATCH = 16  # sequences of a forward pass
 SEED_SUFFIX = ".pt"
 SEED_MLP_RANK, SEED_ATTENTION_RANK = 32, 8  # of the seeds' preset q2a4, which their trainer takes
 
@@ -21,10 +23,10 @@ class InitStudentConfig:
     """Hugging Face folder or hub name of the full-precision model."""
     output: Path
     """Folder of the student."""
-    scheme: str = "q4a4"
-    """MLP bits and attention bits; _gN sets weights per scale, _rN low-rank scales, _int takes
-    the integer grids of runtimes: q2a4_g64, q2a4_int. Or what ships: deploy, or formats for MLP
-    and attention such as gguf-q2_0+gguf-q4_0."""
+    plan: Annotated[str, tyro.conf.arg(aliases=("--scheme",))] = "q4a4"
+    """The format of every tensor: a preset (q2a4, q4a4_r32, deploy), formats of MLP and attention
+    joined by a plus (gguf:q2_0+gguf:q4_0), rules (q2a4, embed=int4-g32, *.down_proj=lut3-g32), or
+    a file that `qat plan` wrote. `qat plan` shows what it comes to."""
     cache_dir: Path | None = None
     """Teacher cache: calibrates the fit, measures the student."""
     fit: Fit = "hessian"
@@ -101,7 +103,11 @@ class ConvertQ4ToQ2Config:
         if self.eval and self.cache_dir is None:
             raise ValueError("--eval needs a cache to measure on; add --cache-dir caches/NAME")
         require_other("--q4-checkpoint", self.q4_checkpoint, self.output)
-        LayerScheme(bits=self.mlp_bits, group_size=self.q2_mlp_group_size or 0, rank=self.mlp_rank)
+        if (self.q2_mlp_group_size or 0) < 0 or self.mlp_rank < 0:
+            raise ValueError(
+                f"--q2-mlp-group-size {self.q2_mlp_group_size} and --q2-mlp-rank {self.mlp_rank} "
+                "must be 0 or more"
+            )
         if self.q2_attn_lut_size is not None:
             bits_of_size("--q2-attn-lut-size", self.q2_attn_lut_size)
         for flag, rank in (("--q2-attn-rank", self.q2_attn_rank), ("--q4-rank", self.q4_rank)):

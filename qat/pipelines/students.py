@@ -1,17 +1,72 @@
-"""The last stretch of every command that makes a student: measure, write, report."""
+"""What every pipeline that makes a student shares: open its cache, measure, write, report."""
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from qat.cache.read import TeacherCache
+from qat.evaluate.on_cache import evaluate_on_cache
+from qat.legacy.student import write_seed_checkpoint
+from qat.model.checkpoint import (
+    CheckpointHeader,
+    bits_per_weight,
+    dense_parts_in,
+    write_checkpoint,
+)
+from qat.model.load import load_tokenizer, vocabulary_size
+from qat.model.surgery import model_tensors, release_weights
+from qat.pipelines.open_cache import open_teacher_cache
+from qat.pipelines.open_checkpoint import latent_or_base_weights, load_model, open_checkpoint
+from qat.pipelines.quantize_config import SEED_SUFFIX, require_other
+from qat.pipelines.recipe import finished, recipe
+from qat.quant.plan import QuantPlan, plan_from_dict
+from qat.runtime.device import Device
+from qat.runtime.memory import peak_rss_bytes
+from qat.storage.files import write_json
 from qat.tracking.messages import say
+from qat.tracking.record import SUMMARY, kl_name
+
+Numbers = dict[str, float | int | None]
+Change = Callable[[nn.Module, QuantPlan], tuple[QuantPlan, Numbers]]
+Write = Callable[[nn.Module, CheckpointHeader, Path], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StudentResult:
+    """A student that was made, or found made."""
+
+    checkpoint: Path
+    """Native folder, or `.pt` file in the seeds' form."""
+    metrics: Numbers
+    """Bits per weight, seconds, peak_rss_bytes; with a cache kl_nats and what else it measures."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values of the closing line."""
+        return {"checkpoint": str(self.checkpoint), **self.metrics}
+
+
+class ChangeConfig(Protocol):
+    """What the commands that change a student are told."""
+
+    output: Path
+    model_id: str | None
+    cache_dir: Path | None
+    dtype: str
+    device: str
 
 
 def open_cache(
-    folder: Path | None, tokenizer: Any, vocab_size: int | None, weights: str | None = None
-) -> Any:
+    folder: Path | None,
+    tokenizer: PreTrainedTokenizerBase | str | Path,
+    vocab_size: int | None,
+    weights: str | None = None,
+) -> TeacherCache | None:
     """Return the cache in a folder, refused unless it is of this tokenizer and teacher.
 
     Args:
@@ -20,9 +75,6 @@ def open_cache(
         vocab_size: Width of the model's logits; None is not compared.
         weights: Hash of the full-precision model's weights; None is not compared.
     """
-    from qat.model.load import load_tokenizer
-    from qat.pipelines.open_cache import open_teacher_cache
-
     if folder is None:
         return None
     cache = open_teacher_cache(folder)
@@ -36,85 +88,45 @@ def open_cache(
     return cache
 
 
-def calibrate(model: Any, linears: Any, cache: Any, count: int, device: Any) -> Any:
-    """Return the second moments of each linear's inputs on a cache; None without one."""
-    from qat.calibrate.statistics import collect_second_moments
-    from qat.pipelines.recipe import calibration_batches
-
-    if cache is None:
-        say("no --cache-dir: every weight counts alike, which costs most of a 2-bit student")
-        return None
-    batches = (batch.to(device.torch_device) for batch in calibration_batches(cache, count))
-    with device.hosting(model):
-        moments = collect_second_moments(model, linears, batches)
-    return {name: moment.cpu() for name, moment in moments.items()}
-
-
-def calibration_tokens(cache: Any, count: int, device: Any) -> list[Any]:
-    """Return the token ids that calibrate, in batches on the device."""
-    from qat.pipelines.recipe import calibration_batches
-
-    return [batch.to(device.torch_device) for batch in calibration_batches(cache, count)]
-
-
-def loss_weights(fit: str, model: Any, names: Any, batches: list[Any]) -> Any:
-    """Return how much each token counts for each linear of a guided fit; None for the others."""
-    from qat.calibrate.statistics import collect_loss_weights
-
-    return collect_loss_weights(model, names, batches) if fit == "guided" else None
-
-
 def measure_and_write(
-    model: Any,
-    header: Any,
+    model: nn.Module,
+    header: CheckpointHeader,
     output: Path,
     *,
-    cache: Any,
-    write: Callable[[Any, Any, Path], None],
+    cache: TeacherCache | None,
+    write: Write,
     started: float,
-    device: Any,
-    dtype: Any,
-) -> dict[str, Any]:
-    """Measure a student on a cache if there is one, write it, return the closing values."""
-    from qat.model.checkpoint import bits_per_weight
-    from qat.runtime.memory import peak_rss_bytes
-
+    device: Device,
+    dtype: torch.dtype,
+) -> StudentResult:
+    """Measure a student on a cache if there is one, write it, return the result."""
     seconds = time.perf_counter() - started
     values = bits_per_weight(model) | measure(model, cache, device, dtype)
     values |= {"seconds": round(seconds, 2), "peak_rss_bytes": peak_rss_bytes()}
     write(model, replace(header, metrics=values), output)
-    return {"checkpoint": str(output), **values}
+    return StudentResult(output, values)
 
 
-def reform(
+def change_student(
     command: str,
-    config: Any,
+    config: ChangeConfig,
     checkpoint: Path,
-    new_scheme: Callable[[Any], Any],
-    change: Callable[[Any], dict[str, Any]],
+    change: Change,
     *,
     is_float16: bool = False,
-) -> dict[str, Any]:
-    """Change a student without fitting it anew, with its numbers before and after.
+) -> StudentResult:
+    """Change a student, with its numbers before and after.
 
     Args:
         command: As typed.
-        config: With output, model_id, cache_dir, dtype and device.
+        config: Of the command.
         checkpoint: The student.
-        new_scheme: From the scheme before to that after.
-        change: Changes the student in place, returns numbers for the closing line.
+        change: Changes the student in place; returns its plan and numbers for the result.
         is_float16: Whether every number that is written is a float16 one.
 
     Raises:
         ValueError: If the checkpoint is no student.
     """
-    from qat.model.load import vocabulary_size
-    from qat.pipelines.open_checkpoint import latent_or_base_weights, load_model, open_checkpoint
-    from qat.pipelines.quantize_config import require_other
-    from qat.pipelines.recipe import finished, recipe
-    from qat.quant.scheme import Scheme
-    from qat.runtime.device import Device
-
     started = time.perf_counter()
     device = Device.detect(config.device)
     dtype = device.dtype_from_name(config.dtype)
@@ -126,18 +138,16 @@ def reform(
         raise ValueError(f"{checkpoint} is a full-precision model; `qat {command}` takes a student")
     text_folder, weights = opened.text_folder, header.base_model.get("weights")
     cache = open_cache(config.cache_dir, text_folder, vocabulary_size(text_folder), weights)
-    fingerprint = cache and cache.fingerprint
-    made_by = recipe(command, config, student=header.sha256, cache=fingerprint)
-    done = finished(config.output, made_by)
-    if done is not None:
+    made_by = recipe(command, config, student=header.sha256, cache=cache and cache.fingerprint)
+    if (done := finished(config.output, made_by)) is not None:
         return already_made(config.output, done)
     student, _header = load_model(opened.path, model_id=config.model_id)
     before = measure(student, cache, device, dtype)
-    changed = change(student)
+    plan, changed = change(student, plan_from_dict(header.plan, model_tensors(student)))
     weight_of = latent_or_base_weights(opened)
 
-    def write(model: Any, header: Any, output: Path) -> None:
-        header.metrics.update(changed | cost(before, header.metrics))  # the closing line's as well
+    def write(model: nn.Module, header: CheckpointHeader, output: Path) -> None:
+        header.metrics.update(changed | cost(before, header.metrics))  # the result's as well
         write_student(
             model,
             header,
@@ -147,10 +157,9 @@ def reform(
             is_float16=is_float16,
         )
 
-    scheme = new_scheme(Scheme.from_dict(header.scheme)).to_dict()
     return measure_and_write(
         student,
-        replace(header, scheme=scheme, made_by=made_by),
+        replace(header, plan=plan.to_dict(), made_by=made_by),
         config.output,
         cache=cache,
         write=write,
@@ -160,20 +169,18 @@ def reform(
     )
 
 
-def cost(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+def cost(before: Numbers, after: Numbers) -> Numbers:
     """Return what a change did to the distance from the teacher, where it was measured."""
-    if not before:
+    name = kl_name(before)
+    if name is None:
         return {}
-    former = before["kl_nats"]
-    return {"kl_nats_before": former, "kl_nats_cost": after["kl_nats"] - former}
+    return {f"{name}_before": before[name], f"{name}_cost": after[name] - before[name]}
 
 
-def measure(model: Any, cache: Any, device: Any, dtype: Any) -> dict[str, Any]:
+def measure(
+    model: nn.Module, cache: TeacherCache | None, device: Device, dtype: torch.dtype
+) -> Numbers:
     """Return a student's numbers on a cache, none without one; the student ends on the CPU."""
-    from qat.evaluate.on_cache import evaluate_on_cache
-    from qat.model.checkpoint import dense_parts_in
-    from qat.model.surgery import release_weights
-
     if cache is None:
         return {}
     with dense_parts_in(model, dtype), device.hosting(model):
@@ -183,12 +190,12 @@ def measure(model: Any, cache: Any, device: Any, dtype: Any) -> dict[str, Any]:
 
 
 def write_student(
-    model: Any,
-    header: Any,
+    model: nn.Module,
+    header: CheckpointHeader,
     output: Path,
     *,
     text_source: Path,
-    weight_of: Any = None,
+    weight_of: Callable[[str], Tensor | None] | None = None,
     is_float16: bool = False,
 ) -> None:
     """Write a student as its output's name asks: the seeds' form for .pt, else a native folder.
@@ -201,12 +208,6 @@ def write_student(
         weight_of: Weight that a layer was fitted to, by name, for a form that keeps it.
         is_float16: Whether every number is to be a float16 one.
     """
-    from qat.legacy.student import write_seed_checkpoint
-    from qat.model.checkpoint import write_checkpoint
-    from qat.pipelines.quantize_config import SEED_SUFFIX
-    from qat.storage.files import write_json
-    from qat.tracking.record import SUMMARY
-
     if output.suffix == SEED_SUFFIX:
         notes = {
             "base_model": header.base_model,
@@ -227,7 +228,7 @@ def write_student(
     write_json(output / SUMMARY, header.metrics)  # so that `qat compare` shows it among the runs
 
 
-def already_made(output: Path, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return the closing values of a student that this recipe has made before."""
-    say(f"{output} is made by this very recipe: nothing to do")
-    return {"checkpoint": str(output), **metrics}
+def already_made(output: Path, metrics: Numbers) -> StudentResult:
+    """Return the result of a student that this recipe has made before."""
+    say(f"{output} is already complete: nothing to do")
+    return StudentResult(output, metrics)

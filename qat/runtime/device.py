@@ -268,6 +268,57 @@ def optimizer_settings(device: torch.device) -> dict[str, bool]:
     return {"fused": device.type in ("cpu", "cuda"), "capturable": is_traced(device)}
 
 
+def random_state(device: torch.device) -> dict[str, Tensor | int]:
+    """Return the states of the random generators that work on a device draws from."""
+    state: dict[str, Tensor | int] = {"cpu": torch.get_rng_state()}
+    if is_traced(device):
+        import torch_xla.core.xla_model as xla_model
+
+        state[device.type] = xla_model.get_rng_state()
+    elif device.type != "cpu":
+        with current(device):
+            state[device.type] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def set_random_state(device: torch.device, state: dict[str, Tensor | int]) -> None:
+    """Put the states of random generators back; one of another kind of device stays as it is."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cpu" or device.type not in state:
+        return
+    if is_traced(device):
+        import torch_xla.core.xla_model as xla_model
+
+        xla_model.set_rng_state(state[device.type])
+    else:
+        with current(device):
+            torch.get_device_module(device).set_rng_state(state[device.type])
+
+
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Have a GPU of several be the one that calls without a device mean."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Have random generators start from a seed inside the block, and go on after it as before.
+
+    `torch.manual_seed` alone would start those of every accelerator anew as well.
+    """
+    previous = random_state(device)
+    torch.default_generator.manual_seed(seed)
+    if is_traced(device):
+        set_random_state(device, {**random_state(device), device.type: seed})
+    elif device.type != "cpu":
+        with current(device):
+            torch.get_device_module(device).manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_random_state(device, previous)
+
+
 def move_model(model: nn.Module, torch_device: torch.device) -> None:
     """Move a model; parameters stay the objects they are also where torch would make others.
 

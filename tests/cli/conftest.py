@@ -1,4 +1,4 @@
-"""What the doors' tests share: a teacher, its cache and students, made once by the doors."""
+"""What the tests of commands share: a teacher, its cache and students, made once by commands."""
 
 import contextlib
 import io
@@ -64,7 +64,7 @@ def path(run, tmp_path_factory):
     q4 = run(
         "init-student",
         model=folder / "teacher",
-        scheme="q4a4",
+        plan="q4a4",
         cache_dir=cache,
         output=folder / "q4",
     )

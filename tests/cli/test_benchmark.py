@@ -4,9 +4,9 @@ import shlex
 import pytest
 
 from qat.benchmark.config import BenchmarkConfig
-from qat.cli.benchmark import command, words
 from qat.cli.command import parse_flags
 from qat.pipelines.batch_probe import describe, measure
+from qat.pipelines.benchmark import command, words
 from qat.runtime.device import Device
 
 SEEDS = (

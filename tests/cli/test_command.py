@@ -1,6 +1,10 @@
 import errno
 import json
+import logging
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import pytest
@@ -9,6 +13,7 @@ from tqdm import tqdm
 
 from qat import __main__
 from qat.cli.command import one_line, run_command
+from qat.tracking.messages import say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,18 +30,31 @@ class LampConfig:
             raise ValueError(f"--watts {self.watts} is negative; give 0 or more")
 
 
-def light(arguments, act=lambda config: {"watts": config.watts}):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LampResult:
+    """What `shine` found."""
+
+    watts: int
+    folder: Path
+
+
+def shine(config):
+    """A pipeline that is found by its name."""
+    return LampResult(watts=config.watts, folder=Path("lamps") / config.color)
+
+
+def light(arguments, pipeline=lambda config: {"watts": config.watts}):
     """Run the command with some flags."""
-    return run_command("qat lamp", LampConfig, act, arguments)
+    return run_command("qat lamp", LampConfig, pipeline, arguments)
 
 
 def raising(error):
-    """Return an act that ends with an error."""
+    """Return a pipeline that ends with an error."""
 
-    def act(config):
+    def pipeline(config):
         raise error
 
-    return act
+    return pipeline
 
 
 def test_the_closing_line_is_the_only_line_on_standard_output(capsys):
@@ -45,6 +63,31 @@ def test_the_closing_line_is_the_only_line_on_standard_output(capsys):
     out, _ = capsys.readouterr()
     assert out.count("\n") == 1
     assert json.loads(out) == {"watts": 7}
+
+
+def test_a_result_may_be_a_dataclass_of_a_pipeline_that_is_named(capsys, monkeypatch):
+    """Fields become keys, paths strings; "module:function" is imported after the flags."""
+    module = ModuleType("lamp_pipeline")
+    module.shine = shine
+    monkeypatch.setitem(sys.modules, "lamp_pipeline", module)
+    assert light(["--color", "red"], "lamp_pipeline:shine") == 0
+    assert json.loads(capsys.readouterr().out) == {"watts": 5, "folder": "lamps/red"}
+
+
+def test_messages_go_to_standard_error_while_a_command_runs(capsys, caplog):
+    """Each once; without a command the program's own logging decides."""
+
+    def pipeline(config):
+        say(f"{config.color} at 100%s")
+        return {}
+
+    with caplog.at_level(logging.INFO, logger="qat"):
+        assert light(["--color", "red"], pipeline) == 0
+        assert capsys.readouterr().err == "red at 100%s\n"
+        say("outside")
+    assert caplog.messages == ["outside"]
+    assert capsys.readouterr().err == ""
+    assert not logging.getLogger("qat").handlers
 
 
 @pytest.mark.parametrize(
@@ -62,7 +105,7 @@ def test_the_closing_line_is_the_only_line_on_standard_output(capsys):
         (FloatingPointError("loss is nan at step 3; lower --lr"), "loss is nan at step 3"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_code_2(error, expected, capsys, monkeypatch):
+def test_what_a_user_can_fix_is_one_line_and_code_2(error, expected, capsys, monkeypatch):
     """No traceback: what, and what to do."""
     monkeypatch.delenv("QAT_TRACEBACK", raising=False)
     assert light(["--color", "red"], raising(error)) == 2
@@ -73,15 +116,15 @@ def test_what_a_user_can_mend_is_one_line_and_code_2(error, expected, capsys, mo
     assert expected in err
 
 
-def test_an_error_has_a_line_of_its_own_beside_a_progress_bar(capsys):
+def test_an_error_has_a_line_of_its_own_after_a_progress_bar(capsys):
     """The bar that it cut short shared its line."""
 
-    def act(config):
+    def pipeline(config):
         for number in tqdm(range(3), desc="fit"):
             if number == 1:
                 raise ValueError("layer 1: the weight holds NaN")
 
-    assert light(["--color", "red"], act) == 2
+    assert light(["--color", "red"], pipeline) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: layer 1: the weight holds NaN"
 
 
@@ -132,10 +175,15 @@ def test_an_error_without_words_is_named():
     assert one_line(ValueError()) == "ValueError"
 
 
-def test_a_number_that_is_not_finite_is_refused_in_the_closing_line():
-    """`NaN` is no JSON; null is written by the act where a number cannot be known."""
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        light(["--color", "red"], lambda config: {"loss": float("nan")})
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_number_that_is_not_finite_ends_in_one_line_with_its_key(number, capsys):
+    """JSON has no NaN; it ended in a traceback of `json.dumps` that named no key."""
+    result = {"loss": 1.0, "rows": [{"kl": 0.5}, {"kl": float(number)}]}
+    assert light(["--color", "red"], lambda config: result) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: rows.1.kl is {number}: ")
+    assert err.count("\n") == 1
 
 
 def test_qat_alone_lists_its_commands(capsys, monkeypatch):
@@ -154,3 +202,25 @@ def test_an_unknown_command_is_one_line_with_the_choices(capsys, monkeypatch):
     assert err.count("\n") == 1
     assert "'trian'" in err
     assert "train" in err
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """No flags."""
+
+
+def test_an_own_mistake_is_no_user_error(monkeypatch, capsys):
+    """A ValueError of `zip(strict=True)` in the package used to be shown as the user's fault."""
+    module = ModuleType("qat.made_up")
+    source = "def pair(a, b):\n    return list(zip(a, b, strict=True))\n"
+    exec(compile(source, "made_up.py", "exec"), module.__dict__)  # noqa: S102 its own module
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        run_command("qat x", Nothing, lambda _config: module.pair([1, 2], [1]), [])
+    capsys.readouterr()
+
+    def refuse(_config):
+        raise ValueError("--x 3 must be 2; give 2")
+
+    assert run_command("qat x", Nothing, refuse, []) == 2
+    assert "error: --x 3 must be 2; give 2" in capsys.readouterr().err
+    assert run_command("qat x", Nothing, lambda _config: json.loads("{"), []) == 2

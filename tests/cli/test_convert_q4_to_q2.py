@@ -6,6 +6,8 @@ from safetensors.torch import load_file
 
 from qat.model.checkpoint import read_checkpoint, read_header
 from qat.model.surgery import layers_of_kind
+from qat.quant.plan import kind_specs
+from qat.quant.spec import TensorSpec, make_spec
 from tests.tiny import save_tiny, tiny_llama
 
 SIZES = {"bits_per_weight", "bits_per_weight_mlp", "bits_per_weight_model"}
@@ -15,11 +17,12 @@ def test_the_closing_line_tells_of_the_student(path):
     """All keys of the specification; fewer bits cost distance."""
     closing, former = path.closing["q2"], path.closing["q4"]
     assert (
-        closing.keys() >= {"checkpoint", "seconds", "peak_rss_bytes", "kl_nats", "kd_loss"} | SIZES
+        closing.keys()
+        >= {"checkpoint", "seconds", "peak_rss_bytes", "kl_nats_lower", "kd_loss"} | SIZES
     )
     assert closing["bits_per_weight_mlp"] == pytest.approx(2.5, abs=0.02)
     assert all(closing[name] < former[name] for name in SIZES)
-    assert closing["kl_nats"] > former["kl_nats"]
+    assert closing["kl_nats_lower"] > former["kl_nats_lower"]
 
 
 def test_attention_is_kept_to_the_bit(path):
@@ -30,15 +33,15 @@ def test_attention_is_kept_to_the_bit(path):
     assert kept
     assert all(torch.equal(before[name], after[name]) for name in kept)
     layers = layers_of_kind(read_checkpoint(path.q2)[0], "mlp")
-    assert {layer.scheme.bits for layer in layers.values()} == {2}
+    assert {layer.spec.bits for layer in layers.values()} == {2}
 
 
 def test_the_student_knows_where_it_comes_from(path):
-    """The same base model, a scheme that says both sizes, command and settings."""
+    """The same base model, a plan that says both sizes, command and settings."""
     header = read_header(path.q2)
     assert header.base_model == read_header(path.q4).base_model
-    assert header.scheme["mlp"]["bits"] == 2
-    assert header.scheme["attention"] == read_header(path.q4).scheme["attention"]
+    specs, before = kind_specs(header.plan), kind_specs(read_header(path.q4).plan)
+    assert specs == {"mlp": make_spec(2), "attention": before["attention"]}
     assert header.made_by["command"] == "convert-q4-to-q2"
 
 
@@ -64,21 +67,21 @@ def test_a_conversion_is_the_same_every_time(run, path, tmp_path):
 
 @pytest.mark.parametrize("fit", ["moments", "hessian"])
 @pytest.mark.parametrize(
-    ("flags", "scheme"),
+    ("flags", "name"),
     [
-        ({"q2_mlp_rank": 4}, {"rank": 4, "bits": 2}),
-        ({"q2_mlp_group_size": 16}, {"group_size": 16, "rank": 0}),
-        ({"q2_mlp_codebook": "int"}, {"codebook": "int", "group_size": 64}),
-        ({"q2_mlp_lut_size": 8}, {"bits": 3}),
+        ({"q2_mlp_rank": 4}, "lut2-r4"),
+        ({"q2_mlp_group_size": 16}, "lut2-g16"),
+        ({"q2_mlp_codebook": "int"}, "int2-g64"),
+        ({"q2_mlp_lut_size": 8}, "lut3-g32"),
     ],
 )
-def test_the_mlp_gets_the_form_that_is_asked_for(run, path, tmp_path, fit, flags, scheme):
+def test_the_mlp_gets_the_form_that_is_asked_for(run, path, tmp_path, fit, flags, name):
     """Low rank, other groups, a runtime's grid, three bits."""
     flags |= {"q4_checkpoint": path.q4, "cache_dir": path.cache, "output": tmp_path / "s"}
     done = run("convert-q4-to-q2", fit=fit, **flags)
     assert done.code == 0, done.said
-    found = read_header(tmp_path / "s").scheme["mlp"]
-    assert {name: found[name] for name in scheme} == scheme
+    specs = kind_specs(read_header(tmp_path / "s").plan)
+    assert specs == {"mlp": TensorSpec.from_name(name), "attention": make_spec(4)}
     read_checkpoint(tmp_path / "s")
 
 
@@ -87,7 +90,7 @@ def test_a_run_stands_for_its_best_student(run, path, tmp_path):
     shutil.copytree(path.q4, tmp_path / "run" / "best")
     flags = {"q4_checkpoint": tmp_path / "run", "cache_dir": path.cache, "eval": True}
     done = run("convert-q4-to-q2", output=tmp_path / "s", **flags)
-    assert done.closing["kl_nats"] == path.closing["q2"]["kl_nats"]
+    assert done.closing["kl_nats_lower"] == path.closing["q2"]["kl_nats_lower"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def student(tmp_path_factory):
     folder = tmp_path_factory.mktemp("student")
     text_source = save_tiny(folder / "base", tiny_llama())
     model = tiny_student("llama", "deploy")
-    return save_student(folder / "deploy", model, text_source, scheme="deploy")
+    return save_student(folder / "deploy", model, text_source, plan="deploy")
 
 
 @pytest.mark.parametrize("to", ["hf", "hf-quantized", "gguf", "mlx", "compressed-tensors"])
@@ -53,7 +53,7 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path, student, capsys):
     for to in ("gguf", "mlx", "compressed-tensors"):
         output = tmp_path / "out" / to
         assert main(["--checkpoint", str(learned), "--to", to, "--output", str(output)]) == 2
-        assert "qat convert --scheme" in capsys.readouterr().err.splitlines()[-1]
+        assert "qat convert --plan" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 

@@ -3,14 +3,15 @@ import shlex
 
 import pytest
 
-from qat.cli.log_run import main, train_command
+from qat.cli.log_run import main
+from qat.pipelines.log_run import train_command
 from qat.reports.compare import read_run
 from qat.reports.log import RUNS_TITLE, add_entry, clock, command_line, read_facts, run_name
 from qat.tracking.record import RunRecord
 from qat.train.config import TrainConfig
 
 HEADER = {
-    "scheme": {"name": "q2a4", "mlp": {"stored_dtype": "float16"}},
+    "plan": {"name": "q2a4", "tensors": {"layers.0.mlp.up_proj.weight": "lut2-g32"}},
     "base_model": {"name": "tiny"},
     "cache_fingerprint": "c" * 16,
     "sha256": "a" * 64,
@@ -33,18 +34,18 @@ def make_run(tmp_path):
         record = RunRecord(folder)
         record.write_config(
             {
-                "v2_checkpoint": "runs/q2_init",
-                "cache_dir": "caches/x",
-                "output_dir": str(folder),
-                "mlp_only": True,
-                "max_steps": 4,
-                "batch_size": 8,
-                "lr": 5e-5,
-                "trainable": ["weights", "scales"],
-                "wandb": True,
-                "wandb_run": "SR 2",
-                "schedule": "cosine",
-                "identity": {"settings": {"lr": 5e-5}},
+                "config": {
+                    "checkpoint": "runs/q2_init",
+                    "cache_dir": "caches/x",
+                    "output_dir": str(folder),
+                    "layers": "mlp",
+                    "max_steps": 4,
+                    "batch_size": 8,
+                    "optim": {"lr": 5e-5, "schedule": "cosine"},
+                    "trainable": ["weights", "scales"],
+                    "tracking": {"to": "wandb", "name": "SR 2"},
+                },
+                "identity": {"settings": {"optim.lr": 5e-5}},
             }
         )
         record.log(0, {"eval/kl_nats": 2.0, "eval/kd_loss": 5.8, "eval/perplexity": 50.0})
@@ -106,12 +107,13 @@ def test_the_command_can_be_typed_again(make_run):
     """Its flags give the config that the run had; what is as by default is left out."""
     flags = read_run(make_run("q2"), "q2").config
     words = shlex.split(train_command(flags).replace("\\\n", " "))
-    assert words[:2] == ["python", "scripts/train_v2_simple.py"]
+    assert words[:2] == ["qat", "train"]
     assert "--batch-size" not in words
     import tyro
 
     again = tyro.cli(TrainConfig, args=words[2:])
-    assert (again.lr, again.max_steps, again.mlp_only, again.wandb_run) == (5e-5, 4, True, "SR 2")
+    assert (again.optim.lr, again.max_steps, again.layers) == (5e-5, 4, "mlp")
+    assert (again.tracking.to, again.tracking.name) == ("wandb", "SR 2")
     assert str(again.output_dir) == flags["output_dir"]
     assert command_line("x", {"a_b": False, "c": None}, {"a_b": True}) == "x \\\n    --no-a-b"
 
@@ -220,7 +222,8 @@ def test_names_leave_out_what_is_not_known(make_run):
     """Format, preset, what was trained, loss, precision: SPEC's order."""
     trained = read_run(make_run("q2"), "q2")
     assert run_name(trained, {}) == "v2_mlp_0.58"
-    wide = {"scheme": {"name": "q4a4", "mlp": {"stored_dtype": "float32"}}}
+    tensors = {"layers.0.mlp.up_proj.weight": "lut4-g32-f32", "norm.weight": "f32"}
+    wide = {"plan": {"name": "q4a4", "tensors": tensors}}
     assert run_name(trained, wide) == "v2_q4a4_mlp_0.58_fp32"
     assert clock(10_291) == "2h 51min"
     assert add_entry("", "x", "entry\n").strip() == "entry"

@@ -1,14 +1,20 @@
 """`qat parity` from flags to closing line."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from qat.cli.parity import main, read_prompts
+from qat.cli.parity import main
 from qat.export.parity_config import ParityConfig
+from qat.export.to_gguf import export_to_gguf
 from qat.export.to_hf import export_to_hf
 from qat.model.checkpoint import read_checkpoint
+from qat.pipelines.parity import read_prompts
 from tests.tiny import save_student, save_tiny, tiny_llama, tiny_student
 
 
@@ -39,10 +45,53 @@ def test_a_cache_tells_the_distance_from_the_teacher(path, tmp_path, capsys):
     flags += ["--prompts", tmp_path / "prompts.txt", "--cache-dir", path.cache]
     assert main([str(flag) for flag in flags]) == 0
     closing = json.loads(capsys.readouterr().out)
-    assert closing["heldout_runtime"]["kl_nats"] == pytest.approx(
-        closing["heldout_student"]["kl_nats"], rel=1e-5
+    assert closing["heldout_runtime"]["kd_loss"] == pytest.approx(
+        closing["heldout_student"]["kd_loss"], rel=1e-5
     )
     assert closing["heldout_student"]["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "library", "error"),
+    [
+        ("gguf:q2_0", "llama_cpp", "OSError('libllama.so: cannot open shared object file')"),
+        ("gguf:q4_0", "ik_llama_cpp", "RuntimeError('Failed to load shared library')"),
+        ("mlx", "mlx_lm", "ImportError('GLIBC_2.35 not found')"),
+        ("transformers", "compressed_tensors", "ImportError('undefined symbol')"),
+    ],
+)
+def test_a_runtime_that_does_not_load_is_one_line_with_a_remedy(tmp_path, plan, library, error):
+    """A runtime built for another system raised OSError at import: a traceback of its loader."""
+    exported = tmp_path / "out"
+    if plan.startswith("gguf"):
+        text_source = save_tiny(tmp_path / "base", tiny_llama())
+        exported = tmp_path / "student.gguf"
+        export_to_gguf(tiny_student("llama", plan), exported, text_source=text_source)
+    else:
+        exported.mkdir()
+        configs = {
+            "mlx": {"quantization": {"bits": 4}},
+            "transformers": {"quantization_config": {"quant_method": "compressed-tensors"}},
+        }
+        (exported / "config.json").write_text(json.dumps(configs[plan]))
+    broken = tmp_path / "site" / library
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text(f"raise {error}")
+    (tmp_path / "prompts.txt").write_text("the cat sees\n")
+    flags = ["--checkpoint", "absent", "--prompts", tmp_path / "prompts.txt", "--export", exported]
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "qat", "parity", *map(str, flags)],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{root}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "is installed but does not load" in done.stderr
+    assert f"pip install --force-reinstall {library.replace('_', '-')}" in done.stderr
 
 
 def test_prompts_are_drawn_by_the_seed(tmp_path):

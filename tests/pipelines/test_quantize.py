@@ -5,13 +5,10 @@ from qat.calibrate.statistics import collect_second_moments
 from qat.distill.kl import forward_kl
 from qat.distill.teacher import dense_signal
 from qat.model.layers import FakeQuantLinear
-from qat.model.surgery import quantizable_linears, quantized_layers
-from qat.pipelines.quantize import init_student, init_student_by_blocks
+from qat.model.surgery import dense_weights, quantized_layers
+from qat.pipelines.fit_layers import FitTask, fit_by_decoder_layers, fit_with_moments
 from qat.quant.fit import fit_weight
-from qat.quant.scheme import scheme_from_name
-from tests.tiny import tiny_llama
-
-SCHEME = scheme_from_name("q2a4")
+from tests.tiny import plan_of, quantize_plainly, tiny_llama
 
 
 def batches():
@@ -19,17 +16,33 @@ def batches():
     return [torch.randint(261, (4, 12), generator=generator) for _ in range(4)]
 
 
+def task_of(model, plan="q2a4"):
+    """Return what `quantize_model` fits, checked as it checks."""
+    found = plan_of(model, plan)
+    modules = dense_weights(model, found)
+    task = FitTask(
+        specs=found.quantized, weight_of=lambda name: modules[name].weight, row_weights={}
+    )
+    task.check()
+    return task
+
+
+def moments_of(model):
+    return collect_second_moments(model, dense_weights(model, plan_of(model)), batches())
+
+
 def test_every_linear_is_replaced_by_its_own_fit():
     """Weight by weight what `fit_weight` gives, biases kept, everything else untouched."""
     base = tiny_llama(attention_bias=True)
-    importance = collect_second_moments(base, quantizable_linears(base, SCHEME), batches())
+    importance = moments_of(base)
     student = tiny_llama(attention_bias=True)
-    init_student(student, SCHEME, importance=importance)
+    task = task_of(student)
+    fit_with_moments(student, task, importance)
     layers = quantized_layers(student)
     assert len(layers) == 14
     for name in list(layers)[::5]:
         linear = base.get_submodule(name)
-        wanted = fit_weight(linear.weight, SCHEME.layer(name), importance=importance[name])
+        wanted = fit_weight(linear.weight, task.specs[name], importance=importance[name])
         assert torch.equal(layers[name].fake_quantized_weight(), wanted.dequantize())
         if linear.bias is not None:
             assert torch.equal(layers[name].bias, linear.bias)
@@ -52,16 +65,16 @@ def test_calibration_makes_better_students():
         layer.self_attn.v_proj.weight.data /= spread
     ids = torch.cat(batches())
     signal = dense_signal(teacher(ids).logits, torch.ones(ids.shape, dtype=torch.bool))
-    importance = collect_second_moments(teacher, quantizable_linears(teacher, SCHEME), batches())
+    importance = moments_of(teacher)
 
-    def distance(make):
+    def distance(moments):
         student = tiny_llama()
         student.load_state_dict(teacher.state_dict())
-        make(student)
+        fit_with_moments(student, task_of(student), moments)
         return forward_kl(student(ids).logits, signal).mean().item()
 
-    plain = distance(lambda student: init_student(student, SCHEME))
-    weighted = distance(lambda student: init_student(student, SCHEME, importance=importance))
+    plain = distance(None)
+    weighted = distance(importance)
     assert weighted < 0.9 * plain
 
 
@@ -70,30 +83,30 @@ def test_a_student_is_the_same_every_time():
     students = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        student = tiny_llama()
-        init_student(student, scheme_from_name("q3_r2"))
+        student = quantize_plainly(tiny_llama(), "q3_r2")
         students.append(quantized_layers(student))
     for name, layer in students[0].items():
         other = students[1][name]
         assert torch.equal(layer.fake_quantized_weight(), other.fake_quantized_weight())
 
 
-def by_blocks(model, scheme):
-    init_student_by_blocks(model, scheme, batches(), dtype=torch.float32)
+def by_decoder_layers(model):
+    fit_by_decoder_layers(model, task_of(model), batches(), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("make", [init_student, by_blocks])
+@pytest.mark.parametrize("make", [quantize_plainly, by_decoder_layers])
 def test_a_weight_that_cannot_be_held_names_its_layer(make):
     """NaN in one tensor of a model, found before the others are fitted."""
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: the weight holds NaN"):
-        make(model, SCHEME)
+        make(*((model, "q2a4") if make is quantize_plainly else (model,)))
+    assert not any(isinstance(module, FakeQuantLinear) for module in model.modules())
 
 
-def test_a_scheme_that_does_not_fit_changes_nothing():
+def test_a_plan_that_does_not_fit_changes_nothing():
     """The model is as it was: the check comes first."""
     model = tiny_llama()
     with pytest.raises(ValueError, match="does not fit"):
-        init_student(model, scheme_from_name("q4_g48"))
+        quantize_plainly(model, "q4_g48")
     assert not any(isinstance(module, FakeQuantLinear) for module in model.modules())

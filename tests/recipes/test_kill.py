@@ -35,8 +35,9 @@ def flags(tmp_path_factory):
         convert_q4_to_q2.main(["--q4-checkpoint", q4, "--output", q2, *quick]),
     ]
     assert made == [0, 0]
-    return ["--v2-checkpoint", q2, "--cache-dir", str(cache), "--max-steps", str(STEPS)] + [
-        *("--batch-size", "2", "--log-steps", "1", "--save-steps", "1", "--eval-steps", "5"),
+    return ["--checkpoint", q2, "--cache-dir", str(cache), "--max-steps", str(STEPS)] + [
+        *("--batch-size", "2", "--intervals.log-steps", "1", "--intervals.save-steps", "1"),
+        *("--intervals.eval-steps", "5"),
         *("--trainable", "weights", "scales", "codebooks", "norms", *USUAL),
     ]
 
@@ -87,7 +88,7 @@ def test_a_killed_run_ends_like_one_that_was_not(flags, tmp_path):
     assert process.returncode == 0, err[-2000:]
     closing = json.loads(out)
     assert closing["steps"] == STEPS
-    assert "going on from step" in err
+    assert "resuming from step" in err
     assert rows_of(folder) == rows_of(tmp_path / "straight")
     for name in ("best", "final"):
         sums = [

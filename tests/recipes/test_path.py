@@ -76,23 +76,24 @@ def commands_of(cache):
         "build-cache": ["build-cache", "--teacher", "teacher", "--data", "records.jsonl"]
         + ["--seq-len", "16", "--top-k", "8", "--batch-size", "4", "--output-dir", "caches"]
         + ["--name", "words", *usual],
-        "init-student": ["init-student", "--model", "teacher", "--scheme", "q4a4"]
+        "init-student": ["init-student", "--model", "teacher", "--plan", "q4a4"]
         + ["--output", "runs/q4", *quick],
         "convert-q4-to-q2": ["convert-q4-to-q2", "--q4-checkpoint", "runs/q4", "--eval"]
         + ["--output", "runs/q2_init", *quick],
-        "train": ["train", "--v2-checkpoint", "runs/q2_init", "--output-dir", "runs/q2_mlp"]
+        "train": ["train", "--checkpoint", "runs/q2_init", "--output-dir", "runs/q2_mlp"]
         + [
-            "--mlp-only",
-            "--lr",
+            "--layers",
+            "mlp",
+            "--optim.lr",
             "4e-4",
             "--max-steps",
             "4",
             "--batch-size",
             "4",
-            "--log-steps",
+            "--intervals.log-steps",
             "1",
         ]
-        + ["--warmup-steps", "1", *on_cache, *usual],
+        + ["--optim.warmup-steps", "1", *on_cache, *usual],
         "evaluate": ["evaluate", "--checkpoint", "runs/q2_mlp", *on_cache, *usual],
         "evaluate text": ["evaluate", "--checkpoint", "runs/q2_mlp", *text],
         "generate": ["generate", "--checkpoint", "runs/q2_mlp", "--prompt", "the cat"]
@@ -131,9 +132,11 @@ def test_each_stage_is_where_it_should_be(walked):
     _, first, _ = walked
     closing = {name: values for name, (_, values, _) in first.items()}
     q4, q2, trained = (closing[name] for name in ("init-student", "convert-q4-to-q2", "evaluate"))
-    assert q4["kl_nats"] < trained["kl_nats"] < q2["kl_nats"]
+    assert q4["kl_nats_lower"] < trained["kl_nats_lower"] < q2["kl_nats_lower"]
     assert q2["bits_per_weight_mlp"] == trained["bits_per_weight_mlp"] < 2.6
-    assert closing["train"]["best_kl_nats"] == pytest.approx(trained["kl_nats"], rel=1e-6)
+    assert closing["train"]["best_kl_nats_lower"] == pytest.approx(
+        trained["kl_nats_lower"], rel=1e-6
+    )
     assert closing["evaluate text"]["kl_nats"] > 0
     assert len(closing["compare"]["runs"]) == 3
 
@@ -176,10 +179,10 @@ def recorded(walked):
     folder, first, _ = walked
     rows = read_rows(folder / "runs" / "q2_mlp")
     return {
-        "kl_nats": {
-            "q4": first["init-student"][1]["kl_nats"],
-            "q2_init": first["convert-q4-to-q2"][1]["kl_nats"],
-            "q2_trained": first["evaluate"][1]["kl_nats"],
+        "kl_nats_lower": {
+            "q4": first["init-student"][1]["kl_nats_lower"],
+            "q2_init": first["convert-q4-to-q2"][1]["kl_nats_lower"],
+            "q2_trained": first["evaluate"][1]["kl_nats_lower"],
         },
         "losses": [row["train/loss"] for row in rows if "train/loss" in row],
         "grad_norms": [row["train/grad_norm"] for row in rows if "train/grad_norm" in row],
@@ -196,6 +199,6 @@ def test_numbers_are_the_recorded_ones(walked):
         write_json(GOLDEN, found)
     wanted = json.loads(GOLDEN.read_text())
     assert len(wanted["losses"]) == 4
-    assert found["kl_nats"] == pytest.approx(wanted["kl_nats"], rel=1e-6)
+    assert found["kl_nats_lower"] == pytest.approx(wanted["kl_nats_lower"], rel=1e-6)
     assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-6)
     assert found["grad_norms"] == pytest.approx(wanted["grad_norms"], rel=1e-5)

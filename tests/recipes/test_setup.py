@@ -31,7 +31,9 @@ def shell(request):
 def store(tmp_path_factory):
     """A store that `qat push` has filled: a cache as .tar.lz4, a 4-bit student as .tgz."""
     from qat.cache.config import BuildCacheConfig
-    from qat.cli import build_cache, init_student, push
+    from qat.pipelines.build_cache import build_cache
+    from qat.pipelines.push import PushConfig, push
+    from qat.pipelines.quantize import quantize
     from qat.pipelines.quantize_config import InitStudentConfig
 
     folder = tmp_path_factory.mktemp("made")
@@ -39,20 +41,20 @@ def store(tmp_path_factory):
     data = str(write_jsonl(folder / "records.jsonl", tiny_records()))
     flags = {"device": "cpu", "dtype": "fp32"}
     sizes = {"seq_len": 16, "top_k": 8, "batch_size": 4}
-    cache = build_cache.build(
+    cache = build_cache(
         BuildCacheConfig(
             teacher=teacher, data=data, output_dir=folder, name="small", **sizes, **flags
         )
-    )["cache"]
-    init_student.act(
+    ).cache
+    quantize(
         InitStudentConfig(
             model=teacher, output=folder / "q4", cache_dir=Path(cache), fit="moments", **flags
         )
     )
     (folder / "store").mkdir()
     base = str(folder / "store")
-    push.push(push.PushConfig(folder=Path(cache), store=base, name="L64"))
-    push.push(push.PushConfig(folder=folder / "q4", store=base, name="q4_fp32", suffix="tgz"))
+    push(PushConfig(folder=Path(cache), store=base, name="L64"))
+    push(PushConfig(folder=folder / "q4", store=base, name="q4_fp32", suffix="tgz"))
     return folder / "store"
 
 
@@ -148,7 +150,7 @@ def test_a_failure_leaves_the_shell_as_it_was(run, store, checkout, words, varia
 
 
 def test_a_wrong_checksum_then_the_right_one(run, store, checkout, tmp_path):
-    """The store is mended, the same line works."""
+    """Once the store is right, the same line works."""
     broken = tmp_path / "broken"
     shutil.copytree(store, broken)
     packed = broken / "qwen3_caches" / f"{CACHE}.tar.lz4"

@@ -74,10 +74,10 @@ def test_the_path_from_teacher_to_log(checkout, environment):
     assert (runs / "plots" / "colab-2.png").is_file()
     assert (checkout / "drive" / "qwen3_runs" / "colab" / "best").is_dir()
     config = json.loads((runs / "q2_mlp_2" / "config.json").read_text())
-    assert config["wandb_group"] == "speedrun-colab"
+    assert config["config"]["tracking"]["group"] == "speedrun-colab"
     again = call(checkout, environment, "speedrun/run.sh", "colab")
     assert again.returncode == 0, again.stderr
-    assert "this very run, ended" in again.stderr
+    assert "q2_mlp_2 is already complete" in again.stderr
 
 
 @pytest.mark.parametrize(
@@ -140,11 +140,13 @@ def test_the_notebook_runs_from_top_to_bottom(checkout, environment, monkeypatch
 def test_q2_init_is_made_and_put_into_the_store(checkout, environment, tmp_path):
     """From q4_fp32 and L64 in a store; another machine then gets q2_init by its word."""
     from qat.cache.config import BuildCacheConfig
-    from qat.cli import build_cache, init_student, push
+    from qat.pipelines.build_cache import build_cache
+    from qat.pipelines.push import PushConfig, push
+    from qat.pipelines.quantize import quantize
     from qat.pipelines.quantize_config import InitStudentConfig
 
     flags = {"device": "cpu", "dtype": "fp32"}
-    cache = build_cache.build(
+    cache = build_cache(
         BuildCacheConfig(
             teacher=environment["TEACHER"],
             data=environment["DATA"],
@@ -154,8 +156,8 @@ def test_q2_init_is_made_and_put_into_the_store(checkout, environment, tmp_path)
             top_k=8,
             **flags,
         )
-    )["cache"]
-    init_student.act(
+    ).cache
+    quantize(
         InitStudentConfig(
             model=environment["TEACHER"],
             output=tmp_path / "q4",
@@ -166,8 +168,8 @@ def test_q2_init_is_made_and_put_into_the_store(checkout, environment, tmp_path)
     )
     (tmp_path / "store").mkdir()
     base = str(tmp_path / "store")
-    push.push(push.PushConfig(folder=Path(cache), store=base, name="L64"))
-    push.push(push.PushConfig(folder=tmp_path / "q4", store=base, name="q4_fp32"))
+    push(PushConfig(folder=Path(cache), store=base, name="L64"))
+    push(PushConfig(folder=tmp_path / "q4", store=base, name="q4_fp32"))
     environment["QAT_STORE"] = base
     done = call(checkout, environment, "speedrun/create_q2_init.sh")
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qat.runtime import device as module
-from qat.runtime.device import Device
+from qat.runtime.device import Device, random_state, seeded, set_random_state
 
 
 def test_auto_always_finds_a_device_and_says_why():
@@ -241,3 +241,33 @@ def test_packages_are_judged_without_importing_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
+
+
+def test_random_generators_go_on_after_a_seed_as_before():
+    """Inside the block draws follow from the seed alone, after it from what came before."""
+    torch.manual_seed(3)
+    expected = torch.rand(2, 4)
+    torch.manual_seed(3)
+    first = torch.rand(4)
+    with seeded(torch.device("cpu"), 7):
+        inside = torch.rand(4)
+    assert torch.equal(torch.stack([first, torch.rand(4)]), expected)
+    assert torch.equal(inside, torch.rand(4, generator=torch.Generator().manual_seed(7)))
+
+
+@pytest.mark.device
+def test_an_accelerators_generator_is_saved_and_seeded_as_well():
+    """Dropout draws from it: a resumed run needs its state."""
+    device = Device.detect().torch_device
+    if device.type == "cpu":
+        pytest.skip("no accelerator")
+    state = random_state(device)
+    expected = torch.rand(4, device=device)
+    with seeded(device, 7):
+        inside = torch.rand(4, device=device)
+    after = torch.rand(4, device=device)
+    set_random_state(device, state)
+    assert torch.equal(torch.rand(4, device=device), expected)
+    with seeded(device, 7):
+        assert torch.equal(torch.rand(4, device=device), inside)
+    assert torch.equal(torch.rand(4, device=device), after)

@@ -9,10 +9,11 @@ from qat.model.checkpoint import student_tensors
 from qat.model.surgery import hold_weights, quantized_layers
 from qat.quant.straight_through import SnapBfloat16, SnapFloat16
 from qat.runtime.device import Device
-from qat.train.config import TrainConfig
-from qat.train.loop import Habits, Hooks, train_end_to_end
+from qat.train.config import LossConfig, OptimConfig, TrainConfig
+from qat.train.loop import Hooks, LoopIntervals, train_end_to_end
 from qat.train.run_folder import make_trainer
 from qat.train.state import Progress, read_state, write_state
+from qat.train.step import Batch
 from tests.tiny import TINY_MODELS, tiny_student
 from tests.xla.counters import during, fallbacks, happened
 
@@ -20,22 +21,20 @@ pytestmark = pytest.mark.xla
 
 WARM_UP = 2  # the first step makes the optimizer's state, the second finds it
 STEPS = 5
-# Family and scheme of a student, and a run's settings: few, as compiling takes most of the time.
+# Family and plan of a student, and a run's settings: few, as compiling takes most of the time.
 CASES = {
-    "weights": ("llama", "q2a4", {"mlp_only": True}),
-    "checkpointed": ("llama", "q2a4", {"mlp_only": True, "gradient_checkpointing": True}),
-    "low rank": ("llama", "q4_r4", {"mlp_only": True, "trainable": ("scales", "codebooks")}),
-    "deploy": ("gemma", "deploy", {"mlp_only": True}),
+    "weights": ("llama", "q2a4", {"layers": "mlp"}),
+    "checkpointed": ("llama", "q2a4", {"layers": "mlp", "gradient_checkpointing": True}),
+    "low rank": ("llama", "q4_r4", {"layers": "mlp", "trainable": ("scales", "codebooks")}),
+    "deploy": ("gemma", "deploy", {"layers": "mlp"}),
     "everything": (
         "qwen3",
         "q2a4",
         {
             "trainable": ("weights", "scales", "codebooks", "norms"),
-            "ema_decay": 0.9,
-            "hard_top1": 1.0,
-            "hard_top1_end": 0.0,
+            "optim": OptimConfig(ema_decay=0.9, weight_decay=0.1),
+            "loss": LossConfig(hard_weight=1.0, hard_weight_end=0.0),
             "accumulation_steps": 2,
-            "weight_decay": 0.1,
             "max_steps": STEPS,
         },
     ),
@@ -44,7 +43,7 @@ CASES = {
 
 def config_of(tmp_path, **changes):
     """Return a run's settings; the files that it names are not read here."""
-    folders = {"v2_checkpoint": tmp_path, "cache_dir": tmp_path, "output_dir": tmp_path}
+    folders = {"checkpoint": tmp_path, "cache_dir": tmp_path, "output_dir": tmp_path}
     return TrainConfig(**{**folders, "max_steps": 10, **changes})
 
 
@@ -54,12 +53,12 @@ def batch(device, seed, family="llama", length=16):
     token_ids = torch.randint(261, (4, length), generator=generator)
     mask = torch.rand(4, length - 1, generator=generator) < 0.7
     signal = top_k_signal(TINY_MODELS[family]()(token_ids).logits[:, :-1], mask, 8)
-    return token_ids.to(device.torch_device), signal.to(device.torch_device)
+    return Batch.of(token_ids.to(device.torch_device), signal.to(device.torch_device))
 
 
-def start(device, config, family="llama", scheme="q2a4"):
+def start(device, config, family="llama", plan="q2a4"):
     """Return a trainer of a tiny student on a device."""
-    student = tiny_student(family, scheme)
+    student = tiny_student(family, plan)
     device.place(student)
     return make_trainer(
         config, student, torch.float32, weight_of=lambda _name: None, sync=device.sync
@@ -72,20 +71,19 @@ def take(trainer, config, device, steps, family="llama", length=16):
     for step in steps:
         count = config.accumulation_steps
         batches = [batch(device, step * count + n, family, length) for n in range(count)]
-        weight = config.hard_weight(step) if config.has_hard else None
-        losses.append(trainer.step(batches, (step + 1) / 10, weight)[0])
+        losses.append(trainer.step(batches, (step + 1) / 10, config.hard_weight(step))[0])
     return losses
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_one_program_and_tells_the_losses_of_the_cpu(case, tmp_path):
     """After warm-up nothing compiles, is fetched or left to the CPU; losses agree to 1e-4."""
-    family, scheme, changes = CASES[case]
+    family, plan, changes = CASES[case]
     config = config_of(tmp_path, **changes)
     cpu, device = Device.detect("cpu"), Device.detect("xla")
-    expected = take(start(cpu, config, family, scheme), config, cpu, range(STEPS), family)
+    expected = take(start(cpu, config, family, plan), config, cpu, range(STEPS), family)
 
-    trainer = start(device, config, family, scheme)
+    trainer = start(device, config, family, plan)
     losses = take(trainer, config, device, range(WARM_UP), family)
     left, fetched = fallbacks(), happened("TransferFromDeviceTime")
     steps = range(WARM_UP, STEPS)
@@ -101,7 +99,7 @@ def test_a_step_is_one_program_and_tells_the_losses_of_the_cpu(case, tmp_path):
 
 def test_another_length_compiles_once(tmp_path):
     """One program a shape, however often the lengths take turns."""
-    device, config = Device.detect("xla"), config_of(tmp_path, mlp_only=True)
+    device, config = Device.detect("xla"), config_of(tmp_path, layers="mlp")
     trainer = start(device, config)
     take(trainer, config, device, range(WARM_UP))
     assert during("CompileTime", lambda: take(trainer, config, device, [2, 3], length=8)) == 1
@@ -111,7 +109,7 @@ def test_another_length_compiles_once(tmp_path):
 
 def test_the_loop_fetches_no_more_than_it_logs(tmp_path):
     """Loss and gradient norm come in one transfer, and only at steps that are logged."""
-    device, config = Device.detect("xla"), config_of(tmp_path, mlp_only=True)
+    device, config = Device.detect("xla"), config_of(tmp_path, layers="mlp")
     trainer = start(device, config)
     take(trainer, config, device, range(WARM_UP))
     logged = []
@@ -124,7 +122,9 @@ def test_the_loop_fetches_no_more_than_it_logs(tmp_path):
         save=lambda _progress: None,
         restore=lambda: None,
     )
-    habits = Habits(max_steps=7, accumulation_steps=1, eval_steps=0, log_steps=3, save_steps=3)
+    habits = LoopIntervals(
+        max_steps=7, accumulation_steps=1, eval_steps=0, log_steps=3, save_steps=3
+    )
 
     def batches_from(first):
         return (batch(device, number) for number in range(first, 100))
@@ -139,15 +139,15 @@ def test_the_loop_fetches_no_more_than_it_logs(tmp_path):
 @pytest.mark.parametrize("after", ["cpu", "xla"])
 def test_a_state_goes_on_wherever_it_is_read(after, tmp_path):
     """What a run on XLA leaves is resumed there and on the CPU, to the same losses."""
-    device, config = Device.detect("xla"), config_of(tmp_path, mlp_only=True)
+    device, config = Device.detect("xla"), config_of(tmp_path, layers="mlp")
     trainer = start(device, config)
     take(trainer, config, device, range(2))
-    write_state(tmp_path, Progress(step=2), trainer.model, trainer.optimizer, trainer.ema)
+    write_state(tmp_path, Progress(step=2), trainer)
     expected = [float(loss) for loss in take(trainer, config, device, range(2, 5))]
 
     other = Device.detect(after)
     resumed = start(other, config)
-    progress = read_state(tmp_path, resumed.model, resumed.optimizer, resumed.ema)
+    progress = read_state(tmp_path, resumed)
     found = [float(loss) for loss in take(resumed, config, other, range(progress.step, 5))]
     assert found == pytest.approx(expected, rel=1e-4 if after == "cpu" else 1e-6)
 
@@ -161,17 +161,17 @@ def test_stored_numbers_are_rounded_as_on_the_cpu(snap):
     assert torch.equal(snap.apply(moved * 1.25).cpu(), snap.apply(values * 1.25))
 
 
-@pytest.mark.parametrize("scheme", ["q2a4", "q4_r4", "deploy", "q2a4_int_g32"])
-def test_weights_are_those_of_the_cpu(scheme):
+@pytest.mark.parametrize("plan", ["q2a4", "q4_r4", "deploy", "q2a4_int_g32"])
+def test_weights_are_those_of_the_cpu(plan):
     """A weight formed there is what the file stands for, to the bit of what it is made of."""
     device = Device.detect("xla")
-    students = [tiny_student(scheme=scheme) for _ in range(2)]
+    students = [tiny_student(plan=plan) for _ in range(2)]
     device.place(students[1])
     for student in students:
         hold_weights(student, torch.float32)
     for name, layer in quantized_layers(students[0]).items():
         found = quantized_layers(students[1])[name].held_weight.cpu()
-        exact = layer.scheme.rank == 0  # a product of factors adds up in another order
+        exact = layer.spec.rank == 0  # a product of factors adds up in another order
         same = torch.equal if exact else torch.allclose
         assert same(found, layer.held_weight), name
 
