@@ -143,6 +143,24 @@ class LowRankScale:
         scale = low_rank_scale(*factors)
         return scale if self.floor is None else scale.clamp_min(self.floor), None
 
+    def pull(self, parts: Parts, d_scale: Tensor) -> dict[str, Tensor]:
+        """Return each factor's gradient from that of the scales, without forming them.
+
+        The products run in the dtype of `d_scale`; snapping is straight-through.
+
+        Args:
+            parts: Factors as stored, float32.
+            d_scale: dL/dS, (O, I), zero where a floor holds.
+        """
+        scale_a, magnitude, scale_b = (parts[name] for name in LowRank._fields)
+        d_rows = (d_scale @ scale_b.T.to(d_scale.dtype)).float()  # (O, R)
+        rows = (scale_a * magnitude).T.to(d_scale.dtype)
+        return {
+            "scale_a": d_rows * magnitude,
+            "magnitude": (d_rows * scale_a).sum(0),
+            "scale_b": (rows @ d_scale).float(),
+        }
+
 
 def largest_divisor(number: int, at_most: int) -> int:
     """Return the largest divisor of `number` that does not exceed `at_most`."""

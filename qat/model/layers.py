@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
-from qat.quant.straight_through import Dequantize, SnapBfloat16, SnapFloat16, fake_quantize
+from qat.quant.straight_through import (
+    Dequantize,
+    SnapBfloat16,
+    SnapFloat16,
+    fake_quantize,
+    scale_values,
+)
 
 SNAPS = {"float16": SnapFloat16, "bfloat16": SnapBfloat16}
 
@@ -19,6 +25,7 @@ class FakeQuantWeight(nn.Module):
 
     With a `latent_weight` the indices follow it (straight-through); without one they are frozen.
     `held_weight` is the weight formed once and shared by many forwards; see `surgery`.
+    `held_values` are the grid values of indices that no step changes, looked up once.
     """
 
     def __init__(self, out_features: int, in_features: int, spec: TensorSpec):
@@ -31,6 +38,7 @@ class FakeQuantWeight(nn.Module):
         self.register_buffer("indices", indices, persistent=True)
         self.register_parameter("latent_weight", None)
         self.held_weight: Tensor | None = None
+        self.held_values: Tensor | None = None
 
     @property
     def parts(self) -> dict[str, nn.Parameter]:
@@ -66,6 +74,8 @@ class FakeQuantWeight(nn.Module):
         """Return W_hat, (O, I), with gradients to whatever trains."""
         scale, offset = self.expand()
         codebook, grid = self.stored(self.codebook), self.spec.grid
+        if self.held_values is not None and not torch.is_grad_enabled():
+            return scale_values(self.held_values, scale, offset, dtype)
         if self.latent_weight is None:
             return Dequantize.apply(self.indices, scale, offset, codebook, grid, dtype)
         return fake_quantize(self.latent_weight, scale, codebook, grid, dtype, offset=offset)

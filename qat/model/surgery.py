@@ -197,7 +197,7 @@ def hold_weights(model: nn.Module, dtype: torch.dtype) -> None:
 def release_weights(model: nn.Module) -> None:
     """Drop held weights: forwards form them anew from indices, scales and codebook."""
     for layer in quantized_layers(model).values():
-        layer.held_weight = None
+        layer.held_weight = layer.held_values = None
 
 
 @contextmanager
@@ -210,6 +210,18 @@ def held_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for layer, weight in former.items():
             layer.held_weight = weight
+
+
+@torch.no_grad()
+def hold_values(layer: FakeQuantWeight) -> None:
+    """Look the grid values of frozen indices up once, where no step changes them.
+
+    As float16, which holds every stored codebook value; float32 codebooks are looked up each time.
+    """
+    is_fixed = layer.latent_weight is None and not layer.codebook.requires_grad
+    if is_fixed and layer.held_values is None and layer.spec.stored_dtype != "float32":
+        values = layer.spec.grid.look_up(layer.indices, layer.stored(layer.codebook))
+        layer.held_values = values.to(torch.float16)
 
 
 @torch.no_grad()
@@ -241,6 +253,7 @@ def thaw_indices(layer: FakeQuantWeight, weight: torch.Tensor | None = None) -> 
         moved = grid.round(over_scale(latent, *scales), codebook) != layer.indices
         latent = torch.where(moved, at_values, latent)
     layer.latent_weight = nn.Parameter(latent)
+    layer.held_values = None
 
 
 @torch.no_grad()

@@ -218,6 +218,18 @@ def dequantize_gradients(
     return d_scale, d_offset, d_codebook
 
 
+@torch.no_grad()
+def scale_values(
+    values: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return W_hat, (O, I), of grid values that were looked up before, (O, I) float16."""
+    quantized = torch.empty_like(values, dtype=dtype)
+    for rows in row_chunks(values):
+        offsets = None if offset is None else offset[rows]
+        quantized[rows] = times_scale(values[rows].float(), scale[rows], offsets)
+    return quantized
+
+
 def row_chunks(weight: Tensor) -> list[slice]:
     """Return slices of rows that hold as many weights each as the device takes at once."""
     num_rows, num_inputs = weight.shape

@@ -21,6 +21,7 @@ from qat.distill.objective import Divergence, chunked_loss
 from qat.distill.teacher import TeacherSignal
 from qat.model.head import hidden_states, logits_at, logits_of
 from qat.model.layers import FakeQuantWeight, TiedHead
+from qat.model.surgery import hold_values
 from qat.quant.straight_through import dequantize_gradients, fake_quantize_gradients
 from qat.runtime.device import as_operand
 from qat.train.ema import MovingAverage
@@ -63,6 +64,7 @@ class Batch:
 def form_weights(layers: Iterable[FakeQuantWeight], dtype: torch.dtype) -> None:
     """Hold each layer's fake-quantized weight as a leaf that collects a gradient."""
     for layer in layers:
+        hold_values(layer)
         layer.held_weight = layer.fake_quantized_weight(dtype).requires_grad_()
 
 
@@ -89,37 +91,56 @@ def pull_gradients(layers: Iterable[FakeQuantWeight], sums: Gradients | None = N
     for layer in layers:
         gradient, layer.held_weight.grad = layer.held_weight.grad, None
         gradient = sums.pop(layer) if sums else gradient
-        grid, (scale, offset) = layer.spec.grid, layer.expand()
-        codebook = layer.stored(layer.codebook.detach())
-        scales = (scale.detach(), None if offset is None else offset.detach())
-        needed = (
-            scale.requires_grad,
-            offset is not None and offset.requires_grad,
-            layer.codebook.requires_grad,
-        )
-        if layer.latent_weight is None:
-            d_scale, d_offset, d_codebook = dequantize_gradients(
-                grid, layer.indices, scales, codebook, gradient, needed
-            )
+        if layer.held_values is not None and layer.spec.rank and layer.spec.floor is None:
+            # Factors alone train: neither scales nor indices are looked at.
+            d_scale = layer.held_values.to(gradient.dtype) * gradient
+            set_factor_gradients(layer, d_scale)
         else:
-            codebook, order = codebook.sort()
-            latent, d_scale, d_offset, d_codebook = fake_quantize_gradients(
-                grid,
-                layer.latent_weight.detach(),
-                scales,
-                codebook,
-                gradient,
-                (layer.latent_weight.requires_grad, *needed),
-            )
-            layer.latent_weight.grad = latent
-            if d_codebook is not None:
-                d_codebook = d_codebook[order.argsort()]
+            pull_layer(layer, gradient)
+
+
+def pull_layer(layer: FakeQuantWeight, gradient: Tensor) -> None:
+    """Turn a weight's gradient, (O, I), into those of a layer's parameters."""
+    grid, (scale, offset) = layer.spec.grid, layer.expand()
+    codebook = layer.stored(layer.codebook.detach())
+    scales = (scale.detach(), None if offset is None else offset.detach())
+    needed = (
+        scale.requires_grad,
+        offset is not None and offset.requires_grad,
+        layer.codebook.requires_grad,
+    )
+    if layer.latent_weight is None:
+        d_scale, d_offset, d_codebook = dequantize_gradients(
+            grid, layer.indices, scales, codebook, gradient, needed
+        )
+    else:
+        codebook, order = codebook.sort()
+        latent, d_scale, d_offset, d_codebook = fake_quantize_gradients(
+            grid,
+            layer.latent_weight.detach(),
+            scales,
+            codebook,
+            gradient,
+            (layer.latent_weight.requires_grad, *needed),
+        )
+        layer.latent_weight.grad = latent
         if d_codebook is not None:
-            layer.codebook.grad = d_codebook
-        if d_scale is not None:
-            scale.backward(d_scale)
-        if d_offset is not None:
-            offset.backward(d_offset)
+            d_codebook = d_codebook[order.argsort()]
+    if d_codebook is not None:
+        layer.codebook.grad = d_codebook
+    if d_scale is not None:
+        scale.backward(d_scale)
+    if d_offset is not None:
+        offset.backward(d_offset)
+
+
+@torch.no_grad()
+def set_factor_gradients(layer: FakeQuantWeight, d_scale: Tensor) -> None:
+    """Give the factors of low-rank scales that train their gradients."""
+    parts = {name: layer.stored(values) for name, values in layer.parts.items()}
+    for name, gradient in layer.spec.scale.pull(parts, d_scale).items():
+        if (parameter := getattr(layer, name)).requires_grad:
+            parameter.grad = gradient
 
 
 @dataclass(slots=True)

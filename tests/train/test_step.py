@@ -421,3 +421,28 @@ def test_dropout_works_in_steps_and_nowhere_else():
     with pytest.raises(TypeError):
         trainer.step([batch()], 1.0)
     assert not any(module.training for module in student.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_factors_alone_get_the_gradients_that_autograd_finds(dtype):
+    """Without forming the scales again or looking indices up, whatever the compute dtype."""
+    linear = torch.nn.Linear(24, 16, bias=False)
+    spec = make_spec(bits=3, rank=3)
+    layer = FakeQuantLinear.from_linear(linear, fit_weight(linear.weight, spec))
+    layer.codebook.requires_grad_(False)
+    gradient = torch.randn(16, 24).to(dtype)
+    layer.fake_quantized_weight(dtype).backward(gradient)
+    expected = gradients(layer)
+    layer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        plain = layer.fake_quantized_weight(dtype)
+    for _ in range(2):  # what is held serves every step
+        form_weights([layer], dtype)
+        assert torch.equal(layer.held_weight, plain)
+        layer.held_weight.grad = gradient.clone()
+        pull_gradients([layer])
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for name, found in gradients(layer).items():
+        assert found.dtype == torch.float32
+        gap = (found - expected[name]).norm() / expected[name].norm()
+        assert gap < tolerance, name
