@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from qat.model.load import model_identity
 from qat.model.packaged import fetch_smollm2
 from qat.pipelines.api import build_cache, evaluate, export, quantize, train
 from qat.pipelines.compare import compare
+from qat.pipelines.convert import convert_q4_to_q2
 from qat.pipelines.demo_config import DemoConfig
 from qat.pipelines.generate import generate
 from qat.pipelines.quantize_config import ConvertQ4ToQ2Config
@@ -120,8 +120,7 @@ def convert_to_q2(runs: Path, cache: Path) -> dict[str, Any]:
         eval=True,
         cache_dir=cache,
     )
-    # The pipeline is still part of its command, and pipelines do not import commands.
-    return import_module("qat.cli.convert_q4_to_q2").act(config)
+    return convert_q4_to_q2(config).to_json()
 
 
 def train_student(config: DemoConfig, cache: Path) -> str:
