@@ -63,7 +63,7 @@ qat build-cache --teacher "$TEACHER" --data "$DATA" --format alpaca --thinking "
     --output-dir "$CACHES" --name "$(basename "$CACHE")" --device "$DEVICE"
 
 # 3. Four bits in every layer.
-qat init-student --model "$TEACHER" --scheme q4a4 --fit "$FIT" \
+qat init-student --model "$TEACHER" --plan q4a4 --fit "$FIT" \
     --cache-dir "$CACHE" --output "$RUNS/q4" --device "$DEVICE"
 
 # 4. Two bits in the MLP layers.
