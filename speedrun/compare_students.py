@@ -12,7 +12,7 @@ from qat.cli.command import run_command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CompareStudentsConfig:
+class CompareConfig:
     """Compare two students, and the losses of two runs, number by number."""
 
     students: tuple[Path, Path]
@@ -21,7 +21,7 @@ class CompareStudentsConfig:
     """Two run folders."""
 
 
-def compare(config: CompareStudentsConfig) -> dict[str, Any]:
+def compare(config: CompareConfig) -> dict[str, Any]:
     """Return how many tensors of two students differ, and by how much two runs' losses do."""
     from safetensors.torch import load_file
     from torch import equal
@@ -49,4 +49,4 @@ def losses_of(folder: Path) -> list[float]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command("python speedrun/compare_students.py", CompareStudentsConfig, compare))
+    raise SystemExit(run_command("python speedrun/compare_students.py", CompareConfig, compare))
