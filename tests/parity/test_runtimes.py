@@ -45,7 +45,17 @@ def run(student, path, num_new_tokens=8):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("plan", ["gguf:q4_0", "gguf:iq4_nl", "gguf:q8_0", "gguf:iq4_nl+gguf:q4_0"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "gguf:q4_0",
+        "gguf:q4_0, embed=gguf:q4_0",
+        "gguf:q4_1, embed=gguf:q8_0",
+        "gguf:iq4_nl",
+        "gguf:q8_0",
+        "gguf:iq4_nl+gguf:q4_0",
+    ],
+)
 def test_packed_gguf_runs(tmp_path, text_source, family, plan):
     """In ik_llama.cpp, which lacks Q2_0."""
     need("ik_llama_cpp", "ik-llama-cpp-python")
