@@ -121,10 +121,6 @@ def write_cache(
 
     Returns:
         The manifest as written, and the speed.
-
-    Raises:
-        CacheMismatch: If the folder holds another cache.
-        ValueError: If another build writes there, or the vocabulary is too small for top-k.
     """
     top_k = draft.identity.top_k
     if top_k > draft.vocab_size:

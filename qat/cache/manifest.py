@@ -156,11 +156,7 @@ def read_manifest(folder: Path) -> CacheManifest:
 
 
 def read_identity(path: Path) -> CacheIdentity:
-    """Return the identity in a file that a build left.
-
-    Raises:
-        CacheMismatch: If it is of another version.
-    """
+    """Return the identity in a file that a build left."""
     try:
         return CacheIdentity(**read_json(path))
     except TypeError as error:
@@ -183,21 +179,13 @@ def manifest_of(values: Mapping[str, Any], path: Path) -> CacheManifest:
 
 
 def require_equal(recorded: Any, given: Any, field: str, remedy: str) -> None:
-    """Refuse two values of a field that differ; an unknown one (None) passes.
-
-    Raises:
-        CacheMismatch: With the field and both values.
-    """
+    """Refuse two values of a field that differ; an unknown one (None) passes."""
     if recorded is not None and given is not None and recorded != given:
         raise CacheMismatch(f"the cache has {field} {recorded}, here it is {given}; {remedy}")
 
 
 def require_identity(recorded: CacheIdentity, expected: CacheIdentity, folder: Path) -> None:
-    """Refuse a folder that holds another cache than the one to be built.
-
-    Raises:
-        CacheMismatch: With the first field that differs and both values.
-    """
+    """Refuse a folder that holds another cache than the one to be built."""
     for field in fields(CacheIdentity):
         found, asked = getattr(recorded, field.name), getattr(expected, field.name)
         if found != asked:
@@ -241,9 +229,6 @@ def expected_identity(
         tokenizer: The teacher's.
         teacher_weights: Hash of the teacher's weights.
         dtype: The teacher's, as the flag names it.
-
-    Raises:
-        ValueError: If the data source cannot be read.
     """
     bos = bos_id(tokenizer)
     return CacheIdentity(

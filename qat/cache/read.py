@@ -136,11 +136,7 @@ class TeacherCache:
         return self.manifest.vocab_size
 
     def sequence_ids(self, split: Split = "all") -> np.ndarray:
-        """Return the ids of a split's sequences, int64, in order.
-
-        Raises:
-            ValueError: If the split is empty or unknown.
-        """
+        """Return the ids of a split's sequences, int64, in order."""
         num_train = self.num_sequences - self.manifest.num_heldout
         bounds = {
             "train": (0, num_train),
@@ -220,11 +216,7 @@ class TeacherCache:
         return scale_logits(logits, stored.get("factor"), stored.get("softcap"))
 
     def require_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse a tokenizer, or a chat template, other than the teacher's.
-
-        Raises:
-            CacheMismatch: With the field and both values.
-        """
+        """Refuse a tokenizer, or a chat template, other than the teacher's."""
         identity = self.manifest.identity
         remedy = "use the teacher's tokenizer, or build a cache with this one"
         given = tokenizer_sha256(tokenizer, identity.tokenizer_hash_version)
@@ -234,11 +226,7 @@ class TeacherCache:
         )
 
     def require_vocabulary(self, vocab_size: int) -> None:
-        """Refuse a model whose logits are narrower or wider than the teacher's.
-
-        Raises:
-            CacheMismatch: With both widths.
-        """
+        """Refuse a model whose logits are narrower or wider than the teacher's."""
         require_equal(
             self.vocab_size, vocab_size, "vocab_size", "use a student of the same vocabulary"
         )
@@ -248,9 +236,6 @@ class TeacherCache:
 
         Args:
             weights: Hash of the weight files, as `model_identity` gives it.
-
-        Raises:
-            CacheMismatch: With both hashes.
         """
         require_equal(
             self.manifest.identity.teacher_weights,
@@ -260,11 +245,7 @@ class TeacherCache:
         )
 
     def require_fingerprint(self, fingerprint: str | None) -> None:
-        """Refuse to go on with another cache than the one a run or checkpoint names.
-
-        Raises:
-            CacheMismatch: With both fingerprints.
-        """
+        """Refuse to go on with another cache than the one a run or checkpoint names."""
         require_equal(
             self.fingerprint, fingerprint, "fingerprint", "give the cache that it was trained on"
         )
@@ -281,9 +262,6 @@ def find_cache_folder(path: Path, is_cache: Callable[[Path], bool] = is_native) 
     Args:
         path: Where to look.
         is_cache: Tells a folder with a cache's files.
-
-    Raises:
-        FileNotFoundError: If there is none.
     """
     folder = path
     while folder.is_dir():

@@ -20,9 +20,6 @@ def rewrite_cache(cache: TeacherCache, folder: Path) -> CacheManifest:
     Args:
         cache: Any.
         folder: Must not exist.
-
-    Raises:
-        FileExistsError: If the folder is there.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists; remove it or choose another name")

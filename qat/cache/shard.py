@@ -82,11 +82,7 @@ def entry_of_file(path: Path, num_sequences: int) -> FileEntry:
 
 
 def read_fields(path: Path) -> Fields:
-    """Return a file's fields, mapped: bytes are read where they are touched.
-
-    Raises:
-        CacheMismatch: If the file is cut or no safetensors file.
-    """
+    """Return a file's fields, mapped: bytes are read where they are touched."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -94,11 +90,7 @@ def read_fields(path: Path) -> Fields:
 
 
 def check_size(folder: Path, entry: FileEntry) -> None:
-    """Refuse a file that is missing, cut or longer than written.
-
-    Raises:
-        CacheMismatch: With its name and both sizes.
-    """
+    """Refuse a file that is missing, cut or longer than written."""
     path = folder / entry.file
     found = path.stat().st_size if path.is_file() else 0
     if found != entry.num_bytes:
@@ -108,11 +100,7 @@ def check_size(folder: Path, entry: FileEntry) -> None:
 
 
 def check_sha256(folder: Path, entry: FileEntry) -> None:
-    """Refuse a file whose bytes are not those that were written.
-
-    Raises:
-        CacheMismatch: With its name and both checksums.
-    """
+    """Refuse a file whose bytes are not those that were written."""
     if entry.sha256 is None:
         return
     path = folder / entry.file

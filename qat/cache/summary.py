@@ -148,11 +148,7 @@ def top_tokens(cache: TeacherCache, sequence_id: int) -> tuple[Tensor, Tensor, T
 
 
 def plot_cache(cache: TeacherCache, path: Path, *, num_sequences: int = 256) -> None:
-    """Draw tail mass, the share of the likeliest ids, and bytes by field into an image file.
-
-    Raises:
-        ValueError: If the file's suffix is no image format.
-    """
+    """Draw tail mass, the share of the likeliest ids, and bytes by field into an image file."""
     from matplotlib.figure import Figure
 
     signals = [signal for _, signal in sampled_batches(cache, num_sequences)]

@@ -28,12 +28,7 @@ def read_records(source: str) -> Iterator[Record]:
 
 
 def source_files(source: str) -> list[Path]:
-    """Return the files of a source in the order in which they are read; none of a hub name.
-
-    Raises:
-        FileNotFoundError: If the source looks like a path and nothing is there.
-        ValueError: If a file or all files of a folder are of an unknown kind.
-    """
+    """Return the files of a source in the order in which they are read; none of a hub name."""
     path = Path(source)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
@@ -50,12 +45,7 @@ def source_files(source: str) -> list[Path]:
 
 
 def source_name(source: str) -> str:
-    """Return what people call a source: a path's last part, or the hub name as given.
-
-    Raises:
-        FileNotFoundError: If the source looks like a path and nothing is there.
-        ValueError: If a file or all files of a folder are of an unknown kind.
-    """
+    """Return what people call a source: a path's last part, or the hub name as given."""
     return Path(source).resolve().name if source_files(source) else source
 
 
@@ -100,11 +90,7 @@ def read_file(path: Path) -> Iterator[Record]:
 
 
 def read_text(path: Path) -> str:
-    """Return a UTF-8 file's text.
-
-    Raises:
-        ValueError: If it is not UTF-8.
-    """
+    """Return a UTF-8 file's text."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -112,11 +98,7 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """Yield one record a line, blank lines apart.
-
-    Raises:
-        ValueError: If a line is no JSON object; the message numbers it.
-    """
+    """Yield one record a line, blank lines apart."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():

@@ -130,9 +130,6 @@ def blocks_of_documents(
         plan: Length, number and split of the blocks.
         source: Name of the data, for the error message.
         bos: As in `pack_blocks`.
-
-    Raises:
-        ValueError: If not one block is full.
     """
     num_tokens = sum(len(document.token_ids) + 1 for document in documents)
     num_blocks = num_tokens // plan.seq_len
@@ -163,9 +160,6 @@ def text_blocks(path: str, tokenizer: Any, seq_len: int, limit: int | None = Non
         tokenizer: Of the model that will read the blocks.
         seq_len: L.
         limit: N at most.
-
-    Raises:
-        ValueError: If the file holds less than one block.
     """
     text = read_text(Path(path))
     if limit is not None:
@@ -186,11 +180,7 @@ def text_blocks(path: str, tokenizer: Any, seq_len: int, limit: int | None = Non
 
 
 def detect_format(record: Record) -> Format:
-    """Return the format whose fields a record has.
-
-    Raises:
-        ValueError: If no format fits.
-    """
+    """Return the format whose fields a record has."""
     for name, fields in FIELDS.items():
         if all(field in record for field in fields):
             return name
@@ -201,12 +191,7 @@ def detect_format(record: Record) -> Format:
 
 
 def turns_of(record: Record, kind: Format) -> list[Turn]:
-    """Return a record's turns, roles as chat templates name them.
-
-    Raises:
-        KeyError: If a field is missing.
-        ValueError: If a role is unknown.
-    """
+    """Return a record's turns, roles as chat templates name them."""
     if kind == "messages":
         return [turn(item["role"], item["content"]) for item in record["messages"]]
     if kind == "sharegpt":
@@ -219,11 +204,7 @@ def turns_of(record: Record, kind: Format) -> list[Turn]:
 
 
 def turn(role: str, content: Any) -> Turn:
-    """Return one turn; content in parts is joined.
-
-    Raises:
-        ValueError: If the role is unknown.
-    """
+    """Return one turn; content in parts is joined."""
     role = ROLES.get(role, role)
     if role not in KNOWN_ROLES:
         raise ValueError(f"role {role!r} is not one of {', '.join((*KNOWN_ROLES, *ROLES))}")
@@ -310,12 +291,7 @@ def turn_ends(turns: list[Turn], index: int, tokenizer: Any, thinking: Thinking)
 
 
 def read_documents(source: str, tokenizer: Any, plan: TextPlan) -> Iterator[Document]:
-    """Yield the documents of a source in its order.
-
-    Raises:
-        ValueError: If a template is asked for and missing, a record lacks a field, or nothing
-            of a record counts; the message holds its index.
-    """
+    """Yield the documents of a source in its order."""
     if plan.thinking != "none" and not tokenizer.chat_template:
         raise ValueError(
             f"--thinking {plan.thinking} needs a chat template and this tokenizer has none; "
@@ -357,11 +333,7 @@ def render_records(
 def tokenize(
     rendered: list[tuple[int, str, list[tuple[int, int]]]], tokenizer: Any, loss_on: LossOn
 ) -> Iterator[Document]:
-    """Yield rendered texts as documents.
-
-    Raises:
-        ValueError: If spans are asked of a tokenizer that keeps no offsets.
-    """
+    """Yield rendered texts as documents."""
     wants_offsets = loss_on == "assistant"
     if wants_offsets and not tokenizer.is_fast:
         raise ValueError("--loss-on assistant needs a fast tokenizer (tokenizer.json)")
@@ -428,11 +400,7 @@ def holds_one_document(source: str) -> bool:
 
 
 def eos_id(tokenizer: Any) -> int:
-    """Return the id that ends a document.
-
-    Raises:
-        ValueError: If the tokenizer has none.
-    """
+    """Return the id that ends a document."""
     if tokenizer.eos_token_id is None:
         raise ValueError("this tokenizer has no eos_token; set it in tokenizer_config.json")
     return tokenizer.eos_token_id

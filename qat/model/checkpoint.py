@@ -96,11 +96,7 @@ def write_checkpoint(
 
 
 def student_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what a checkpoint file holds, by name.
-
-    Raises:
-        ValueError: If a scale or codebook value is NaN or beyond its dtype; names the layer.
-    """
+    """Return what a checkpoint file holds, by name."""
     layers = quantized_layers(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -112,11 +108,7 @@ def student_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def as_stored(values: Tensor, dtype: str, name: str, part: str) -> Tensor:
-    """Return scales or a codebook in the dtype that a file holds them in.
-
-    Raises:
-        ValueError: If a value is NaN or beyond the dtype; names the layer.
-    """
+    """Return scales or a codebook in the dtype that a file holds them in."""
     if dtype == "bfloat16":
         values = snap_bfloat16(values)
     fits = bool(torch.isfinite(values).all()) if dtype == "float32" else fits_float16(values)
@@ -191,9 +183,6 @@ def read_checkpoint(
     Args:
         folder: A native checkpoint.
         dtype: Of the dense parts; scales and codebooks are float32.
-
-    Raises:
-        ValueError: If the file is damaged or does not fit its config.
     """
     folder = Path(folder)
     header = read_header(folder)
@@ -244,11 +233,7 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = 
 
 
 def read_model_config(folder: Path) -> Any:
-    """Return the model config in a folder.
-
-    Raises:
-        ValueError: If it is missing, damaged or of an unknown kind of model.
-    """
+    """Return the model config in a folder."""
     from transformers import AutoConfig
 
     try:
@@ -265,9 +250,6 @@ def fill(model: nn.Module, file: Any, dtype: torch.dtype) -> None:
     """Put the tensors of an open safetensors file into an empty student.
 
     One tensor is read at a time, and takes the place of the empty one: no second copy is held.
-
-    Raises:
-        ValueError: If a tensor is missing, left over or of another shape; names it.
     """
     layers = quantized_layers(model)
     left = set(file.keys())

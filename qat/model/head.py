@@ -158,11 +158,7 @@ def scale_logits(
 
 @torch.no_grad()
 def require_separable_head(model: nn.Module) -> None:
-    """Refuse a model whose logits are not its head's on its last hidden states.
-
-    Raises:
-        ValueError: If its own forward gives other logits, as one of an unknown family may.
-    """
+    """Refuse a model whose logits are not its head's on its last hidden states."""
     token_ids = torch.arange(4, device=model.device)[None]
     own = model(input_ids=token_ids, use_cache=False).logits
     found = logits_of(model, hidden_states(model, token_ids))

@@ -65,11 +65,7 @@ def hub_snapshot(name: str) -> Path:
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """Return the tokenizer of a Hugging Face folder or hub name.
-
-    Raises:
-        FileNotFoundError: If there is no such tokenizer.
-    """
+    """Return the tokenizer of a Hugging Face folder or hub name."""
     from transformers import AutoTokenizer
 
     folder = model_folder(name)
@@ -80,11 +76,7 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def vocabulary_size(name: str | Path) -> int:
-    """Return the width of a model's logits, read from its config alone.
-
-    Raises:
-        ValueError: If the config is missing, damaged or of an unknown kind of model.
-    """
+    """Return the width of a model's logits, read from its config alone."""
     from transformers import AutoConfig
 
     folder = model_folder(name)

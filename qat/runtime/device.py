@@ -76,11 +76,7 @@ class Device:
         return f"device {self.torch_device} ({self.reason}), default dtype {word}{memory}"
 
     def dtype_from_name(self, word: str) -> torch.dtype:
-        """Return the dtype for "auto", "fp32", "bf16" or "fp16".
-
-        Raises:
-            ValueError: If the word is none of these.
-        """
+        """Return the dtype for "auto", "fp32", "bf16" or "fp16"."""
         if word == "auto":
             return self.dtype
         if word not in DTYPES:

@@ -31,11 +31,7 @@ class ArchiveMismatch(ValueError):  # noqa: N818 named like CacheMismatch
 
 
 def archive_stem(name: str) -> str:
-    """Return an archive's name without its suffix.
-
-    Raises:
-        ValueError: If it has none of the known suffixes.
-    """
+    """Return an archive's name without its suffix."""
     for suffix in SUFFIXES:
         if name.endswith(suffix) and len(name) > len(suffix):
             return name.removesuffix(suffix)
@@ -48,11 +44,7 @@ def sidecar(archive: Path) -> Path:
 
 
 def parse_checksum(text: str, where: str) -> str:
-    """Return the sha256 in the text of a checksum file.
-
-    Raises:
-        ArchiveMismatch: If it holds none.
-    """
+    """Return the sha256 in the text of a checksum file."""
     words = text.split()
     if not words or len(words[0]) != hashlib.sha256().digest_size * 2:
         raise ArchiveMismatch(f"{where} holds no sha256; remove it or make it again")
@@ -71,11 +63,6 @@ def pack_folder(folder: Path, archive: Path, *, leave_out: Collection[str] = ())
 
     Returns:
         The archive's sha256 in hex.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist.
-        ValueError: If it holds links, or the archive would lie inside it.
-        OSError: If the disk is too small even for well-packed content.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist; give one to pack")
@@ -127,13 +114,7 @@ def open_packed(path: Path, name: str) -> Iterator[IO[bytes]]:
 
 
 def extract_once(archive: Path) -> Path:
-    """Return the folder next to an archive that holds its content, extracted where it is not yet.
-
-    Raises:
-        FileExistsError: If a folder of that name was not extracted from the archive, or was
-            changed since, so that replacing it could cost somebody's work.
-        ArchiveMismatch: As in `extract_archive`.
-    """
+    """Return the folder next to an archive that holds its content, extracted where it is not yet."""
     folder = archive.parent / archive_stem(archive.name)
     receipt = read_receipt(folder)
     if receipt and receipt.source_stamp == stamp(archive):
@@ -155,11 +136,7 @@ def extract_once(archive: Path) -> Path:
 
 
 def check_sidecar(archive: Path) -> str:
-    """Return an archive's sha256 in hex, checked against the file next to it where there is one.
-
-    Raises:
-        ArchiveMismatch: If they differ.
-    """
+    """Return an archive's sha256 in hex, checked against the file next to it where there is one."""
     digest, path = sha256_of_file(archive), sidecar(archive)
     if path.is_file():
         expected = parse_checksum(path.read_text("ascii", "replace"), str(path))
@@ -199,11 +176,7 @@ def extract_archive(archive: Path, folder: Path) -> Path:
 
 
 def extract_members(archive: Path, folder: Path) -> None:
-    """Write an archive's members into a folder.
-
-    Raises:
-        ArchiveMismatch: As in `extract_archive`.
-    """
+    """Write an archive's members into a folder."""
     try:
         with open_unpacked(archive) as stream:
             with tarfile.open(fileobj=stream, mode="r|") as tar:

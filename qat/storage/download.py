@@ -23,11 +23,7 @@ VERSION_FIELDS += ("Content-MD5", "etag", "md5Hash", "generation", "blob_id")
 
 
 def open_files(address: str) -> tuple[Any, str]:
-    """Return the file system of a path or URL, and its path there.
-
-    Raises:
-        ValueError: If no installed package opens such URLs; names the one that would.
-    """
+    """Return the file system of a path or URL, and its path there."""
     options = {}
     if is_web(address):
         import aiohttp
@@ -145,12 +141,7 @@ def download(source: str, target: Path, *, sha256: str | None = None) -> str:
 
 
 def file_version(source: str) -> dict[str, str]:
-    """Return what tells one version of a file from another: size, times, tags, checksum.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the server does not tell its size.
-    """
+    """Return what tells one version of a file from another: size, times, tags, checksum."""
     info = file_info(source)
     if info is None:
         raise FileNotFoundError(f"{source} does not exist; check its name")
@@ -162,11 +153,7 @@ def file_version(source: str) -> dict[str, str]:
 
 
 def copy_rest(source: str, part: Path, num_bytes: int) -> None:
-    """Append to a part what it lacks; a broken connection is taken up again where it broke.
-
-    Raises:
-        OSError: If several tries in a row bring nothing.
-    """
+    """Append to a part what it lacks; a broken connection is taken up again where it broke."""
     tries = 0
     with (
         part.open("ab") as writer,
@@ -189,11 +176,7 @@ def copy_rest(source: str, part: Path, num_bytes: int) -> None:
 
 
 def read_from(source: str, offset: int) -> Iterator[bytes]:
-    """Yield a file's bytes from an offset on.
-
-    Raises:
-        ConnectionError: If reading fails; what came before has been yielded.
-    """
+    """Yield a file's bytes from an offset on."""
     import aiohttp
 
     try:

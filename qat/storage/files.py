@@ -36,11 +36,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON value in a file.
-
-    Raises:
-        ValueError: If the file is not JSON; the message names it.
-    """
+    """Return the JSON value in a file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -81,11 +77,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder next to `path`; swap it into place if the block succeeds.
-
-    Raises:
-        FileExistsError: If a file has that name.
-    """
+    """Give a temporary folder next to `path`; swap it into place if the block succeeds."""
     path = Path(path)
     if path.is_file():
         raise FileExistsError(f"{path} is a file where a folder goes; choose another name")
@@ -140,9 +132,6 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
     The lock file lies next to the folder and stays there: a lock file that is removed lets a
     process that has the old one open and a process that makes a new one in at the same time.
-
-    Raises:
-        ValueError: If another process holds it; tells which one.
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -171,11 +160,7 @@ def lock_owner(path: Path) -> str:
 
 
 def require_space(folder: Path, num_bytes: int, what: str) -> None:
-    """Refuse to start what the disk cannot hold.
-
-    Raises:
-        OSError: With the free and the needed bytes.
-    """
+    """Refuse to start what the disk cannot hold."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes + FREE_MARGIN_BYTES:
         raise OSError(

@@ -45,11 +45,7 @@ class StoredItem:
 
 
 def read_registry(path: Path = REGISTRY) -> dict[str, StoredItem]:
-    """Return all items by short name; none where this is no checkout with a registry.
-
-    Raises:
-        ValueError: If the file is broken; tells the file and the name.
-    """
+    """Return all items by short name; none where this is no checkout with a registry."""
     if not path.is_file():
         return {}
     try:

@@ -63,11 +63,7 @@ class Found:
 
 
 def named_store(value: str, name: str) -> Store:
-    """Return the store at a path or URL.
-
-    Raises:
-        FileNotFoundError: If it is a folder that is not there.
-    """
+    """Return the store at a path or URL."""
     if "://" in value and not value.startswith("file://"):
         return Store(name, value.rstrip("/"))
     folder = Path(value.removeprefix("file://")).expanduser()
@@ -77,11 +73,7 @@ def named_store(value: str, name: str) -> Store:
 
 
 def find_stores(environment: Mapping[str, str] = os.environ) -> list[Store]:
-    """Return the stores that there are, in the order they are tried.
-
-    Raises:
-        FileNotFoundError: If a variable names a folder that is not there.
-    """
+    """Return the stores that there are, in the order they are tried."""
     mount = Path(environment.get("HOME") or Path.home()) / "gdrive"
     bucket = environment.get("GCS_BUCKET", "").removeprefix("gs://")
     places = {
@@ -120,12 +112,7 @@ def locate(
 
 
 def locate_address(address: str) -> Found:
-    """Return the thing at a path or URL.
-
-    Raises:
-        FileNotFoundError: If nothing is there.
-        ValueError: If it is a file, but no archive.
-    """
+    """Return the thing at a path or URL."""
     if is_folder(address):
         return Found(address.rstrip("/"), "folder")
     if not is_file(address):
@@ -229,11 +216,7 @@ def place_folder(made: Path, target: Path) -> None:
 
 
 def require_writable(store: Store) -> None:
-    """Refuse a store that takes nothing.
-
-    Raises:
-        ValueError: If it is a web server, or no installed package opens its URL.
-    """
+    """Refuse a store that takes nothing."""
     if is_web(store.base):
         raise ValueError(f"--store {store.base} can only be read; give a folder or a bucket")
     open_files(store.base)
@@ -243,10 +226,6 @@ def put(archive: Path, store: Store, folder: str) -> str:
     """Copy an archive and its checksum into a store; return where it lies now.
 
     It gets its name when all of it is there, so a copy that is cut off leaves the previous one.
-
-    Raises:
-        ValueError: If nothing can be put there.
-        OSError: If the copy has another size than the archive.
     """
     require_writable(store)
     address = store.address(folder, archive.name)

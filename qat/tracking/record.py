@@ -71,9 +71,6 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl in order; empty where there is none.
 
     A last line that a killed process left half written is left out.
-
-    Raises:
-        ValueError: If an earlier line is not JSON.
     """
     path = Path(folder) / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -151,11 +148,7 @@ def config_from_json(config_type: type[Config], values: Any, prefix: str = "") -
 
 
 def value_from_json(hint: Any, value: Any, key: str) -> Any:
-    """Return a field's value of the type that it is declared with.
-
-    Raises:
-        ValueError: If JSON holds one of another type; names the key.
-    """
+    """Return a field's value of the type that it is declared with."""
     kind, options = get_origin(hint), get_args(hint)
     if is_dataclass(hint):
         return config_from_json(hint, value, f"{key}.")

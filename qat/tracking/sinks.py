@@ -158,9 +158,6 @@ def send_comparison(
         header: Names of the table's columns.
         rows: A row a run.
         page: The HTML page, which holds the plot.
-
-    Raises:
-        ValueError: If W&B cannot be used.
     """
     run = start_wandb(project=project, dir=str(folder), name=COMPARE, job_type=COMPARE)
     import wandb
@@ -219,11 +216,7 @@ def is_ours(key: str, value: object) -> bool:
 
 
 def start_wandb(**settings: object) -> Any:
-    """Return a started W&B run, or say in one line why there is none.
-
-    Raises:
-        ValueError: If wandb is absent, knows no key, or cannot reach its server.
-    """
+    """Return a started W&B run, or say in one line why there is none."""
     try:
         import wandb
     except ImportError as error:
