@@ -48,7 +48,7 @@ from qat.cache.shard import (
     shard_ranges,
     write_fields,
 )
-from qat.data.text import Blocks
+from qat.data.blocks import Blocks
 from qat.model.head import hidden_states, logit_scaling, logits_of
 from qat.runtime.device import Device
 from qat.storage.files import folder_lock, write_json

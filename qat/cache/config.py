@@ -6,28 +6,22 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from qat.data.config import TextConfig
+
 Content = Literal["top-k", "sampled", "hidden"]
-Format = Literal["auto", "alpaca", "sharegpt", "messages", "dolly", "text"]
 DEFAULT_TOP_K = {"top-k": 64, "sampled": 8, "hidden": 0}
 # With 8 exact ids this is 96 bytes a token where ids take 4 bytes: below the bar of 100.
 NUM_DRAWS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BuildCacheConfig:
+class BuildCacheConfig(TextConfig):
     """Write the teacher's logits on a data set, once, for every student to learn from."""
 
     teacher: str
     """Hugging Face folder or hub name of the teacher."""
     data: str
     """A json, jsonl, parquet or text file, a folder of them, or a hub name (name@revision)."""
-    format: Format = "auto"
-    """What the records' fields mean; auto tells from the first record."""
-    thinking: Literal["none", "false", "true", "both", "all"] = "none"
-    """The chat template's enable_thinking; both and all render each record several times, none
-    joins the contents without a template."""
-    seq_len: int = 64
-    """Tokens a block."""
     content: Content = "top-k"
     """top-k: likeliest ids and tail mass. sampled: few ids and unbiased tail draws. hidden: the
     final hidden state in int8, from which all logits follow."""
@@ -35,16 +29,8 @@ class BuildCacheConfig:
     """Ids kept exactly at each position; 64 for top-k, 8 for sampled."""
     num_negatives: int = 0
     """Uniformly drawn ids at each position in addition to the content."""
-    loss_on: Literal["all", "assistant"] = "all"
-    """Which tokens count."""
-    num_sequences: int | None = None
-    """Blocks at most, train and held-out together; all of the data when not given."""
-    heldout_ratio: float = 0.125
-    """Share of the blocks that is held out, by document."""
     batch_size: int | None = None
     """Blocks a forward pass; chosen for the device when not given."""
-    seed: int = 0
-    """Decides the held-out documents and every draw."""
     device: str = "auto"
     """auto, cpu, cuda, mps, xla or tpu."""
     dtype: str = "auto"

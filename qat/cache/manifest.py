@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qat.cache.config import NUM_DRAWS, BuildCacheConfig
-from qat.data.records import source_revision
-from qat.data.text import bos_id, holds_one_document
+from qat.data.records import holds_one_document, source_revision
+from qat.data.text import bos_id
 from qat.storage.files import canonical_json, fingerprint, read_json, write_json
 
 CODEC_VERSION = 1

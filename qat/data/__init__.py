@@ -1,1 +1,1 @@
-"""Text to blocks of token ids: `records` reads files, `text` renders and packs."""
+"""Text to blocks of token ids, in this order: `records`, `chat`, `text`, `blocks`."""

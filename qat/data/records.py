@@ -49,6 +49,12 @@ def source_name(source: str) -> str:
     return Path(source).resolve().name if source_files(source) else source
 
 
+def holds_one_document(source: str) -> bool:
+    """Whether a data source is a single plain text file."""
+    files = source_files(source)
+    return len(files) == 1 and files[0].suffix in TEXT_SUFFIXES
+
+
 def source_revision(source: str) -> str:
     """Return what names a source's content: a hash of its files, or the hub's revision."""
     files = source_files(source)

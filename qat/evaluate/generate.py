@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qat.data.chat import turns_of
 from qat.data.records import Record, read_lines
-from qat.data.text import turns_of
 from qat.evaluate.generate_config import Template
 from qat.storage.files import canonical_json, fingerprint, write_text
 

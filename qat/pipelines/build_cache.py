@@ -1,14 +1,15 @@
 """A teacher and a data set to a cache, which is found again where it exists."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qat.cache.build import BuildRates, default_batch_size, find_built, write_cache
 from qat.cache.config import BuildCacheConfig
 from qat.cache.manifest import CacheIdentity, default_name, draft_manifest, expected_identity
+from qat.data.blocks import Blocks
+from qat.data.chat import ignores_thinking
 from qat.data.records import source_name
-from qat.data.text import Blocks, TextPlan, ignores_thinking, read_blocks
+from qat.data.text import read_blocks
 from qat.model.load import load_dense, load_tokenizer, model_identity
 from qat.runtime.device import Device, dtype_name
 from qat.tracking.messages import say
@@ -56,7 +57,10 @@ def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
     if manifest:
         say(f"{folder} is already complete: nothing to do")
     else:
-        blocks = read_blocks(config.data, tokenizer, text_plan(config, tokenizer))
+        has_modes = config.thinking != "none" and tokenizer.chat_template
+        if has_modes and ignores_thinking(tokenizer):
+            say(f"this chat template ignores enable_thinking: one text for {config.thinking}")
+        blocks = read_blocks(config.data, tokenizer, config)
         say(describe_blocks(blocks, identity))
         teacher = load_dense(config.teacher, dtype=dtype)
         device.place(teacher)
@@ -88,10 +92,3 @@ def describe_blocks(blocks: Blocks, identity: CacheIdentity) -> str:
         f"{len(blocks)} blocks of {identity.seq_len} tokens{start}, {blocks.num_heldout} held out; "
         f"documents {identity.documents}"
     )
-
-
-def text_plan(config: BuildCacheConfig, tokenizer: Any) -> TextPlan:
-    """Return how the text becomes blocks; report a template that ignores thinking."""
-    if config.thinking != "none" and tokenizer.chat_template and ignores_thinking(tokenizer):
-        say(f"this chat template ignores enable_thinking: {config.thinking} renders the same once")
-    return TextPlan(**{field.name: getattr(config, field.name) for field in fields(TextPlan)})

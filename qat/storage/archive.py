@@ -114,7 +114,7 @@ def open_packed(path: Path, name: str) -> Iterator[IO[bytes]]:
 
 
 def extract_once(archive: Path) -> Path:
-    """Return the folder next to an archive that holds its content, extracted where it is not yet."""
+    """Return the folder next to an archive with its content, extracted where it is not yet."""
     folder = archive.parent / archive_stem(archive.name)
     receipt = read_receipt(folder)
     if receipt and receipt.source_stamp == stamp(archive):

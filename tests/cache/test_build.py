@@ -9,7 +9,8 @@ from qat.cache import shard
 from qat.cache.build import default_batch_size, write_cache
 from qat.cache.manifest import CacheIdentity, CacheMismatch, draft_manifest
 from qat.cache.read import TeacherCache
-from qat.data.text import TextPlan, read_blocks
+from qat.data.config import TextConfig
+from qat.data.text import read_blocks
 from qat.distill.teacher import dense_signal
 from qat.model.head import hidden_states, logits_of
 from qat.runtime.device import Device
@@ -34,7 +35,7 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory):
     path = write_jsonl(tmp_path_factory.mktemp("data") / "a.jsonl", tiny_records(30))
-    plan = TextPlan(seq_len=SEQ_LEN, num_sequences=40)
+    plan = TextConfig(seq_len=SEQ_LEN, num_sequences=40)
     return read_blocks(str(path), tiny_tokenizer(), plan)
 
 
@@ -274,7 +275,7 @@ def test_a_sampled_position_takes_at_most_100_bytes_of_a_large_vocabulary(tmp_pa
     vocab_size = 150_000
     teacher = tiny_llama(vocab_size=vocab_size, hidden_size=32, intermediate_size=32)
     path = write_jsonl(tmp_path / "b.jsonl", tiny_records(6))
-    plan = TextPlan(seq_len=64, num_sequences=2)
+    plan = TextConfig(seq_len=64, num_sequences=2)
     text_blocks = read_blocks(str(path), tiny_tokenizer(), plan)
     draft = draft_manifest(
         identity_of("sampled", top_k=8, seq_len=64),
