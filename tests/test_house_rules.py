@@ -54,7 +54,6 @@ MOST_ANY = 83  # parameters typed Any; lower it with their number, 20 is the tar
 TESTED_ELSEWHERE = {
     "benchmark/ratios.py": "benchmark/test_throughput.py",
     "cache/manifest.py": "cache/test_build.py and test_read.py",
-    "cache/rewrite.py": "cli/test_convert_cache.py",
     "cache/shard.py": "cache/test_read.py",
     "cli/bench.py": "recipes/test_bench.py",
     "cli/convert_v1_to_v2.py": "legacy/test_v1_to_v2.py",

@@ -39,6 +39,7 @@ from qat.cache.manifest import (
     require_identity,
     write_manifest,
 )
+from qat.cache.read import TeacherCache
 from qat.cache.shard import (
     entry_of_file,
     id_dtype,
@@ -51,7 +52,7 @@ from qat.cache.shard import (
 from qat.data.blocks import Blocks
 from qat.model.head import hidden_states, logit_scaling, logits_of
 from qat.runtime.device import Device
-from qat.storage.files import folder_lock, write_json
+from qat.storage.files import atomic_folder, folder_lock, write_json
 
 HEAD_FILE = "head.safetensors"
 SHARDS_IN_FLIGHT = 2  # being copied and written while the next one is computed
@@ -103,49 +104,52 @@ def find_built(folder: Path, identity: CacheIdentity) -> CacheManifest | None:
 def write_cache(
     teacher: nn.Module,
     blocks: Blocks,
-    draft: CacheManifest,
+    identity: CacheIdentity,
     folder: Path,
     *,
+    teacher_name: str,
+    data_name: str,
     batch_size: int,
     device: Device,
 ) -> tuple[CacheManifest, BuildRates]:
     """Write the teacher's signal on blocks; continue where an earlier call was cut short.
 
-    Args:
-        teacher: Causal LM on the device, frozen.
-        blocks: Held-out ones last.
-        draft: The manifest, without sizes and files.
-        folder: The cache's own.
-        batch_size: B at most; the last batch of a shard is padded to it.
-        device: Where the teacher is.
+    The teacher is frozen and on the device. A batch has `batch_size` blocks at most; the last one
+    of a shard is padded to it.
 
-    Returns:
-        The manifest as written, and the speed.
+    Raises:
+        CacheMismatch: If the folder holds another cache.
+        ValueError: If another build writes there, or the vocabulary is too small for top-k.
     """
-    top_k = draft.identity.top_k
-    if top_k > draft.vocab_size:
-        raise ValueError(f"--top-k {top_k} exceeds the vocabulary, {draft.vocab_size}; give less")
+    vocab_size = teacher.get_output_embeddings().weight.shape[0]
+    if identity.top_k > vocab_size:
+        raise ValueError(
+            f"--top-k {identity.top_k} exceeds the vocabulary, {vocab_size}; give less"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder):
-        if built := find_built(folder, draft.identity):
+        if built := find_built(folder, identity):
             return built, BuildRates(None, None)
-        write_json(folder / BUILDING_FILE, asdict(draft.identity))
+        write_json(folder / BUILDING_FILE, asdict(identity))
         for leftover in folder.glob(".*.part"):
             leftover.unlink()
         job = Job(
-            forward=teacher_forward(teacher, draft.identity.content),
+            forward=teacher_forward(teacher, identity.content),
             blocks=blocks,
-            identity=draft.identity,
-            id_dtype=id_dtype(draft.vocab_size),
+            identity=identity,
+            id_dtype=id_dtype(vocab_size),
             folder=folder,
-            batch_size=min(batch_size, len(blocks), sequences_a_shard(draft.identity.seq_len)),
+            batch_size=min(batch_size, len(blocks), sequences_a_shard(identity.seq_len)),
             device=device,
         )
-        if job.identity.content == "hidden":
+        if identity.content == "hidden":
             job = replace(job, channel_scale=prepare_head(teacher, job))
         shards, rates = write_shards(job)
-        manifest = replace(
-            draft,
+        manifest = CacheManifest(
+            identity=identity,
+            teacher_name=teacher_name,
+            data_name=data_name,
+            vocab_size=vocab_size,
             num_sequences=len(blocks),
             num_heldout=blocks.num_heldout,
             shards=shards,
@@ -317,3 +321,24 @@ def prepare_head(teacher: nn.Module, job: Job) -> Tensor:
     fields |= {name: torch.tensor(float(value)) for name, value in scaling if value is not None}
     write_fields(path, fields, ids=job.id_dtype, num_sequences=0)
     return channel_scale
+
+
+def rewrite_cache(cache: TeacherCache, folder: Path) -> CacheManifest:
+    """Write the fields of any cache as they are, in shards of ours, into a new folder.
+
+    What the content cannot say stays unsaid: a conditional cache stays conditional, and its
+    fingerprint stays the same, so that runs resume with either.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; remove it or choose another name")
+    ids = id_dtype(cache.vocab_size or 2**31)  # old caches may not say
+    with atomic_folder(folder) as made:
+        entries = []
+        ranges = shard_ranges(cache.num_sequences, cache.seq_len)
+        for index, rows in tqdm(ranges.items(), unit="shard"):
+            fields = cache.fields(rows.numpy())
+            path = made / shard_name(index)
+            entries.append(write_fields(path, fields, ids=ids, num_sequences=len(rows)))
+        manifest = replace(cache.manifest, shards=tuple(entries))
+        write_manifest(made, manifest)
+    return manifest

@@ -89,12 +89,7 @@ def pack_sampled(logits: Tensor, top_k: int, offsets: Tensor, num_draws: int) ->
 
 
 def pack_negatives(logits: Tensor, negative_ids: Tensor) -> Fields:
-    """Return given ids with their log-probabilities.
-
-    Args:
-        logits: (B, T, V), any float dtype.
-        negative_ids: (B, T, R) int64.
-    """
+    """Return given ids, (B, T, R) int64, with their log-probabilities in logits (B, T, V)."""
 
     def pack(part: Tensor, ids: Tensor) -> Fields:
         log_partition = part.float().logsumexp(dim=-1, keepdim=True)
@@ -140,14 +135,14 @@ def usual_size(hidden: Tensor) -> Tensor:
 
 
 def unpack(fields: Fields, mask: Tensor) -> TeacherSignal:
-    """Return the signal that fields hold.
-
-    Args:
-        fields: Of any content but `hidden`, (B, T, ...).
-        mask: (B, T) bool.
-    """
-    if "logits" in fields:
-        return unpack_conditional(fields, mask)
+    """Return the signal that fields (B, T, ...) of any content but `hidden` hold; mask (B, T)."""
+    if "logits" in fields:  # raw, on K ids: what lies outside them is not known
+        return TeacherSignal(
+            kind="conditional",
+            log_probs=torch.log_softmax(fields["logits"].float(), dim=-1),
+            mask=mask,
+            token_ids=fields["token_ids"].long(),
+        )
     log_probs, log_tail = normalize(fields["log_probs"].float(), fields["log_tail"].float())
     if "draw_ids" not in fields:
         return TeacherSignal(
@@ -165,16 +160,6 @@ def unpack(fields: Fields, mask: Tensor) -> TeacherSignal:
         mask=mask,
         token_ids=torch.cat([fields["token_ids"].long(), fields["draw_ids"].long()], dim=-1),
         weights=torch.cat([log_probs.exp(), draw_weights], dim=-1),
-    )
-
-
-def unpack_conditional(fields: Fields, mask: Tensor) -> TeacherSignal:
-    """Return the signal of raw logits on K ids: what lies outside them is not known."""
-    return TeacherSignal(
-        kind="conditional",
-        log_probs=torch.log_softmax(fields["logits"].float(), dim=-1),
-        mask=mask,
-        token_ids=fields["token_ids"].long(),
     )
 
 

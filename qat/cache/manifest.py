@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from qat.cache.config import NUM_DRAWS, BuildCacheConfig
 from qat.data.records import holds_one_document, source_revision
 from qat.data.text import bos_id
@@ -178,7 +180,7 @@ def manifest_of(values: Mapping[str, Any], path: Path) -> CacheManifest:
         raise CacheMismatch(f"{path} is no manifest of this version ({error})") from error
 
 
-def require_equal(recorded: Any, given: Any, field: str, remedy: str) -> None:
+def require_equal(recorded: object, given: object, field: str, remedy: str) -> None:
     """Refuse two values of a field that differ; an unknown one (None) passes."""
     if recorded is not None and given is not None and recorded != given:
         raise CacheMismatch(f"the cache has {field} {recorded}, here it is {given}; {remedy}")
@@ -195,7 +197,9 @@ def require_identity(recorded: CacheIdentity, expected: CacheIdentity, folder: P
             )
 
 
-def tokenizer_sha256(tokenizer: Any, version: int = TOKENIZER_HASH_VERSION) -> str:
+def tokenizer_sha256(
+    tokenizer: PreTrainedTokenizerBase, version: int = TOKENIZER_HASH_VERSION
+) -> str:
     """Return a hash of a tokenizer that survives saving and loading.
 
     Version 2 covers all that turns text into ids: normalizer, pre-tokenizer, merges, added tokens,
@@ -213,23 +217,20 @@ def tokenizer_sha256(tokenizer: Any, version: int = TOKENIZER_HASH_VERSION) -> s
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
-def template_sha256(tokenizer: Any) -> str | None:
+def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return a hash of the chat template, or None where there is none."""
     template = tokenizer.chat_template
     return hashlib.sha256(canonical_json(template).encode()).hexdigest() if template else None
 
 
 def expected_identity(
-    config: BuildCacheConfig, *, tokenizer: Any, teacher_weights: str, dtype: str
+    config: BuildCacheConfig,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_weights: str,
+    dtype: str,
 ) -> CacheIdentity:
-    """Return the identity of the cache that a config asks for.
-
-    Args:
-        config: Of `qat build-cache`.
-        tokenizer: The teacher's.
-        teacher_weights: Hash of the teacher's weights.
-        dtype: The teacher's, as the flag names it.
-    """
+    """Return the identity of the cache that a config asks for, of a teacher of these weights."""
     bos = bos_id(tokenizer)
     return CacheIdentity(
         content=config.content,
@@ -252,21 +253,6 @@ def expected_identity(
         block_start="none" if bos is None else "bos",
         block_start_id=bos,
         documents="joined" if holds_one_document(config.data) else "separate",
-    )
-
-
-def draft_manifest(
-    identity: CacheIdentity, *, teacher_name: str, data_name: str, vocab_size: int
-) -> CacheManifest:
-    """Return the manifest of a cache that has no sequences yet."""
-    return CacheManifest(
-        identity=identity,
-        teacher_name=teacher_name,
-        data_name=data_name,
-        vocab_size=vocab_size,
-        num_sequences=0,
-        num_heldout=0,
-        shards=(),
     )
 
 

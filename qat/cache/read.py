@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
 
 from qat.cache.codec import Fields, unpack, unpack_hidden
 from qat.cache.manifest import (
@@ -91,8 +92,7 @@ class TeacherCache:
         self._head = head
         self._head_fields: dict[torch.device, Fields] = {}
         self._shards: dict[int, dict[str, np.ndarray]] = {}
-        counts = [shard.num_sequences for shard in manifest.shards]
-        self._ends = np.cumsum(counts)
+        self._ends = np.cumsum([shard.num_sequences for shard in manifest.shards])
 
     @classmethod
     def open(cls, path: str | Path, *, head: Head | None = None) -> "TeacherCache":
@@ -215,7 +215,7 @@ class TeacherCache:
         logits = functional.linear(hidden, stored["weight"], stored.get("bias"))
         return scale_logits(logits, stored.get("factor"), stored.get("softcap"))
 
-    def require_tokenizer(self, tokenizer: Any) -> None:
+    def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a tokenizer, or a chat template, other than the teacher's."""
         identity = self.manifest.identity
         remedy = "use the teacher's tokenizer, or build a cache with this one"
@@ -232,22 +232,12 @@ class TeacherCache:
         )
 
     def require_teacher(self, weights: str) -> None:
-        """Refuse a cache of another teacher.
-
-        Args:
-            weights: Hash of the weight files, as `model_identity` gives it.
-        """
+        """Refuse a cache of another teacher; `model_identity` gives the hash of its weights."""
         require_equal(
             self.manifest.identity.teacher_weights,
             weights,
             "teacher_weights",
             "build a cache with this teacher",
-        )
-
-    def require_fingerprint(self, fingerprint: str | None) -> None:
-        """Refuse to go on with another cache than the one a run or checkpoint names."""
-        require_equal(
-            self.fingerprint, fingerprint, "fingerprint", "give the cache that it was trained on"
         )
 
 
@@ -257,12 +247,7 @@ def is_native(folder: Path) -> bool:
 
 
 def find_cache_folder(path: Path, is_cache: Callable[[Path], bool] = is_native) -> Path:
-    """Return the folder that holds a cache's files: `path`, or one nested in it.
-
-    Args:
-        path: Where to look.
-        is_cache: Tells a folder with a cache's files.
-    """
+    """Return the folder that holds a cache's files: `path`, or one nested in it."""
     folder = path
     while folder.is_dir():
         if is_cache(folder):
@@ -292,12 +277,7 @@ def shuffled_batches(
     Batch b holds the places b * B to (b + 1) * B of the endless row of shuffled epochs, so any
     batch follows from its number and every sequence is seen equally often.
 
-    Args:
-        cache: Where the sequences are.
-        split: Which of them.
-        batch_size: B.
-        seed: Decides every epoch's order.
-        start_batch: The first batch to give, as if those before had been given.
+    `start_batch` is the first to give, as if those before had been given.
     """
     sequence_ids = cache.sequence_ids(split)
     order: dict[int, np.ndarray] = {}

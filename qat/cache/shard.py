@@ -20,6 +20,7 @@ from qat.storage.files import atomic_file, sha256_of_file
 TOKENS_A_SHARD = 16_384
 UINT16_IDS = 2**16
 NUMPY_IDS = {torch.uint16: np.uint16, torch.int32: np.int32}
+REMEDY = "remove {} and manifest.json and run `qat build-cache` again"
 ID_FIELDS = ("input_ids", "token_ids", "draw_ids", "negative_ids")
 
 
@@ -44,18 +45,16 @@ def id_dtype(vocab_size: int) -> torch.dtype:
 
 
 def write_fields(path: Path, fields: Fields, *, ids: torch.dtype, num_sequences: int) -> FileEntry:
-    """Write fields under the final name when whole; return the entry.
+    """Write fields on the CPU under the final name when whole; return the entry.
 
-    Args:
-        path: The file.
-        fields: Tensors on the CPU.
-        ids: Dtype of token ids in the file.
-        num_sequences: n; 0 for what is no shard.
+    `ids` is the dtype of token ids in the file, `num_sequences` 0 for what is no shard.
     """
-    fields = {
-        name: as_ids(field, ids) if name in ID_FIELDS else field for name, field in fields.items()
+    # By numpy, which starts no threads: see `write_shard`.
+    stored = {
+        name: torch.from_numpy(field.numpy().astype(NUMPY_IDS[ids])) if name in ID_FIELDS else field
+        for name, field in fields.items()
     }
-    data = save({name: field.contiguous() for name, field in fields.items()})
+    data = save({name: field.contiguous() for name, field in stored.items()})
     with atomic_file(path) as temporary:
         temporary.write_bytes(data)
     return FileEntry(
@@ -64,11 +63,6 @@ def write_fields(path: Path, fields: Fields, *, ids: torch.dtype, num_sequences:
         num_bytes=len(data),
         num_sequences=num_sequences,
     )
-
-
-def as_ids(field: Tensor, ids: torch.dtype) -> Tensor:
-    """Return token ids in another dtype, by numpy: see `write_shard`."""
-    return torch.from_numpy(field.numpy().astype(NUMPY_IDS[ids]))
 
 
 def entry_of_file(path: Path, num_sequences: int) -> FileEntry:
@@ -95,7 +89,8 @@ def check_size(folder: Path, entry: FileEntry) -> None:
     found = path.stat().st_size if path.is_file() else 0
     if found != entry.num_bytes:
         raise CacheMismatch(
-            f"{path} has {found} bytes, the manifest says {entry.num_bytes}; {what_to_mend(path)}"
+            f"{path} has {found} bytes, the manifest says {entry.num_bytes}; "
+            + REMEDY.format(path.name)
         )
 
 
@@ -107,10 +102,6 @@ def check_sha256(folder: Path, entry: FileEntry) -> None:
     found = sha256_of_file(path)
     if found != entry.sha256:
         raise CacheMismatch(
-            f"{path} has sha256 {found}, the manifest says {entry.sha256}; {what_to_mend(path)}"
+            f"{path} has sha256 {found}, the manifest says {entry.sha256}; "
+            + REMEDY.format(path.name)
         )
-
-
-def what_to_mend(path: Path) -> str:
-    """Return the remedy for a bad shard."""
-    return f"remove {path.name} and manifest.json and run `qat build-cache` again"

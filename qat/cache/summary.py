@@ -17,6 +17,8 @@ from qat.cache.read import TeacherCache
 from qat.distill.teacher import TeacherSignal
 
 SEQUENCES_A_CALL = 16
+OF_IDENTITY = ("content", "thinking", "seq_len", "top_k")
+OF_IDENTITY += ("block_start", "block_start_id", "documents")
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 TOP_SHOWN = 5
 DENSE_TOP_K = 64  # of full logits, the tail is what lies outside so many ids
@@ -57,12 +59,9 @@ class CacheSummary:
 
 
 def summarize_cache(cache: TeacherCache, *, num_sequences: int = 1024) -> CacheSummary:
-    """Return what a cache holds.
+    """Return what a cache holds, by a look at `num_sequences` spread over it.
 
-    Args:
-        cache: Any.
-        num_sequences: Looked at for tail mass and counted tokens, spread over the cache; their
-            shards are checked on the way.
+    Their shards are checked on the way.
     """
     manifest, identity = cache.manifest, cache.manifest.identity
     counted, tails = [], []
@@ -70,17 +69,11 @@ def summarize_cache(cache: TeacherCache, *, num_sequences: int = 1024) -> CacheS
         counted.append(fields["loss_mask"][:, 1:].float().mean().item())
         tails.append(tail_mass(signal))
     return CacheSummary(
-        content=identity.content,
+        **{name: getattr(identity, name) for name in OF_IDENTITY},
         fingerprint=manifest.fingerprint,
         teacher=manifest.teacher_name,
         data=manifest.data_name,
-        thinking=identity.thinking,
         vocab_size=manifest.vocab_size,
-        seq_len=identity.seq_len,
-        block_start=identity.block_start,
-        block_start_id=identity.block_start_id,
-        documents=identity.documents,
-        top_k=identity.top_k,
         sequences=manifest.num_sequences,
         heldout_sequences=manifest.num_heldout,
         shards=len(manifest.shards),

@@ -1,11 +1,11 @@
 """A teacher and a data set to a cache, which is found again where it exists."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qat.cache.build import BuildRates, default_batch_size, find_built, write_cache
 from qat.cache.config import BuildCacheConfig
-from qat.cache.manifest import CacheIdentity, default_name, draft_manifest, expected_identity
+from qat.cache.manifest import CacheIdentity, default_name, expected_identity
 from qat.data.blocks import Blocks
 from qat.data.chat import ignores_thinking
 from qat.data.records import source_name
@@ -64,24 +64,24 @@ def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
         say(describe_blocks(blocks, identity))
         teacher = load_dense(config.teacher, dtype=dtype)
         device.place(teacher)
-        draft = draft_manifest(
-            identity,
-            teacher_name=named["name"],
-            data_name=data_name,
-            vocab_size=teacher.get_output_embeddings().weight.shape[0],
-        )
         batch_size = config.batch_size or default_batch_size(device, config.seq_len)
         manifest, rates = write_cache(
-            teacher, blocks, draft, folder, batch_size=batch_size, device=device
+            teacher,
+            blocks,
+            identity,
+            folder,
+            teacher_name=named["name"],
+            data_name=data_name,
+            batch_size=batch_size,
+            device=device,
         )
     return BuildCacheResult(
         cache=folder,
         tokens=manifest.num_tokens,
         bytes_per_token=manifest.bytes_per_token,
         head_bytes=manifest.head_bytes,
-        tokens_per_second=rates.tokens_per_second,
-        bare_forward_tokens_per_second=rates.bare_forward_tokens_per_second,
         fingerprint=manifest.fingerprint,
+        **asdict(rates),
     )
 
 

@@ -4,9 +4,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat.cache.build import rewrite_cache
 from qat.cache.config import ConvertCacheConfig
 from qat.cache.manifest import MANIFEST_FILE, read_manifest, require_identity
-from qat.cache.rewrite import rewrite_cache
 from qat.pipelines.open_cache import open_teacher_cache
 from qat.tracking.messages import say
 

@@ -7,7 +7,7 @@ import torch
 
 from qat.cache import shard
 from qat.cache.build import default_batch_size, write_cache
-from qat.cache.manifest import CacheIdentity, CacheMismatch, draft_manifest
+from qat.cache.manifest import CacheIdentity, CacheMismatch
 from qat.cache.read import TeacherCache
 from qat.data.config import TextConfig
 from qat.data.text import read_blocks
@@ -67,14 +67,16 @@ def identity_of(content="top-k", **changes):
 
 
 def build(folder, blocks, *, teacher=None, content="top-k", batch_size=4, **changes):
-    draft = draft_manifest(
+    return write_cache(
+        teacher or tiny_llama(),
+        blocks,
         identity_of(content, **changes),
+        folder,
         teacher_name="tiny",
         data_name="a.jsonl",
-        vocab_size=VOCAB_SIZE,
+        batch_size=batch_size,
+        device=CPU,
     )
-    teacher = teacher or tiny_llama()
-    return write_cache(teacher, blocks, draft, folder, batch_size=batch_size, device=CPU)
 
 
 def die_after(model, num_calls):
@@ -277,13 +279,8 @@ def test_a_sampled_position_takes_at_most_100_bytes_of_a_large_vocabulary(tmp_pa
     path = write_jsonl(tmp_path / "b.jsonl", tiny_records(6))
     plan = TextConfig(seq_len=64, num_sequences=2)
     text_blocks = read_blocks(str(path), tiny_tokenizer(), plan)
-    draft = draft_manifest(
-        identity_of("sampled", top_k=8, seq_len=64),
-        teacher_name="tiny",
-        data_name="a",
-        vocab_size=vocab_size,
-    )
-    manifest, _ = write_cache(teacher, text_blocks, draft, tmp_path / "c", batch_size=8, device=CPU)
+    shape = {"content": "sampled", "top_k": 8, "seq_len": 64}
+    manifest, _ = build(tmp_path / "c", text_blocks, teacher=teacher, batch_size=8, **shape)
     header_bytes = 1200 * len(manifest.shards)
     assert manifest.bytes_per_token - header_bytes / manifest.num_tokens <= 100
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from qat.cache import shard
+from qat.cache.build import rewrite_cache
 from qat.cache.manifest import ADDED_FIELDS, CacheMismatch
 from qat.cache.read import TeacherCache, shuffled_batches
-from qat.cache.rewrite import rewrite_cache
 from tests.tiny import VOCAB_SIZE, tiny_cache, tiny_llama, tiny_tokenizer
 
 
@@ -165,12 +165,11 @@ def test_a_cache_of_version_0_1_0_still_opens(copy, tmp_path):
 
 
 def test_what_does_not_belong_is_refused_with_both_values(folder):
-    """Tokenizer, template, vocabulary, teacher and fingerprint."""
+    """Tokenizer, template, vocabulary and teacher."""
     cache = TeacherCache.open(folder)
     cache.require_tokenizer(tiny_tokenizer())
     cache.require_vocabulary(VOCAB_SIZE)
     cache.require_teacher(cache.manifest.identity.teacher_weights)
-    cache.require_fingerprint(cache.fingerprint)
     other = tiny_tokenizer()
     other.add_tokens(["cat"])
     with pytest.raises(CacheMismatch, match="tokenizer_sha256"):
@@ -181,8 +180,6 @@ def test_what_does_not_belong_is_refused_with_both_values(folder):
         cache.require_vocabulary(300)
     with pytest.raises(CacheMismatch, match="teacher_weights"):
         cache.require_teacher("0" * 16)
-    with pytest.raises(CacheMismatch, match="fingerprint"):
-        cache.require_fingerprint("0" * 16)
 
 
 @pytest.mark.parametrize("content", ["top-k", "sampled", "hidden"])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from qat.cache.build import rewrite_cache
 from qat.cache.manifest import CacheMismatch
-from qat.cache.rewrite import rewrite_cache
 from qat.pipelines.open_cache import open_teacher_cache
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
