@@ -4,7 +4,6 @@ The only file that names an accelerator library. Loops call `device.sync()` afte
 never ask which device it is; what a device cannot tell is None.
 """
 
-import gc
 import os
 import re
 import sys
@@ -27,13 +26,13 @@ KINDS = ("cpu", "cuda", "mps", "xla", "tpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 1024**3
 
-# XLA says it while compiling, torch while allocating, the CPU allocator in words of its own.
+# XLA says it while compiling, torch while allocating, and the CPU allocator says it differently.
 OUT_OF_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|Ran out of memory in memory space hbm|CompileTimeHbmOom"
     r"|out of memory|can't allocate memory|not enough memory",
     re.IGNORECASE,
 )
-# The same words about a kernel's scratch memory: a smaller batch does not help.
+# The same said of a kernel's scratch memory: a smaller batch does not help.
 KERNEL_MEMORY = re.compile(r"\bvmem\b", re.IGNORECASE)
 
 
@@ -49,10 +48,7 @@ class Device:
 
     @classmethod
     def detect(cls, name: str = "auto") -> "Device":
-        """Return the named device, or the best one present.
-
-        Args:
-            name: "auto", a kind, or a kind with an index such as "cuda:1".
+        """Return the device of "auto", a kind, or a kind with an index such as "cuda:1".
 
         Raises:
             ValueError: If the name is unknown, the device absent, or its library misfits torch.
@@ -72,30 +68,21 @@ class Device:
         """Return one line: device, why, dtype, memory."""
         total = self.total_bytes()
         memory = f", {total / GIB:.1f} GiB" if total else ""
-        word = dtype_name(self.dtype)
-        return f"device {self.torch_device} ({self.reason}), default dtype {word}{memory}"
+        dtype = dtype_name(self.dtype)
+        return f"device {self.torch_device} ({self.reason}), default dtype {dtype}{memory}"
 
-    def dtype_from_name(self, word: str) -> torch.dtype:
+    def dtype_from_name(self, name: str) -> torch.dtype:
         """Return the dtype for "auto", "fp32", "bf16" or "fp16"."""
-        if word == "auto":
+        if name == "auto":
             return self.dtype
-        if word not in DTYPES:
-            raise ValueError(f"--dtype {word} is not one of auto, {', '.join(DTYPES)}")
-        return DTYPES[word]
-
-    def autocast(self, dtype: torch.dtype) -> AbstractContextManager:
-        """Return a context in which matmuls run in `dtype`; float32 changes nothing."""
-        if dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.torch_device.type, dtype=dtype)
+        if name not in DTYPES:
+            raise ValueError(f"--dtype {name} is not one of auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
 
     def sync(self, *, wait: bool = False) -> None:
-        """End a step.
+        """End a step; with `wait` return only when all work is done, as a clock needs it.
 
         On XLA this hands the step's graph over; elsewhere the work is under way already.
-
-        Args:
-            wait: Return only when all work is done, as a clock needs it.
         """
         if is_traced(self.torch_device):
             run_recorded(self.torch_device, wait=wait)
@@ -118,14 +105,6 @@ class Device:
     def eager(self) -> "Device":
         """Return where work of ever new shapes runs: here, or on the CPU if this one compiles."""
         return Device.detect("cpu") if is_traced(self.torch_device) else self
-
-    def compile(self, step: Callable) -> Callable:
-        """Return the step, on XLA as one traced graph; elsewhere the step itself."""
-        if self.kind != "xla":
-            return step
-        import torch_xla
-
-        return torch_xla.compile(step)
 
     def peak_bytes(self) -> int | None:
         """Return the most memory held so far; on the CPU the whole process's."""
@@ -174,23 +153,11 @@ class Device:
         """Whether the first steps of a shape are compiled, which can take minutes."""
         return self.kind == "xla"
 
-    def free(self) -> None:
-        """Give unused memory back."""
-        gc.collect()
-        if self.kind == "cuda":
-            torch.cuda.empty_cache()
-        elif self.kind == "mps":
-            torch.mps.empty_cache()
-
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether an error says that the memory is too small, so that less of it may fit."""
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
         return says_out_of_memory(str(error))
-
-    def checkpoint_function(self) -> Callable[..., Any]:
-        """Return `run(function, *args)` that recomputes `function` in the backward pass."""
-        return checkpoint_function(self.torch_device)
 
 
 def open_device(kind: Kind, name: str, reason: str) -> Device:
@@ -298,7 +265,7 @@ def current(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Have random generators start from a seed inside the block, and go on after it as before.
+    """Have random generators start from a seed inside the block, and continue after it as before.
 
     `torch.manual_seed` alone would start those of every accelerator anew as well.
     """
@@ -321,13 +288,13 @@ def move_model(model: nn.Module, torch_device: torch.device) -> None:
     Between two kinds of tensor torch makes each parameter anew, a tied one twice.
     """
     settings = torch.__future__
-    former = settings.get_swap_module_params_on_conversion()
+    previous = settings.get_swap_module_params_on_conversion()
     devices = {torch_device, *(parameter.device for parameter in model.parameters())}
     settings.set_swap_module_params_on_conversion(any(map(is_traced, devices)))
     try:
         model.to(torch_device)
     finally:
-        settings.set_swap_module_params_on_conversion(former)
+        settings.set_swap_module_params_on_conversion(previous)
 
 
 def best_kind() -> tuple[Kind, str]:
@@ -363,7 +330,7 @@ def why_no_xla() -> str | None:
     if installed_version("torch_xla") is None:
         return "torch_xla is not installed"
     if mismatches := accelerator_mismatches():
-        return f"{mismatches[0].what}, mend it with: {mismatches[0].install}"
+        return f"{mismatches[0].what}, fix it with: {mismatches[0].install}"
     if "PJRT_DEVICE" in os.environ or has_tpu_file():
         return None
     return "no TPU found and PJRT_DEVICE is not set (PJRT_DEVICE=CPU runs XLA on the CPU)"
@@ -393,8 +360,8 @@ def cpu_has_bf16() -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the flag's word for a dtype."""
-    return {value: word for word, value in DTYPES.items()}.get(dtype, str(dtype))
+    """Return the flag's name for a dtype."""
+    return {value: name for name, value in DTYPES.items()}.get(dtype, str(dtype))
 
 
 def says_out_of_memory(text: str) -> bool:

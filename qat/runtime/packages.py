@@ -52,7 +52,7 @@ OPTIONAL = (
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Something that will not work, and the line that mends it."""
+    """Something that will not work, and the command that fixes it."""
 
     what: str
     install: str

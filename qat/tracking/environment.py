@@ -17,11 +17,7 @@ GIT_SECONDS = 10  # a checkout on a mounted drive may answer slowly
 
 
 def describe_environment(device_name: str = "auto") -> dict[str, Any]:
-    """Return what a reader of a log wants to know of the machine and the call.
-
-    Args:
-        device_name: As the run's flag has it.
-    """
+    """Return the machine and the call; `device_name` is as the run's flag has it."""
     from qat.runtime.device import Device
     from qat.runtime.packages import installed_version
 
@@ -53,7 +49,7 @@ def commit_of(folder: Path) -> str | None:
 
 
 def add_session(folder: Path, environment: dict[str, Any], *, is_resumed: bool) -> None:
-    """Write a session into a run's folder: after the previous ones where it goes on with them."""
+    """Write a session into a run's folder: after the previous ones where it resumes them."""
     previous = read_sessions(folder) if is_resumed else []
     write_json(Path(folder) / ENVIRONMENT, [*previous, environment])
 

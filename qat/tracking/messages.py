@@ -5,7 +5,6 @@ instance with `logging.basicConfig(level=logging.INFO)`.
 """
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,18 +16,10 @@ def say(text: str) -> None:
     LOGGER.info(text)
 
 
-class StandardErrorHandler(logging.Handler):
-    """Writes each message as it is to what `sys.stderr` is at that time."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one message."""
-        print(self.format(record), file=sys.stderr, flush=True)  # noqa: T201
-
-
 @contextmanager
 def messages_on_standard_error() -> Iterator[None]:
     """Show messages of level INFO and above within the block, once each."""
-    handler, level, propagate = StandardErrorHandler(), LOGGER.level, LOGGER.propagate
+    handler, level, propagate = logging.StreamHandler(), LOGGER.level, LOGGER.propagate
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False

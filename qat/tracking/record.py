@@ -30,10 +30,8 @@ class RunRecord:
     def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
         """Open the folder for writing.
 
-        Args:
-            folder: Made where absent.
-            resume_step: The last step that the restored state holds; later rows are dropped,
-                as they will be written again. None starts over.
+        Rows after `resume_step`, the last step that the restored state holds, are dropped, as they
+        will be written again. None starts over.
         """
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -51,8 +49,8 @@ class RunRecord:
         """Write what the run was asked for."""
         write_json(self.folder / CONFIG, dict(config))
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write how the run ended; its presence says that it did."""
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write how the run ended; summary.json says that it did."""
         write_json(self.folder / SUMMARY, dict(summary))
 
 
@@ -99,11 +97,6 @@ def read_if_present(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Return the config of the command that made a run's folder; empty where none is recorded."""
-    return read_config(folder).get(SETTINGS, {})
-
-
 def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by the names that flags have, joined with dots."""
     flat: dict[str, Any] = {}
@@ -122,13 +115,11 @@ def config_as_json(value: object) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def config_from_json(config_type: type[Config], values: Any, prefix: str = "") -> Config:
+def config_from_json(config_type: type[Config], values: object, prefix: str = "") -> Config:
     """Return the config that JSON values stand for; keys that are left out have their defaults.
 
-    Args:
-        config_type: Dataclass of plain values, tuples, paths and such dataclasses.
-        values: As `config_as_json` gives them.
-        prefix: Of its keys, as messages name them.
+    A config is a dataclass of plain values, tuples, paths and such dataclasses; `prefix` is put
+    before its keys in messages.
 
     Raises:
         ValueError: If a key is unknown or lacking, or a value of another type; names the key.
@@ -147,7 +138,7 @@ def config_from_json(config_type: type[Config], values: Any, prefix: str = "") -
     )
 
 
-def value_from_json(hint: Any, value: Any, key: str) -> Any:
+def value_from_json(hint: object, value: object, key: str) -> Any:
     """Return a field's value of the type that it is declared with."""
     kind, options = get_origin(hint), get_args(hint)
     if is_dataclass(hint):

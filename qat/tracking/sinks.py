@@ -9,61 +9,22 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from qat.storage.files import read_json, write_json
 from qat.tracking.environment import add_session, describe_environment
 from qat.tracking.record import SETTINGS, RunRecord
+
+if TYPE_CHECKING:
+    import wandb
 
 WANDB_ID = "wandb.json"
 COMPARE = "compare"  # the kind of run that a comparison is sent as
 STEP_KEY = "train/global_step"  # the x axis of the Hugging Face trainer
 
 
-class Sink(Protocol):
-    """A place that takes numbers."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of one step."""
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Take the numbers of the whole run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tracker:
-    """Sends the same numbers to every sink; `tracker(step, values)` is the loop's `track`."""
-
-    sinks: Sequence[Sink]
-
-    def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """Send the numbers of one step."""
-        for sink in self.sinks:
-            sink.log(step, values)
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Send the numbers of the whole run and close the sinks."""
-        for sink in self.sinks:
-            sink.finish(summary)
-
-
-class LocalSink:
-    """The run's own folder."""
-
-    def __init__(self, record: RunRecord) -> None:
-        self.record = record
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append to metrics.jsonl."""
-        self.record.log(step, values)
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json."""
-        self.record.write_summary(summary)
-
-
 class WandbSink:
-    """A Weights & Biases run that goes on under the same id when training resumes."""
+    """A Weights & Biases run that continues under the same id when training resumes."""
 
     def __init__(
         self,
@@ -79,15 +40,8 @@ class WandbSink:
     ) -> None:
         """Start or continue the run; WANDB_MODE=offline and =disabled are heeded.
 
-        Args:
-            folder: The run's folder; the id is kept there, and the offline files.
-            config: What the run was asked for.
-            project: Project at W&B.
-            name: Run name; that of the folder when not given.
-            group: Experiment that the run belongs to.
-            tags: Sent again on resume, as the server has been seen to lose them.
-            job_type: What kind of work it is.
-            resume: Continue under the kept id; a fresh start gets an id of its own.
+        The run's folder keeps the id, under which `resume` continues, and the offline files. Tags
+        are sent again on resume, as the server has been seen to lose them.
 
         Raises:
             ValueError: If wandb is absent, knows no key, or cannot reach its server.
@@ -118,6 +72,23 @@ class WandbSink:
         self.run.finish()
 
 
+@dataclass(frozen=True, slots=True)
+class Tracker:
+    """Sends the same numbers to every sink; `tracker(step, values)` is the loop's `track`."""
+
+    sinks: Sequence[RunRecord | WandbSink]
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the numbers of one step."""
+        for sink in self.sinks:
+            sink.log(step, values)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Send the numbers of the whole run and close the sinks."""
+        for sink in self.sinks:
+            sink.finish(summary)
+
+
 def open_tracker(
     folder: Path,
     config: Mapping[str, Any],
@@ -127,11 +98,8 @@ def open_tracker(
 ) -> Tracker:
     """Write config.json and environment.json, and return the run's `track`.
 
-    Args:
-        folder: The run's folder.
-        config: What the run was asked for, as JSON holds it.
-        resume_step: The last step that the restored state holds; None starts over.
-        wandb: Keyword arguments of `WandbSink` (project, name, group, tags); None leaves it out.
+    `resume_step` is the last step that the restored state holds, None starts over; `wandb` has
+    keyword arguments of `WandbSink` (project, name, group, tags), None leaves it out.
     """
     record = RunRecord(folder, resume_step=resume_step)
     record.write_config(config)
@@ -141,24 +109,15 @@ def open_tracker(
         describe_environment(settings.get("device", "auto")),
         is_resumed=resume_step is not None,
     )
-    sinks: list[Sink] = [LocalSink(record)]
-    if wandb is not None:
-        sinks.append(WandbSink(folder, settings, resume=resume_step is not None, **wandb))
-    return Tracker(sinks)
+    if wandb is None:
+        return Tracker([record])
+    return Tracker([record, WandbSink(folder, settings, resume=resume_step is not None, **wandb)])
 
 
 def send_comparison(
     folder: Path, project: str, *, header: Sequence[str], rows: Sequence[Sequence[Any]], page: Path
 ) -> None:
-    """Send a table of runs and its page to a W&B project, as one run.
-
-    Args:
-        folder: Where wandb keeps its files.
-        project: Project at W&B.
-        header: Names of the table's columns.
-        rows: A row a run.
-        page: The HTML page, which holds the plot.
-    """
+    """Send a table of runs and its HTML page to a W&B project, as one run; files in `folder`."""
     run = start_wandb(project=project, dir=str(folder), name=COMPARE, job_type=COMPARE)
     import wandb
 
@@ -170,12 +129,8 @@ def send_comparison(
 def read_project(project: str, group: str | None = None) -> list[dict[str, Any]]:
     """Return the runs of a W&B project, oldest first: what `WandbSink` has sent of each.
 
-    Args:
-        project: Its name, with or without the entity before a slash.
-        group: Only runs of this group.
-
-    Returns:
-        Of each run its name, config, rows (with `step`, as metrics.jsonl has them) and summary.
+    That is its name, config, rows (with `step`, as metrics.jsonl has them) and summary. The
+    project's name may have the entity before a slash.
 
     Raises:
         ValueError: If W&B cannot be used, or the project has no such run.
@@ -199,7 +154,7 @@ def read_project(project: str, group: str | None = None) -> list[dict[str, Any]]
     return runs
 
 
-def read_wandb_run(run: Any) -> dict[str, Any]:
+def read_wandb_run(run: "wandb.apis.public.Run") -> dict[str, Any]:
     """Return one run of W&B's API as plain values; W&B's own keys are left out."""
     rows = []
     for row in run.scan_history():

@@ -53,7 +53,7 @@ def make_run(tmp_path):
         record.log(4, {"train/loss": 0.9, "train/tokens_seen": 200, "train/seconds": 20.0})
         record.log(4, {"eval/kl_nats": last, "eval/kd_loss": last, "eval/perplexity": 20.0})
         if is_ended:
-            record.write_summary({"steps": 4, "best_kl_nats": last})
+            record.finish({"steps": 4, "best_kl_nats": last})
         (folder / "environment.json").write_text(json.dumps(list(sessions)))
         (folder / "best").mkdir(exist_ok=True)
         header = {**HEADER, "sha256": sha * 64}

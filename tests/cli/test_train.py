@@ -11,7 +11,7 @@ from qat.model.checkpoint import read_checkpoint, read_header
 from qat.model.surgery import quantized_layers
 from qat.pipelines.open_checkpoint import load_model
 from qat.storage.files import read_json, write_json
-from qat.tracking.record import read_rows, read_settings, read_summary
+from qat.tracking.record import SETTINGS, read_config, read_rows, read_summary
 from tests.seeds import make_v2
 from tests.tiny import tiny_cache, tiny_llama, tiny_qwen3, tiny_tokenizer
 
@@ -472,11 +472,11 @@ def test_a_config_reproduces_its_run(run, trained, tmp_path):
     for name in ("best", "final"):
         sums = [read_header(one / name).sha256 for one in (folder, tmp_path / "again")]
         assert sums[0] == sums[1]
-    records = [read_settings(one) for one in (folder, tmp_path / "again")]
+    records = [read_config(one)[SETTINGS] for one in (folder, tmp_path / "again")]
     assert records[1] == {**records[0], "output_dir": str(tmp_path / "again")}
     changed = {"config": folder / "config.json", "output_dir": tmp_path / "short", "max_steps": 1}
     assert run("train", **changed, **{"optim.lr": 1e-5}).closing["steps"] == 1
-    settings = read_settings(tmp_path / "short")
+    settings = read_config(tmp_path / "short")[SETTINGS]
     assert settings["optim"] == {**records[0]["optim"], "lr": 1e-5}
     assert settings["layers"] == "mlp"
 

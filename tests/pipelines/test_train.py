@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qat.pipelines.train import train
-from qat.tracking.record import config_from_json, read_settings, read_summary
+from qat.tracking.record import SETTINGS, config_from_json, read_config, read_summary
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 from tests.tiny import save_student, tiny_cache, tiny_llama, tiny_student
 
@@ -42,7 +42,7 @@ def test_a_run_is_a_function_from_its_config_to_its_result(config):
     values = asdict(result)
     assert values.pop("checkpoint") == str(config.output_dir / "best")
     assert values == read_summary(config.output_dir)
-    assert config_from_json(TrainConfig, read_settings(config.output_dir)) == config
+    assert config_from_json(TrainConfig, read_config(config.output_dir)[SETTINGS]) == config
     assert train(config) == result
 
 

@@ -53,7 +53,7 @@ def test_a_folder_that_is_no_run_is_left_out(tmp_path):
 
 def test_a_run_with_a_summary_alone_has_numbers_and_no_plot(tmp_path):
     """A conversion logs no curve; its closing numbers are compared all the same."""
-    RunRecord(tmp_path / "q4").write_summary({"kl_nats": 0.2, "bits_per_weight": 4.5})
+    RunRecord(tmp_path / "q4").finish({"kl_nats": 0.2, "bits_per_weight": 4.5})
     made = compare_runs([tmp_path / "q4"], tmp_path / "out")
     assert made.plot is None
     assert made.numbers.header == ["run", "final_kl_nats", "bits_per_weight"]

@@ -15,7 +15,7 @@ def misfits(**changes):
 
 
 def test_a_whole_base_has_no_mismatch():
-    """The versions that the project asks for raise no word."""
+    """The versions that the project asks for raise nothing."""
     assert misfits() == []
 
 
@@ -48,7 +48,7 @@ def test_a_whole_base_has_no_mismatch():
     ],
 )
 def test_each_mismatch_is_named_with_its_install_line(changes, what, install, monkeypatch):
-    """One thing wrong gives one finding and one line that mends it."""
+    """One thing wrong gives one finding and one line that fixes it."""
     monkeypatch.delenv("PJRT_DEVICE", raising=False)
     assert misfits(**changes) == [packages.Mismatch(what, install)]
 

@@ -16,7 +16,6 @@ from qat.tracking.record import (
     config_from_json,
     read_config,
     read_rows,
-    read_settings,
     read_summary,
 )
 
@@ -72,7 +71,7 @@ def test_config_and_summary_come_back_and_may_be_absent(tmp_path):
     record = RunRecord(tmp_path)
     assert (read_config(tmp_path), read_summary(tmp_path)) == ({}, {})
     record.write_config({"lr": 1e-4})
-    record.write_summary({"best_kl_nats": 0.5})
+    record.finish({"best_kl_nats": 0.5})
     assert (read_config(tmp_path), read_summary(tmp_path)) == ({"lr": 1e-4}, {"best_kl_nats": 0.5})
 
 
@@ -99,7 +98,7 @@ def test_a_config_is_the_same_after_json(tmp_path):
     """Paths, tuples, nested parts, None; a whole number where a float goes."""
     config = Settings(Path("x/y"), ("a", "b"), 3, True, Part(2.0, "b"))
     write_json(tmp_path / CONFIG, {SETTINGS: config_as_json(config)})
-    assert config_from_json(Settings, read_settings(tmp_path)) == config
+    assert config_from_json(Settings, read_config(tmp_path)[SETTINGS]) == config
     rate = config_from_json(Settings, {"folder": "x", "part": {"rate": 2}}).part.rate
     assert (rate, type(rate)) == (2.0, float)
 
