@@ -4,8 +4,6 @@ torch's bfloat16 kernel for CPUs is slow in the backward pass: 43 ms where float
 sequences of 64 tokens and 9 heads, 12% of a step of SmolLM2-135M; at 1,024 tokens they are equal.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -25,22 +23,21 @@ def widen_attention(model: nn.Module) -> None:
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **options: object,
 ) -> tuple[Tensor, None]:
     """Return what a module attends to, (B, T, heads, width), in the query's dtype.
 
-    Args:
-        module: The attention layer.
-        query: (B, heads, T, width), as key and value but for their number of heads.
-        key: What is looked for.
-        value: What is taken.
-        mask: Which positions see which, None for all earlier ones.
-        **how: Scaling, dropout and what else a model passes.
+    Query, key and value are (B, heads, T, width); no mask means all earlier positions.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
-        return sdpa_attention_forward(module, query, key, value, mask, **how)
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
     wide = (tensor.float() for tensor in (query, key, value))
-    output, weights = sdpa_attention_forward(module, *wide, mask, **how)
+    output, weights = sdpa_attention_forward(module, *wide, mask, **options)
     return output.to(query.dtype), weights

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from qat.grids.scalar import fits_float16, snap_bfloat16
 from qat.model.attention import widen_attention
@@ -70,16 +71,9 @@ class CheckpointHeader:
 def write_checkpoint(
     model: nn.Module, header: CheckpointHeader, folder: Path, *, text_source: Path
 ) -> CheckpointHeader:
-    """Write a student as a native folder, which appears only when whole.
+    """Write a student as a native folder, which appears only when whole; return its header.
 
-    Args:
-        model: A model with quantized layers.
-        header: Filled in but for versions and sha256.
-        folder: Replaced if it exists.
-        text_source: Folder that the tokenizer files come from.
-
-    Returns:
-        The header as written.
+    Versions and sha256 are filled in here; the tokenizer files come from `text_source`.
     """
     with atomic_folder(folder) as temporary:
         save_file(student_tensors(model), temporary / TENSORS_NAME)
@@ -97,14 +91,12 @@ def write_checkpoint(
 
 def student_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what a checkpoint file holds, by name."""
-    layers = quantized_layers(model)
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
+    for name, layer in quantized_layers(model).items():
         tensors[f"{name}.indices"] = layer.spec.grid.pack(current_indices(layer).cpu())
         for part, values in stored_parts(layer).items():
             tensors[f"{name}.{part}"] = as_stored(values, layer.spec.stored_dtype, name, part)
-    tensors.update(dense_tensors(model))
-    return tensors
+    return tensors | dense_tensors(model)
 
 
 def as_stored(values: Tensor, dtype: str, name: str, part: str) -> Tensor:
@@ -178,11 +170,8 @@ def read_checkpoint(
 ) -> tuple[nn.Module, CheckpointHeader]:
     """Return the student in a native folder, on the CPU, in eval mode, frozen.
 
-    The dense weights of quantized layers are never formed: their memory is not touched.
-
-    Args:
-        folder: A native checkpoint.
-        dtype: Of the dense parts; scales and codebooks are float32.
+    Dense parts are in `dtype`, scales and codebooks in float32. The dense weights of quantized
+    layers are never formed: their memory is not touched.
     """
     folder = Path(folder)
     header = read_header(folder)
@@ -201,13 +190,7 @@ def read_checkpoint(
 def empty_student(
     folder: Path, plan_of: Callable[[dict[str, TensorInfo]], QuantPlan], dtype: torch.dtype
 ) -> nn.Module:
-    """Return a student whose tensors have sizes but no values.
-
-    Args:
-        folder: Where the model's config is.
-        plan_of: Returns the plan for the model's parameters.
-        dtype: Of the dense parts.
-    """
+    """Return a student whose tensors have sizes but no values; `plan_of` its parameters."""
     model = empty_model(folder, dtype)
     widen_attention(model)
     replace_weights(model, plan_of(model_tensors(model)), empty_layer)
@@ -217,10 +200,7 @@ def empty_student(
 def empty_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
     """Return a full-precision model whose tensors have sizes but no values.
 
-    Args:
-        folder: Where the model's config is.
-        dtype: Of every parameter.
-        device: "meta" takes no memory at all, for who reads sizes only.
+    Device "meta" takes no memory at all, for who reads sizes only.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -232,7 +212,7 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = 
     return model
 
 
-def read_model_config(folder: Path) -> Any:
+def read_model_config(folder: Path) -> PreTrainedConfig:
     """Return the model config in a folder."""
     from transformers import AutoConfig
 
@@ -246,7 +226,7 @@ def read_model_config(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, file: Any, dtype: torch.dtype) -> None:
+def fill(model: nn.Module, file: safe_open, dtype: torch.dtype) -> None:
     """Put the tensors of an open safetensors file into an empty student.
 
     One tensor is read at a time, and takes the place of the empty one: no second copy is held.
@@ -295,14 +275,14 @@ def dense_parts_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     Where they were is where they are afterwards, whatever the model is moved to inside.
     """
-    former = {target: target.data for target in dense_targets(model).values()}
-    for target, values in former.items():
+    previous = {target: target.data for target in dense_targets(model).values()}
+    for target, values in previous.items():
         if values.is_floating_point():
             target.data = values.to(dtype)
     try:
         yield
     finally:
-        for target, values in former.items():
+        for target, values in previous.items():
             target.data = values
 
 
@@ -310,7 +290,7 @@ def put(target: Tensor, values: Tensor, name: str) -> None:
     """Make a parameter or buffer hold values of the same shape."""
     if target.shape != values.shape:
         raise ValueError(
-            f"tensor {name} has shape {tuple(values.shape)}, the model wants "
+            f"tensor {name} has shape {tuple(values.shape)}, the model has "
             f"{tuple(target.shape)}; the checkpoint fits another model"
         )
     target.data = values.contiguous()

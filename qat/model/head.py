@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from qat.model.attention import NAME
 from qat.runtime.device import is_traced
@@ -46,7 +47,7 @@ def hidden_states(
     return decoder(input_ids=token_ids, **separation, use_cache=False).last_hidden_state
 
 
-def separate_documents(config: Any, batch: Tokens) -> dict[str, Any]:
+def separate_documents(config: PreTrainedConfig, batch: Tokens) -> dict[str, Any]:
     """Return what a decoder of this config is called with to keep documents apart.
 
     transformers finds documents in the positions; where each block is one it makes no mask.
@@ -77,7 +78,9 @@ def warn_unless_maskable(attention: str) -> None:
         )
 
 
-def causal_masks(config: Any, token_ids: Tensor, document_ids: Tensor | None = None) -> Any:
+def causal_masks(
+    config: PreTrainedConfig, token_ids: Tensor, document_ids: Tensor | None = None
+) -> Any:
     """Return the masks that a decoder would make for full blocks, in the form it takes them in.
 
     Without any given, transformers looks at the positions' values to choose among its own.
@@ -110,10 +113,7 @@ def logits_at(model: nn.Module, hidden: Tensor, token_ids: Tensor) -> Tensor:
     Args:
         model: A causal LM.
         hidden: Hidden states, (N, H).
-        token_ids: The same tokens for all positions, (R,), or their own for each, (N, K).
-
-    Returns:
-        (N, R) or (N, K).
+        token_ids: The same tokens for all positions, (R,), for logits (N, R), or (N, K).
     """
     head = model.get_output_embeddings()
     rows = head.weight[token_ids]  # (R, H) or (N, K, H)
@@ -132,7 +132,7 @@ MULTIPLIES_BY_DIVISOR = ("hyperclovax",)  # a field of Granite's name, used the 
 NO_SCALING = ("mpt",)  # has the field `logit_scale`, does not use it
 
 
-def logit_scaling(config: Any) -> tuple[float | None, float | None]:
+def logit_scaling(config: PreTrainedConfig) -> tuple[float | None, float | None]:
     """Return the factor and the soft cap on a head's output, each None where there is none."""
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()

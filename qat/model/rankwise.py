@@ -99,10 +99,6 @@ def widen(factors: LowRank, rank: int) -> LowRank:
 
     Added ranks have magnitude zero and fixed directions of length one, on the float16 grid, so that
     their magnitudes can train.
-
-    Args:
-        factors: Of rank R or less.
-        rank: R.
     """
     missing = rank - len(factors.magnitude)
     if missing <= 0:

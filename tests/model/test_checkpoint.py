@@ -206,7 +206,7 @@ LAYER = "model.layers.0.mlp.up_proj"
         (lambda t: t.update(extra=torch.ones(1)), r"unknown tensor extra.*fits another model"),
         (
             lambda t: t.update({f"{LAYER}.scale": torch.ones(2, 2)}),
-            rf"{LAYER}.scale has shape \(2, 2\), the model wants \(128, 2\)",
+            rf"{LAYER}.scale has shape \(2, 2\), the model has \(128, 2\)",
         ),
         (
             lambda t: t.update({f"{LAYER}.indices": torch.ones(7, dtype=torch.uint8)}),
