@@ -32,15 +32,10 @@ SMALLEST_SCALE = 6.2e-5  # about float16's smallest normal number
 
 
 def pack_top_k(logits: Tensor, top_k: int) -> Fields:
-    """Return the fields of `top-k`.
+    """Return the fields of `top-k`, of logits (B, T, V) of any float dtype, K at most V.
 
-    Args:
-        logits: (B, T, V), any float dtype.
-        top_k: K, at most V.
-
-    Returns:
-        token_ids (B, T, K) int64 by falling probability; log_probs (B, T, K) float16;
-        log_tail (B, T) float16.
+    token_ids (B, T, K) int64 by falling probability, log_probs (B, T, K) float16, log_tail (B, T)
+    float16.
     """
 
     def pack(part: Tensor, _: None) -> Fields:

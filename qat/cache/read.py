@@ -5,7 +5,8 @@ Shape legend: N sequences of a cache, B of a batch, L tokens of a block, T = L -
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -280,17 +281,12 @@ def shuffled_batches(
     `start_batch` is the first to give, as if those before had been given.
     """
     sequence_ids = cache.sequence_ids(split)
-    order: dict[int, np.ndarray] = {}
-    batch = start_batch
-    while True:
-        places = np.arange(batch * batch_size, (batch + 1) * batch_size)
-        epochs, inside = np.divmod(places, len(sequence_ids))
-        order = {
-            epoch: order[epoch]
-            if epoch in order
-            else np.random.default_rng([seed, epoch]).permutation(sequence_ids)
-            for epoch in np.unique(epochs).tolist()
-        }
-        rows = [order[epoch][place] for epoch, place in zip(epochs.tolist(), inside, strict=True)]
-        yield cache.batch(np.array(rows))
-        batch += 1
+
+    @lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(sequence_ids)
+
+    for batch in count(start_batch):
+        places = range(batch * batch_size, (batch + 1) * batch_size)
+        epochs = (divmod(place, len(sequence_ids)) for place in places)
+        yield cache.batch(np.array([order(epoch)[inside] for epoch, inside in epochs]))

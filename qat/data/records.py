@@ -107,8 +107,20 @@ def read_lines(path: Path) -> Iterator[Record]:
     """Yield one record a line, blank lines apart."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield parse_record(line, f"{path} line {number}")
+            if not line.strip():
+                continue
+            where = f"{path} line {number}"
+            try:
+                record = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{where} is not UTF-8 text ({error.reason}); convert it"
+                ) from error
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where} is not JSON ({error}); correct or remove it") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{where} is not a JSON object; correct or remove it")
+            yield record
 
 
 def read_json_records(path: Path) -> Iterator[Record]:
@@ -125,19 +137,6 @@ def read_json_records(path: Path) -> Iterator[Record]:
         if not isinstance(record, dict):
             raise ValueError(f"{path} item {index} is not a JSON object; remove it")
         yield record
-
-
-def parse_record(line: bytes, where: str) -> Record:
-    """Return a line's JSON object, or raise ValueError with its place."""
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 text ({error.reason}); convert it") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error}); correct or remove it") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is not a JSON object; correct or remove it")
-    return record
 
 
 def read_parquet(path: Path) -> Iterator[Record]:

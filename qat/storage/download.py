@@ -96,18 +96,11 @@ def record_path(target: Path) -> Path:
 
 
 def download(source: str, target: Path, *, sha256: str | None = None) -> str:
-    """Copy a file from a path or URL, going on where an earlier call was cut short.
+    """Copy a file from a path or any URL that fsspec opens; return its sha256 in hex.
 
-    A half file is gone on with only where the source is still the version that it was begun from,
-    and a whole one taken as it is. `discard` removes the record of that.
-
-    Args:
-        source: A path, or any URL that fsspec opens (https://, gs://, s3://, hf://).
-        target: Gets its name when size and checksum hold.
-        sha256: Expected; else that of `SOURCE.sha256`, where the source has one.
-
-    Returns:
-        The file's sha256 in hex.
+    A half file is continued only where the source is still the version that it was begun from, and
+    a whole one taken as it is; `discard` removes the record of that. The target gets its name when
+    size and checksum hold: that of `SOURCE.sha256`, where the source has one, and `sha256`.
 
     Raises:
         FileNotFoundError: If the source does not exist.
@@ -170,7 +163,7 @@ def copy_rest(source: str, part: Path, num_bytes: int) -> None:
                 why = str(error)
             tries = 0 if writer.tell() > have else tries + 1
             if tries == TRIES:
-                raise OSError(f"{source}: {why}; run the same command again and it goes on")
+                raise OSError(f"{source}: {why}; run the same command again to continue")
             time.sleep(WAIT_SECONDS * tries)
     flush_to_disk(part)
 

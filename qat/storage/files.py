@@ -19,12 +19,12 @@ FREE_MARGIN_BYTES = 64 << 20  # left free, so that a full disk does not take the
 LOCK_SECONDS = 0.2  # enough to retry where a lock file is replaced while it is being opened
 
 
-def canonical_json(value: Any) -> str:
+def canonical_json(value: object) -> str:
     """Return the one JSON text of a value: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint(value: object) -> str:
     """Return 16 hex digits that name a JSON value."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:FINGERPRINT_HEX]
 
@@ -43,7 +43,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); remove it or make it again") from error
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write a JSON value, indented, under its final name only when whole."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
@@ -112,11 +112,9 @@ def replace_folder(made: Path, path: Path) -> None:
 def recover_interrupted_replace(path: Path) -> None:
     """Finish what a process killed in `replace_folder` left: restore or remove the previous one."""
     previous = previous_folder(path)
-    if not previous.is_dir():
-        return
-    if path.exists():
+    if previous.is_dir() and path.exists():
         shutil.rmtree(previous, ignore_errors=True)
-    else:
+    elif previous.is_dir():
         previous.rename(path)
 
 

@@ -91,13 +91,8 @@ def locate(
 ) -> Found | None:
     """Return a thing in the first store that has it: .tar.lz4, then .tgz, then a plain folder.
 
-    A name that ends in .pt is that file.
-
-    Args:
-        stores: In the order they are tried.
-        folder: Of the store.
-        name: Without suffix; with one, that archive alone.
-        files: What a plain folder holds, for stores that cannot list; the first of them decides.
+    A name with a suffix is that archive alone, one that ends in .pt that file. `files` are those of
+    a plain folder, for stores that cannot list; the first of them decides.
     """
     for store in stores:
         address = store.address(folder, name)
@@ -131,18 +126,15 @@ def take(
 ) -> Path:
     """Make a folder of a thing in a store, in the place of what may be there.
 
-    It is copied to this disk first; copies go on where an earlier call was cut short.
+    It is copied to this disk first; copies continue where an earlier call was cut short.
 
     Args:
         found: What `locate` gave.
         folder: Where copies grow, under hidden names.
-        choose_target: From the new folder, not named yet, to its final path; raises where it is
-            not what was expected, and then nothing is replaced.
+        choose_target: From the new folder, not named yet, to its final path, which is returned;
+            raises where it is not what was expected, and then nothing is replaced.
         sha256: Of the archive, where it is known otherwise than from the store.
         files: What a plain folder on a web server holds.
-
-    Returns:
-        The final path.
 
     Raises:
         ArchiveMismatch: If a checksum differs or the archive is cut; the copy of it is removed.

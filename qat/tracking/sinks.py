@@ -42,9 +42,6 @@ class WandbSink:
 
         The run's folder keeps the id, under which `resume` continues, and the offline files. Tags
         are sent again on resume, as the server has been seen to lose them.
-
-        Raises:
-            ValueError: If wandb is absent, knows no key, or cannot reach its server.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
