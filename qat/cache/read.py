@@ -30,7 +30,6 @@ from qat.distill.teacher import TeacherSignal, dense_signal
 from qat.model.head import scale_logits
 
 Split = Literal["train", "heldout", "all"]
-Head = Callable[[Tensor], Tensor]
 # Stored with the content for whoever asks `fields` for them; no loss does.
 UNUSED_FIELDS = ("negative_ids", "negative_log_probs", "negative_logits")
 
@@ -84,25 +83,18 @@ class TeacherCache:
         folder: Path,
         manifest: CacheManifest,
         load_shard: Callable[[Path], Fields],
-        head: Head | None = None,
     ) -> None:
         """Join a manifest and the function that maps one of its shards."""
         self.folder = folder
         self.manifest = manifest
         self._load_shard = load_shard
-        self._head = head
         self._head_fields: dict[torch.device, Fields] = {}
         self._shards: dict[int, dict[str, np.ndarray]] = {}
         self._ends = np.cumsum([shard.num_sequences for shard in manifest.shards])
 
     @classmethod
-    def open(cls, path: str | Path, *, head: Head | None = None) -> "TeacherCache":
+    def open(cls, path: str | Path) -> "TeacherCache":
         """Open a native cache, also where it is nested in a folder.
-
-        Args:
-            path: The cache's folder.
-            head: From hidden states (B, T, H) to logits (B, T, V), in place of the cache's own
-                copy of the teacher's; `hidden` content only.
 
         Raises:
             FileNotFoundError: If there is no whole cache.
@@ -114,7 +106,7 @@ class TeacherCache:
             check_size(folder, entry)
         if manifest.head:
             check_size(folder, manifest.head)
-        return cls(folder, manifest, read_fields, head)
+        return cls(folder, manifest, read_fields)
 
     @property
     def fingerprint(self) -> str:
@@ -211,8 +203,6 @@ class TeacherCache:
             }
         stored = self._head_fields[device]
         hidden = unpack_hidden(fields, stored["channel_scale"])
-        if self._head is not None:
-            return self._head(hidden)
         logits = functional.linear(hidden, stored["weight"], stored.get("bias"))
         return scale_logits(logits, stored.get("factor"), stored.get("softcap"))
 

@@ -16,8 +16,8 @@ from qat.model.checkpoint import is_checkpoint, read_model_config
 from qat.storage.files import fingerprint, recover_interrupted_replace, sha256_of_file
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-HUB_SKIPPED = ("*/*", "consolidated*")  # other formats of the same weights
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_SKIPPED = ["*/*", "consolidated*"]  # other formats of the same weights
 WHAT_TO_GIVE = (
     "give a folder of a model or a student, or a hub name (`qat fetch smollm2` makes a folder)"
 )
@@ -47,16 +47,11 @@ def hub_snapshot(name: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    def fetch(*patterns: str) -> Path:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=list(patterns), ignore_patterns=list(HUB_SKIPPED)
-            )
-        )
-
+    fetch = partial(snapshot_download, name, ignore_patterns=HUB_SKIPPED)
     try:
-        folder = fetch(*HUB_FILES)
-        return folder if any(folder.glob("*.safetensors")) else fetch(*HUB_FILES, "*.bin")
+        folder = Path(fetch(allow_patterns=HUB_FILES))
+        has_weights = any(folder.glob("*.safetensors"))
+        return folder if has_weights else Path(fetch(allow_patterns=[*HUB_FILES, "*.bin"]))
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise FileNotFoundError(

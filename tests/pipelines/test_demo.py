@@ -12,7 +12,7 @@ def test_the_demo_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     from qat.pipelines import demo
     from qat.pipelines.demo_config import DemoConfig
 
-    def fetch(folder, *, tell):
+    def fetch(folder):
         if not folder.is_dir():
             save_tiny(folder, tiny_llama())
 
