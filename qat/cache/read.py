@@ -212,24 +212,18 @@ class TeacherCache:
         remedy = "use the teacher's tokenizer, or build a cache with this one"
         given = tokenizer_sha256(tokenizer, identity.tokenizer_hash_version)
         require_equal(identity.tokenizer_sha256, given, "tokenizer_sha256", remedy)
-        require_equal(
-            identity.template_sha256, template_sha256(tokenizer), "template_sha256", remedy
-        )
+        given = template_sha256(tokenizer)
+        require_equal(identity.template_sha256, given, "template_sha256", remedy)
 
     def require_vocabulary(self, vocab_size: int) -> None:
         """Refuse a model whose logits are narrower or wider than the teacher's."""
-        require_equal(
-            self.vocab_size, vocab_size, "vocab_size", "use a student of the same vocabulary"
-        )
+        remedy = "use a student of the same vocabulary"
+        require_equal(self.vocab_size, vocab_size, "vocab_size", remedy)
 
     def require_teacher(self, weights: str) -> None:
         """Refuse a cache of another teacher; `model_identity` gives the hash of its weights."""
-        require_equal(
-            self.manifest.identity.teacher_weights,
-            weights,
-            "teacher_weights",
-            "build a cache with this teacher",
-        )
+        recorded = self.manifest.identity.teacher_weights
+        require_equal(recorded, weights, "teacher_weights", "build a cache with this teacher")
 
 
 def is_native(folder: Path) -> bool:

@@ -6,8 +6,9 @@ again; a program's own keys are next to it.
 
 import json
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -106,13 +107,9 @@ def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def config_as_json(value: object) -> Any:
+def config_as_json(config: object) -> dict[str, Any]:
     """Return a config, a nested dataclass, as JSON holds it: tuples as lists, paths as strings."""
-    if is_dataclass(value):
-        return {f.name: config_as_json(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, tuple):
-        return [config_as_json(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return json.loads(json.dumps(asdict(config), default=os.fspath))
 
 
 def config_from_json(config_type: type[Config], values: object, prefix: str = "") -> Config:
@@ -144,24 +141,14 @@ def value_from_json(hint: object, value: object, key: str) -> Any:
     if is_dataclass(hint):
         return config_from_json(hint, value, f"{key}.")
     if kind in (Union, UnionType):
-        if value is None:
-            return None
-        return value_from_json(options[0], value, key)
-    if kind is Literal:
-        fits = value in options
-    elif kind is tuple:
-        if isinstance(value, list):
-            return tuple(value_from_json(options[0], item, key) for item in value)
-        fits = False
-    elif hint is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-    elif hint is Path:
+        return None if value is None else value_from_json(options[0], value, key)
+    if kind is tuple and isinstance(value, list):
+        return tuple(value_from_json(options[0], item, key) for item in value)
+    if hint is Path:
         return Path(value_from_json(str, value, key))
-    else:
-        fits = type(value) is hint
-    if not fits:
-        expected = (
-            " | ".join(map(str, options)) if kind is Literal else getattr(hint, "__name__", hint)
-        )
-        raise ValueError(f"{key} {value!r} is not of type {expected}")
-    return float(value) if hint is float else value
+    if hint is float and type(value) is int:
+        return float(value)
+    if value in options if kind is Literal else type(value) is hint:
+        return value
+    expected = " | ".join(map(str, options)) if kind is Literal else getattr(hint, "__name__", hint)
+    raise ValueError(f"{key} {value!r} is not of type {expected}")

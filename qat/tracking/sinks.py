@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qat.storage.files import read_json, write_json
@@ -116,8 +117,7 @@ def send_comparison(
 ) -> None:
     """Send a table of runs and its HTML page to a W&B project, as one run; files in `folder`."""
     run = start_wandb(project=project, dir=str(folder), name=COMPARE, job_type=COMPARE)
-    import wandb
-
+    wandb = import_wandb("--wandb-project")
     table = wandb.Table(columns=list(header), data=[list(row) for row in rows])
     run.log({"compare/numbers": table, "compare/page": wandb.Html(str(page))})
     run.finish()
@@ -132,10 +132,7 @@ def read_project(project: str, group: str | None = None) -> list[dict[str, Any]]
     Raises:
         ValueError: If W&B cannot be used, or the project has no such run.
     """
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("--wandb-project needs wandb: pip install wandb") from error
+    wandb = import_wandb("--wandb-project")
     try:
         found = wandb.Api().runs(
             project, filters={"group": group} if group else {}, order="+created_at"
@@ -169,15 +166,21 @@ def is_ours(key: str, value: object) -> bool:
 
 def start_wandb(**settings: object) -> Any:
     """Return a started W&B run, or say in one line why there is none."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("--wandb needs wandb, which is absent: pip install wandb") from error
+    wandb = import_wandb("--wandb")
     try:
         return wandb.init(settings=wandb.Settings(console="off"), **settings)
     except (wandb.errors.UsageError, wandb.errors.CommError) as error:
         remedy = "run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later"
         raise ValueError(f"--wandb: {str(error).rstrip('.')}; {remedy}") from error
+
+
+def import_wandb(flag: str) -> ModuleType:
+    """Return wandb, or say which flag needs it."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(f"{flag} needs wandb, which is absent: pip install wandb") from error
+    return wandb
 
 
 def run_id(path: Path, *, resume: bool) -> str:
