@@ -77,7 +77,7 @@ class Job:
     """Token and document ids (B, T) to logits (B, T, V), or to hidden states (B, T, H)."""
     blocks: Blocks
     identity: CacheIdentity
-    id_dtype: torch.dtype
+    id_dtype: type[np.integer]
     folder: Path
     batch_size: int
     device: Device
@@ -86,11 +86,7 @@ class Job:
 
 
 def find_built(folder: Path, identity: CacheIdentity) -> CacheManifest | None:
-    """Return the manifest of a whole cache of this identity, None where there is none yet.
-
-    Raises:
-        CacheMismatch: If the folder holds another cache, whole or in the making.
-    """
+    """Return the manifest of a whole cache of this identity, None where there is none yet."""
     if (folder / MANIFEST_FILE).is_file():
         manifest = read_manifest(folder)
         require_identity(manifest.identity, identity, folder)
@@ -116,10 +112,6 @@ def write_cache(
 
     The teacher is frozen and on the device. A batch has `batch_size` blocks at most; the last one
     of a shard is padded to it.
-
-    Raises:
-        CacheMismatch: If the folder holds another cache.
-        ValueError: If another build writes there, or the vocabulary is too small for top-k.
     """
     vocab_size = teacher.get_output_embeddings().weight.shape[0]
     if identity.top_k > vocab_size:

@@ -96,12 +96,8 @@ def pack_negatives(logits: Tensor, negative_ids: Tensor) -> Fields:
 def pack_hidden(hidden: Tensor, channel_scale: Tensor) -> Fields:
     """Return the fields of `hidden`: one scale for each group of S neighbouring channels.
 
-    Args:
-        hidden: (B, T, H) final hidden states, as the head takes them.
-        channel_scale: (H,), the usual size of each channel.
-
-    Returns:
-        hidden (B, T, H) int8 and hidden_scale (B, T, H / S) float16.
+    Final hidden states (B, T, H), as the head takes them, with the usual size of each channel (H,)
+    become hidden (B, T, H) int8 and hidden_scale (B, T, H / S) float16.
     """
     usual = hidden.float() / channel_scale
     groups = usual.unflatten(-1, (-1, group_size(hidden.shape[-1])))  # (B, T, G, S)
@@ -221,15 +217,9 @@ def group_size(vocab_size: int) -> int:
 
 
 def draw_systematic(mass: Tensor, offset: Tensor, num_draws: int) -> tuple[Tensor, Tensor]:
-    """Return ids at equal distances in the cumulated mass of each row, and the whole mass.
+    """Return ids (n, M) at equal distances in the cumulated mass of each row, and the mass (n, 1).
 
-    Args:
-        mass: (n, V), not negative, float32.
-        offset: (n,) in [0, 1).
-        num_draws: M.
-
-    Returns:
-        (n, M) int64 and (n, 1) float32.
+    Mass (n, V) is float32 and not negative, offsets (n,) are in [0, 1).
     """
     size = group_size(mass.shape[-1])
     groups = mass.unflatten(-1, (-1, size))  # (n, G, S)

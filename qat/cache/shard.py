@@ -18,8 +18,6 @@ from qat.storage.files import atomic_file, sha256_of_file
 
 # A kill loses at most one shard: 20 s of work at 800 tokens/s; 6 MB with 64 ids a position.
 TOKENS_A_SHARD = 16_384
-UINT16_IDS = 2**16
-NUMPY_IDS = {torch.uint16: np.uint16, torch.int32: np.int32}
 REMEDY = "remove {} and manifest.json and run `qat build-cache` again"
 ID_FIELDS = ("input_ids", "token_ids", "draw_ids", "negative_ids")
 
@@ -39,19 +37,21 @@ def shard_name(index: int) -> str:
     return f"shard_{index:05d}.safetensors"
 
 
-def id_dtype(vocab_size: int) -> torch.dtype:
+def id_dtype(vocab_size: int) -> type[np.integer]:
     """Return the smallest dtype that holds the vocabulary's ids."""
-    return torch.uint16 if vocab_size <= UINT16_IDS else torch.int32
+    return np.uint16 if vocab_size <= 2**16 else np.int32
 
 
-def write_fields(path: Path, fields: Fields, *, ids: torch.dtype, num_sequences: int) -> FileEntry:
+def write_fields(
+    path: Path, fields: Fields, *, ids: type[np.integer], num_sequences: int
+) -> FileEntry:
     """Write fields on the CPU under the final name when whole; return the entry.
 
     `ids` is the dtype of token ids in the file, `num_sequences` 0 for what is no shard.
     """
     # By numpy, which starts no threads: see `write_shard`.
     stored = {
-        name: torch.from_numpy(field.numpy().astype(NUMPY_IDS[ids])) if name in ID_FIELDS else field
+        name: torch.from_numpy(field.numpy().astype(ids)) if name in ID_FIELDS else field
         for name, field in fields.items()
     }
     data = save({name: field.contiguous() for name, field in stored.items()})

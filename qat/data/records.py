@@ -14,12 +14,7 @@ SUFFIXES = (".json", ".jsonl", ".parquet", *TEXT_SUFFIXES)
 
 
 def read_records(source: str) -> Iterator[Record]:
-    """Yield the records of a file, a folder (its files by name) or a hub name.
-
-    Raises:
-        FileNotFoundError: If nothing is there.
-        ValueError: If a file is of another kind or broken; the message names it.
-    """
+    """Yield the records of a file, a folder (its files by name) or a hub name."""
     files = source_files(source)
     for file in files:
         yield from read_file(file)

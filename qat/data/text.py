@@ -25,13 +25,7 @@ RECORDS_A_CALL = 256  # documents given to the tokenizer at once: enough to feed
 
 
 def read_blocks(source: str, tokenizer: PreTrainedTokenizerBase, plan: TextConfig) -> Blocks:
-    """Return the blocks of a data source, train first, held-out last.
-
-    Raises:
-        ValueError: If the source, its fields or the template cannot be used, or too few
-            tokens come out for one block.
-        FileNotFoundError: If the source is a path that is not there.
-    """
+    """Return the blocks of a data source, train first, held-out last."""
     documents = read_documents(source, tokenizer, plan)
     if plan.num_sequences is not None:
         # One block more for each split, whose last partial block is dropped.

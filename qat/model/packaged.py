@@ -38,9 +38,6 @@ def fetch_smollm2(folder: Path) -> dict[str, Any]:
     """Make a Hugging Face folder of SmolLM2-135M-Instruct, unless it is there and whole.
 
     What `source.json` in the folder says is returned, with the folder as `path` and `skipped`.
-
-    Raises:
-        ValueError: If the folder holds something else, or a sha256 differs.
     """
     folder = Path(folder)
     refuse_other_content(folder)

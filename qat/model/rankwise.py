@@ -26,11 +26,7 @@ class RankwiseLinear(nn.Module):
     """
 
     def __init__(self, layer: FakeQuantLinear):
-        """Take over the factors of a layer.
-
-        Raises:
-            ValueError: If the layer floors its scales.
-        """
+        """Take over the factors of a layer that does not floor its scales."""
         super().__init__()
         if layer.spec.floor is not None:
             raise ValueError(

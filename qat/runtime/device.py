@@ -326,32 +326,25 @@ def why_no_xla() -> str | None:
         return "torch_xla is not installed"
     if mismatches := accelerator_mismatches():
         return f"{mismatches[0].what}, fix it with: {mismatches[0].install}"
-    if "PJRT_DEVICE" in os.environ or has_tpu_file():
+    tpu_files = (
+        file for name in ("accel[0-9]*", "vfio/[0-9]*") for file in Path("/dev").glob(name)
+    )
+    if "PJRT_DEVICE" in os.environ or any(tpu_files):
         return None
     return "no TPU found and PJRT_DEVICE is not set (PJRT_DEVICE=CPU runs XLA on the CPU)"
-
-
-def has_tpu_file() -> bool:
-    """Whether the machine shows a TPU chip."""
-    dev = Path("/dev")
-    return any(dev.glob("accel[0-9]*")) or any(dev.glob("vfio/[0-9]*"))
 
 
 def default_dtype(kind: Kind) -> torch.dtype:
     """Return bf16 where a kind multiplies in it, else fp32."""
     has_bf16 = {
-        "cpu": cpu_has_bf16,
+        # Other CPUs emulate bf16 products, slower than fp32.
+        "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
         "mps": lambda: torch.backends.mps.is_macos_or_newer(14, 0),
         "xla": lambda: os.environ.get("PJRT_DEVICE") != "CPU",
         "tpu": lambda: True,
     }
     return torch.bfloat16 if has_bf16[kind]() else torch.float32
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU has bf16 products; others emulate them, slower than fp32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -36,7 +36,6 @@ class WandbSink:
         name: str | None = None,
         group: str | None = None,
         tags: Sequence[str] = (),
-        job_type: str = "train",
         resume: bool = False,
     ) -> None:
         """Start or continue the run; WANDB_MODE=offline and =disabled are heeded.
@@ -55,7 +54,7 @@ class WandbSink:
             name=name or folder.name,
             group=group,
             tags=list(tags),
-            job_type=job_type,
+            job_type="train",
         )
         self.run.define_metric(STEP_KEY)
         self.run.define_metric("*", step_metric=STEP_KEY, step_sync=True)
@@ -128,9 +127,6 @@ def read_project(project: str, group: str | None = None) -> list[dict[str, Any]]
 
     That is its name, config, rows (with `step`, as metrics.jsonl has them) and summary. The
     project's name may have the entity before a slash.
-
-    Raises:
-        ValueError: If W&B cannot be used, or the project has no such run.
     """
     wandb = import_wandb("--wandb-project")
     try:

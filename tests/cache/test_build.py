@@ -142,7 +142,7 @@ def test_two_builds_are_equal_to_the_byte(tmp_path, blocks, content):
 
 @pytest.mark.parametrize("num_calls", [0, 5, 9, 14])
 @pytest.mark.parametrize("content", TOP_K)
-def test_a_cut_build_goes_on_to_the_same_bytes(tmp_path, blocks, content, num_calls):
+def test_a_cut_build_continues_to_the_same_bytes(tmp_path, blocks, content, num_calls):
     """Wherever it was cut: nothing half is kept, nothing whole is made again."""
     build(tmp_path / "a", blocks, content=content)
     with pytest.raises(Killed):
@@ -159,7 +159,7 @@ def test_a_cut_build_goes_on_to_the_same_bytes(tmp_path, blocks, content, num_ca
 
 
 @pytest.mark.parametrize("content", TOP_K)
-def test_a_cut_build_goes_on_with_another_batch_size(tmp_path, blocks, content):
+def test_a_cut_build_continues_with_another_batch_size(tmp_path, blocks, content):
     """The scale of hidden states came from the first batch; kept shards had that of another."""
     teacher = tiny_llama()
     whole = build(tmp_path / "a", blocks, content=content)

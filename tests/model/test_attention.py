@@ -20,7 +20,7 @@ def test_float32_models_say_what_they_said(family):
 
 
 def test_bfloat16_attends_in_float32(monkeypatch):
-    """The kernel sees float32, the model goes on in bfloat16, and gradients reach what attends."""
+    """The kernel sees float32, the model continues in bfloat16, gradients reach what attends."""
     seen = []
     kernel = torch.nn.functional.scaled_dot_product_attention
 

@@ -350,18 +350,18 @@ def test_a_scale_that_no_file_can_hold_names_its_layer(written, base, tmp_path, 
     student, folder = written
     shutil.copytree(folder, tmp_path / "s")
     layer = quantized_layers(student)[LAYER]
-    former = layer.scale.data.clone()
+    previous = layer.scale.data.clone()
     layer.scale.data[0, 0] = value
     with pytest.raises(ValueError, match=rf"{LAYER}.scale holds NaN or values beyond float16"):
         save_student(tmp_path / "s", student, base)
-    layer.scale.data = former
+    layer.scale.data = previous
     read_checkpoint(tmp_path / "s")
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
 @pytest.mark.parametrize("limit", [100, 20_000])
-def test_a_full_disk_leaves_the_former_student(written, base, tmp_path, limit):
-    """Whichever file no longer fits: the folder is the former one, and nothing lies beside it."""
+def test_a_full_disk_leaves_the_previous_student(written, base, tmp_path, limit):
+    """Whichever file no longer fits: the folder is the previous one, with nothing left next to it."""
     student, _ = written
     folder = save_student(tmp_path / "s", student, base, metrics={"kl_nats": 1.0})
     header = replace(read_header(folder), metrics={"kl_nats": 0.5})
@@ -374,7 +374,7 @@ def test_a_full_disk_leaves_the_former_student(written, base, tmp_path, limit):
 
 
 def test_a_previous_folder_goes_whole(written, base, tmp_path):
-    """Files of a former student do not linger in the new one."""
+    """Files of a previous student do not linger in the new one."""
     folder = save_student(tmp_path / "s", written[0], base)
     (folder / "notes.txt").write_text("old")
     save_student(folder, written[0], base)

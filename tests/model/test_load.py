@@ -74,14 +74,14 @@ def test_a_hub_name_means_its_files(hub, model):
 
 
 @pytest.mark.parametrize(
-    "word", ["no/such/folder", "/no/such/folder", "./none", "../none", "runs/none/", "a b", "~"]
+    "name", ["no/such/folder", "/no/such/folder", "./none", "../none", "runs/none/", "a b", "~"]
 )
 @pytest.mark.parametrize("read", [load_dense, load_tokenizer, load_model, model_identity])
-def test_a_word_that_is_no_hub_name_is_not_sought_there(monkeypatch, word, read):
+def test_what_is_no_hub_name_is_not_sought_there(monkeypatch, name, read):
     """A mistyped path took 25 seconds of retries; now no library is asked at all."""
     monkeypatch.setattr(load, "hub_snapshot", lambda name: pytest.fail(f"asked for {name}"))
     with pytest.raises(FileNotFoundError, match="no folder .*; give a folder of a model"):
-        read(word)
+        read(name)
 
 
 def test_a_hub_name_that_is_not_here_fails_at_once(hub):
@@ -96,10 +96,10 @@ def test_a_hub_name_that_is_not_here_fails_at_once(hub):
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_a_folder_gives_its_model(tmp_path, family, tied):
     """Frozen, in eval mode, in the dtype asked for."""
-    wanted = TINY_MODELS[family](tied=tied)
-    save_tiny(tmp_path / "m", wanted)
+    expected = TINY_MODELS[family](tied=tied)
+    save_tiny(tmp_path / "m", expected)
     found = load_dense(tmp_path / "m")
-    assert torch.equal(found(TOKEN_IDS).logits, wanted(TOKEN_IDS).logits)
+    assert torch.equal(found(TOKEN_IDS).logits, expected(TOKEN_IDS).logits)
     assert not found.training
     assert not any(parameter.requires_grad for parameter in found.parameters())
     assert load_dense(tmp_path / "m", dtype=torch.bfloat16).dtype == torch.bfloat16
@@ -161,7 +161,7 @@ def test_a_folder_without_tokenizer_is_refused(copy):
 
 
 def test_a_damaged_tokenizer_is_refused(copy):
-    """In words, whatever the library makes of it."""
+    """In plain text, whatever the library makes of it."""
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(FileNotFoundError, match="no tokenizer in .*copy; give a folder"):
         load_tokenizer(copy)
@@ -177,7 +177,7 @@ def test_weights_are_named_by_what_they_are(model, copy):
     """A copy has the same identity, a changed byte another one; other files do not count."""
     identity = model_identity(model)
     assert identity["name"] == "tiny"
-    (copy / "README.md").write_text("words")
+    (copy / "README.md").write_text("text")
     assert model_identity(copy)["weights"] == identity["weights"]
     change_weights(copy, lambda t: t["model.norm.weight"].add_(1))
     assert model_identity(copy)["weights"] != identity["weights"]
@@ -223,13 +223,13 @@ def test_a_run_stands_for_its_best_student(student, tmp_path):
     shutil.copytree(student, run / "best")
     assert checkpoint_folder(run) == run / "best"
     assert checkpoint_folder(run / "final") == run / "final"
-    wanted, header = load_model(student)
+    expected, header = load_model(student)
     assert header is not None
-    assert torch.equal(load_model(run)[0](TOKEN_IDS).logits, wanted(TOKEN_IDS).logits)
+    assert torch.equal(load_model(run)[0](TOKEN_IDS).logits, expected(TOKEN_IDS).logits)
 
 
 def test_a_student_hidden_by_a_kill_is_found(student, tmp_path):
-    """A process killed while it replaced `best` left the former one under a hidden name."""
+    """A process killed while it replaced `best` left the previous one under a hidden name."""
     run = tmp_path / "run"
     shutil.copytree(student, run / "best")
     (run / "best").rename(previous_folder(run / "best"))
@@ -244,7 +244,7 @@ def test_a_folder_of_neither_is_refused(tmp_path):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     """A text file is none either."""
-    (tmp_path / "notes.txt").write_text("words")
+    (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(ValueError, match="notes.txt is no checkpoint; give"):
         load_model(tmp_path / "notes.txt")
 

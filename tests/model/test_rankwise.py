@@ -36,9 +36,9 @@ def test_the_sum_over_ranks_is_the_expanded_matrix(plan):
     """y = sum_k g_k a_k * (Q (b_k * x)) equals (Q * S) x."""
     layer = random_layer(plan)
     x = torch.randn(2, 3, INPUTS)
-    wanted = layer(x)
+    expected = layer(x)
     found = RankwiseLinear(layer)(x)
-    assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max() * INPUTS
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max() * INPUTS
 
 
 def test_gradients_are_the_same():
@@ -58,10 +58,10 @@ def test_a_whole_model_gives_the_same_logits():
     """Swapping every layer changes no logit beyond float32 rounding."""
     student = tiny_student("llama", "q2a4_r4")
     token_ids = torch.arange(12).view(2, 6)
-    wanted = student(token_ids).logits
+    expected = student(token_ids).logits
     for name, layer in quantized_layers(student).items():
         swap(student, name, RankwiseLinear(layer))
-    assert (student(token_ids).logits - wanted).abs().max() < 1e-4
+    assert (student(token_ids).logits - expected).abs().max() < 1e-4
 
 
 def test_a_floored_scale_is_no_sum_over_ranks():

@@ -229,7 +229,7 @@ def test_packages_are_judged_without_importing_torch():
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
 
 
-def test_random_generators_go_on_after_a_seed_as_before():
+def test_random_generators_continue_after_a_seed_as_before():
     """Inside the block draws follow from the seed alone, after it from what came before."""
     torch.manual_seed(3)
     expected = torch.rand(2, 4)

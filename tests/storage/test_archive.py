@@ -113,7 +113,7 @@ def test_odd_names_stay_inside(tmp_path, name):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("how", ["cut", "bit", "other"])
 def test_a_broken_archive_leaves_nothing(folder, tmp_path, suffix, how):
-    """Cut short, altered, or no archive at all: known also without a checksum beside it."""
+    """Cut short, altered, or no archive at all: known also without a checksum next to it."""
     packed = tmp_path / f"x{suffix}"
     pack_folder(folder, packed)
     sidecar(packed).unlink()

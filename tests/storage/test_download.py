@@ -54,7 +54,7 @@ def half(folder, target):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_goes_on_where_it_was_cut(folder, target, half, ranges):
+def test_a_download_continues_where_it_was_cut(folder, target, half, ranges):
     """From a server that sends parts and from one that sends all of it again."""
     with file_server(folder, ranges=ranges) as server:
         half(server)

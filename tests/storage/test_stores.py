@@ -187,7 +187,7 @@ def test_the_first_store_that_has_it_gives_it(content, tmp_path):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_copy_that_was_cut_goes_on(content, base, tmp_path, ranges):
+def test_a_copy_that_was_cut_continues(content, base, tmp_path, ranges):
     """The next call asks for the rest only, and what was there before stays until then."""
     pack_folder(content, base / FOLDER / "thing.tar.lz4")
     target = tmp_path / "here" / "thing"

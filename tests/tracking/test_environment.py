@@ -33,8 +33,8 @@ def test_the_commit_is_marked_where_files_differ(tmp_path, monkeypatch):
     assert commit_of(tmp_path) is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
     (tmp_path / "file").write_text("1")
-    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
-        subprocess.run([*git, *words], check=True)
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *arguments], check=True)
     clean = commit_of(tmp_path)
     assert clean
     (tmp_path / "file").write_text("2")
