@@ -361,7 +361,7 @@ def test_a_scale_that_no_file_can_hold_names_its_layer(written, base, tmp_path, 
 
 @pytest.mark.parametrize("limit", [100, 20_000])
 def test_a_full_disk_leaves_the_previous_student(written, base, tmp_path, limit):
-    """Whichever file no longer fits: the folder is the previous one, with nothing left next to it."""
+    """Whichever file no longer fits: the folder is the previous one, nothing lies next to it."""
     student, _ = written
     folder = save_student(tmp_path / "s", student, base, metrics={"kl_nats": 1.0})
     header = replace(read_header(folder), metrics={"kl_nats": 0.5})
