@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from qat.cache.build import BuildRates, default_batch_size, find_built, write_cache
 from qat.cache.config import BuildCacheConfig
@@ -10,7 +11,8 @@ from qat.cache.manifest import CacheIdentity, default_name, draft_manifest, expe
 from qat.data.records import source_name
 from qat.data.text import Blocks, TextPlan, ignores_thinking, read_blocks
 from qat.model.load import load_dense, load_tokenizer, model_identity
-from qat.runtime.device import Device, dtype_name
+from qat.pipelines.place import Place
+from qat.runtime.device import dtype_name
 from qat.tracking.messages import say
 
 
@@ -43,9 +45,8 @@ def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
         CacheMismatch: If the folder holds another cache.
     """
     data_name = source_name(config.data)  # first, so that a wrong path is reported at once
-    device = Device.detect(config.device)
-    dtype = device.dtype_from_name(config.dtype)
-    say(device.describe())
+    place = Place.of(config)
+    device, dtype = place.device, place.dtype
     tokenizer = load_tokenizer(config.teacher)
     named = model_identity(config.teacher)  # of files, so a whole cache is found without loading
     identity = expected_identity(
@@ -90,7 +91,7 @@ def describe_blocks(blocks: Blocks, identity: CacheIdentity) -> str:
     )
 
 
-def text_plan(config: BuildCacheConfig, tokenizer: Any) -> TextPlan:
+def text_plan(config: BuildCacheConfig, tokenizer: PreTrainedTokenizerBase) -> TextPlan:
     """Return how the text becomes blocks; report a template that ignores thinking."""
     if config.thinking != "none" and tokenizer.chat_template and ignores_thinking(tokenizer):
         say(f"this chat template ignores enable_thinking: {config.thinking} renders the same once")

@@ -18,38 +18,36 @@ from torch import Tensor, nn
 from qat.cache.read import TeacherCache
 from qat.model.checkpoint import CheckpointHeader, dense_parts_in
 from qat.model.layers import FakeQuantLinear
-from qat.model.load import load_dense, model_identity, vocabulary_size
+from qat.model.load import load_dense, model_identity
 from qat.model.rankwise import low_rank_factors, widen
 from qat.model.surgery import layers_of_kind, model_tensors, quantized_layers, swap
-from qat.pipelines.convert_config import ConvertConfig
 from qat.pipelines.fit_layers import FitTask
-from qat.pipelines.open_cache import open_teacher_cache
-from qat.pipelines.open_checkpoint import (
-    Checkpoint,
-    latent_or_base_weights,
-    load_model,
-    open_checkpoint,
-)
-from qat.pipelines.quantize import fit_on_device
+from qat.pipelines.open_cache import open_cache
+from qat.pipelines.open_checkpoint import Checkpoint, latent_or_base_weights, open_checkpoint
+from qat.pipelines.place import Place
+from qat.pipelines.quantize import calibration_batches, fit_on_device
 from qat.pipelines.quantize_config import (
     SEED_ATTENTION_RANK,
+    ConvertConfig,
     ConvertQ4ToQ2Config,
+    FitConfig,
     bits_of_size,
     require_other,
 )
 from qat.pipelines.recipe import finished, recipe
 from qat.pipelines.students import (
+    Numbers,
     StudentResult,
-    already_made,
     change_student,
+    done_before,
     measure_and_write,
-    open_cache,
     write_student,
 )
 from qat.quant.plan import QuantPlan, int_spec, kind_specs, plan_from_dict, read_plan, tensor_kind
 from qat.quant.spec import TensorSpec, make_spec
-from qat.runtime.device import Device
 from qat.tracking.messages import say
+
+WeightOf = Callable[[str], Tensor | None]
 
 
 def convert(config: ConvertConfig) -> StudentResult:
@@ -58,36 +56,49 @@ def convert(config: ConvertConfig) -> StudentResult:
     Raises:
         ValueError: If the plan does not fit, or nothing would change.
     """
-    return change_student(
-        "convert", config, config.checkpoint, lambda student, plan: refit(config, student, plan)
-    )
+
+    def refit(
+        student: nn.Module, _plan: QuantPlan, place: Place, cache: TeacherCache | None
+    ) -> tuple[QuantPlan, Numbers]:
+        expected = read_plan(config.plan, model_tensors(student))
+        specs = layers_to_change(student, expected)
+        own_weight = weights_to_fit(student, lambda _name: None)
+        fit_student(student, specs, own_weight, config, cache, place)
+        sqnr = weight_sqnr_db(student, list(specs), own_weight)
+        return expected, {"layers_changed": len(specs), "weight_sqnr_db": sqnr}
+
+    return change_student("convert", config, config.checkpoint, refit)
 
 
-def refit(
-    config: ConvertConfig, student: nn.Module, plan: QuantPlan
-) -> tuple[QuantPlan, dict[str, float]]:
-    """Fit the layers whose format changes; return the plan, how many, and the weights' change."""
-    expected = read_plan(config.plan, model_tensors(student))
-    specs = layers_to_change(student, expected)
-    weight_of = weights_to_fit(student, lambda _name: None)
+def fit_student(
+    student: nn.Module,
+    specs: Mapping[str, TensorSpec],
+    weight_of: Callable[[str], Tensor],
+    config: FitConfig,
+    cache: TeacherCache | None,
+    place: Place,
+    base: str | None = None,
+) -> None:
+    """Fit layers of a student anew, in place, next to the full-precision model if it is there.
+
+    Args:
+        student: On the CPU.
+        specs: New formats by layer name.
+        weight_of: Returns the weight to fit, (O, I), of a layer's name.
+        config: How weights are fitted.
+        cache: Calibrates.
+        place: Where it is done.
+        base: Path of the full-precision model; None where the student is its own reference.
+    """
     task = FitTask(specs=specs, weight_of=weight_of, row_weights={})
     task.check()
-    device = Device.detect(config.device)
-    dtype = device.dtype_from_name(config.dtype)
-    cache = open_teacher_cache(config.cache_dir) if config.cache_dir else None
-    count = config.num_calibration_sequences(cache.seq_len) if cache else 0
-    with dense_parts_in(student, dtype):
-        fit_on_device(
-            student,
-            task,
-            fit=config.fit,
-            cache=cache,
-            count=count,
-            device=device,
-            dtype=dtype,
-        )
-    sqnr = weight_sqnr_db(student, list(specs), weight_of)
-    return expected, {"layers_changed": len(specs), "weight_sqnr_db": sqnr}
+    reference = None
+    if base is not None:
+        reference = load_base(base, place.dtype)
+        matching_layers(reference or student, student, specs)
+    with dense_parts_in(student, place.dtype):
+        batches = calibration_batches(cache, config)
+        fit_on_device(student, task, config, batches, place, reference)
 
 
 def layers_to_change(student: nn.Module, expected: QuantPlan) -> dict[str, TensorSpec]:
@@ -134,9 +145,7 @@ def weight_sqnr_db(
     return round(10 * math.log10(power / max(noise, 1e-300)), 2)
 
 
-def weights_to_fit(
-    student: nn.Module, weight_of: Callable[[str], Tensor | None]
-) -> Callable[[str], Tensor]:
+def weights_to_fit(student: nn.Module, weight_of: WeightOf) -> Callable[[str], Tensor]:
     """Return a function from a layer's name to the weight to fit: the given one, else its own."""
     layers = quantized_layers(student)
 
@@ -154,26 +163,26 @@ def convert_q4_to_q2(config: ConvertQ4ToQ2Config) -> StudentResult:
         ValueError: If the checkpoint is no student, or the output cannot hold the result.
     """
     started = time.perf_counter()
-    device = Device.detect(config.device)
-    dtype = device.dtype_from_name(config.dtype)
-    say(device.describe())
+    place = Place.of(config)
     opened = open_checkpoint(config.q4_checkpoint, model_id=config.model_id)
     require_other("--q4-checkpoint", opened.path, config.output)
-    header = require_student(config, opened)
+    header = opened.require_student(
+        f"--q4-checkpoint {config.q4_checkpoint}", "`qat init-student` makes a 4-bit student of it"
+    )
+    previous = kind_specs(header.plan)
+    rank = spec.rank if (spec := previous.get("attention")) else 0
+    if config.q4_rank not in (None, rank):
+        say(f"--q4-rank {config.q4_rank}: the checkpoint's attention scales have rank {rank}")
     base = base_of(config, header)
-    cache = open_cache(
-        config.cache_dir, opened.text_folder, vocabulary_size(opened.text_folder), base["weights"]
-    )
+    cache = open_cache(config.cache_dir, opened.text_folder, base["weights"])
     fingerprint = cache and cache.fingerprint
-    made_by = recipe(
-        "convert-q4-to-q2", config, q4=header.sha256, base=base["weights"], cache=fingerprint
-    )
-    q2_specs(kind_specs(header.plan), config)  # refuses what cannot be, before long work
-    done = finished(config.output, made_by)
-    if done is not None:
-        return already_made(config.output, done)
+    read = {"q4": header.sha256, "base": base["weights"], "cache": fingerprint}
+    made_by = recipe("convert-q4-to-q2", config, **read)
+    q2_specs(previous, config)  # refuses what cannot be, before long work
+    if (done := finished(config.output, made_by)) is not None:
+        return done_before(config.output, done)
     weight_of = latent_or_base_weights(opened, base)
-    student, plan = fit_q2(config, opened, base, cache, device, dtype)
+    student, plan = fit_q2(config, opened, weight_of, base["path"], cache, place)
     header = replace(
         header,
         plan=plan.to_dict(),
@@ -188,27 +197,8 @@ def convert_q4_to_q2(config: ConvertQ4ToQ2Config) -> StudentResult:
         cache=cache if config.eval else None,
         write=partial(write_student, text_source=opened.text_folder, weight_of=weight_of),
         started=started,
-        device=device,
-        dtype=dtype,
+        place=place,
     )
-
-
-def require_student(config: ConvertQ4ToQ2Config, opened: Checkpoint) -> CheckpointHeader:
-    """Return the header of the 4-bit student.
-
-    Raises:
-        ValueError: If the checkpoint is a full-precision model.
-    """
-    if opened.header is None:
-        raise ValueError(
-            f"--q4-checkpoint {config.q4_checkpoint} is a full-precision model; "
-            "`qat init-student` makes a 4-bit student of it"
-        )
-    spec = kind_specs(opened.header.plan).get("attention")
-    rank = spec.rank if spec else 0
-    if config.q4_rank not in (None, rank):
-        say(f"--q4-rank {config.q4_rank}: the checkpoint's attention scales have rank {rank}")
-    return opened.header
 
 
 def base_of(config: ConvertQ4ToQ2Config, header: CheckpointHeader) -> dict[str, str]:
@@ -236,43 +226,28 @@ def base_of(config: ConvertQ4ToQ2Config, header: CheckpointHeader) -> dict[str, 
 def fit_q2(
     config: ConvertQ4ToQ2Config,
     opened: Checkpoint,
-    base: Mapping[str, str],
+    weight_of: WeightOf,
+    base: str,
     cache: TeacherCache | None,
-    device: Device,
-    dtype: torch.dtype,
+    place: Place,
 ) -> tuple[nn.Module, QuantPlan]:
     """Return the converted student, on the CPU, and its plan."""
-    student, header = load_model(opened.path, model_id=config.model_id)
-    plan = plan_from_dict(header.plan, model_tensors(student))
+    student = opened.load()
+    plan = plan_from_dict(opened.header.plan, model_tensors(student))
     kinds = {kind: plan.spec_of_kind(kind) for kind in ("mlp", "attention")}
     specs = q2_specs(kinds, config)
+    layers = {
+        name: kind for name in quantized_layers(student) if (kind := tensor_kind(name)) in specs
+    }
     fitted = {
         name: specs[kind]
-        for name in quantized_layers(student)
-        if (kind := tensor_kind(name)) in specs and not is_kept(kind, kinds[kind], specs[kind])
+        for name, kind in layers.items()
+        if kind == "mlp" or not is_kept(kinds[kind], specs[kind])
     }
-    weight_of = weights_to_fit(student, latent_or_base_weights(opened, base))
-    task = FitTask(specs=fitted, weight_of=weight_of, row_weights={})
-    task.check()
-    model = load_base(base["path"], dtype)
-    matching_layers(model or student, student, fitted)
-    with dense_parts_in(student, dtype):
-        fit_on_device(
-            student,
-            task,
-            fit=config.fit,
-            cache=cache,
-            count=config.num_calibration_sequences(cache.seq_len) if cache is not None else 0,
-            device=device,
-            dtype=dtype,
-            reference=model,
-        )
+    weight_of = weights_to_fit(student, weight_of)
+    fit_student(student, fitted, weight_of, config, cache, place, base)
     widen_attention(student, specs["attention"])
-    changed = {
-        name: specs[tensor_kind(name)]
-        for name in quantized_layers(student)
-        if tensor_kind(name) in specs
-    }
+    changed = {name: specs[kind] for name, kind in layers.items()}
     return student, plan.with_specs(changed, name=q2_name(specs, config))
 
 
@@ -325,10 +300,8 @@ def attention_spec(previous: TensorSpec, config: ConvertQ4ToQ2Config) -> TensorS
     return make_spec(bits, group_size=previous.group_size or 32, rank=rank)
 
 
-def is_kept(kind: str, previous: TensorSpec, spec: TensorSpec) -> bool:
+def is_kept(previous: TensorSpec, spec: TensorSpec) -> bool:
     """Return whether layers keep their weights to the bit: as they are, or with a larger rank."""
-    if kind == "mlp":
-        return False
     return previous == spec or (
         0 < previous.rank < spec.rank and previous.with_rank(spec.rank) == spec
     )

@@ -88,7 +88,6 @@ def fit_by_decoder_layers(
     batches: Sequence[Batch],
     *,
     reference: nn.Module | None = None,
-    token_weights: dict[str, list[Tensor]] | None = None,
     dtype: torch.dtype,
 ) -> None:
     """Put fitted layers in the place of a model's, in the order of its forward pass.
@@ -98,7 +97,6 @@ def fit_by_decoder_layers(
         task: What is fitted.
         batches: Token ids, (B, T) each, on the model's device.
         reference: The full-precision model; the model itself as it comes when not given.
-        token_weights: How much each token counts for each linear, as `walk_decoder_layers` takes.
         dtype: Compute dtype of the walk.
 
     Raises:
@@ -114,9 +112,7 @@ def fit_by_decoder_layers(
 
     head = head_weight(model, task.specs)
     body = [name for name in task.specs if NUMBERED.search(name)]
-    walk = walk_decoder_layers(
-        model, body, batches, head=head, reference=reference, token_weights=token_weights
-    )
+    walk = walk_decoder_layers(model, body, batches, head=head, reference=reference)
     for names, statistics in walk if body or head else ():
         for name in names:
             progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)

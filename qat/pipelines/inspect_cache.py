@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from qat.cache.config import InspectCacheConfig
 from qat.cache.read import TeacherCache
@@ -48,7 +49,9 @@ def inspect_cache(config: InspectCacheConfig) -> InspectCacheResult:
     return InspectCacheResult(cache=cache.folder, plot=config.plot, **values)
 
 
-def show_sample(cache: TeacherCache, sequence_id: int, tokenizer: Any | None) -> None:
+def show_sample(
+    cache: TeacherCache, sequence_id: int, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
     """Show a sequence's first tokens, each with what the teacher expects after it."""
 
     def text_of(token_id: int) -> str:

@@ -14,7 +14,7 @@ from qat.export.runtimes import CONTEXT_TOKENS, RuntimeModel, open_runtime
 from qat.model.load import load_tokenizer
 from qat.model.surgery import hold_weights
 from qat.pipelines.open_cache import open_teacher_cache
-from qat.pipelines.open_checkpoint import load_model, open_checkpoint
+from qat.pipelines.open_checkpoint import open_checkpoint
 from qat.tracking.messages import say
 
 SHOWN_NUMBERS = ("kl_nats", "kl_nats_lower", "perplexity", "top1_agreement")
@@ -55,7 +55,7 @@ def check_parity(config: ParityConfig) -> ParityResult:
     prompts = read_prompts(config)
     name, runtime = open_runtime(config.export)
     opened = open_checkpoint(config.checkpoint, model_id=config.model_id)
-    student, _header = load_model(config.checkpoint, model_id=config.model_id)
+    student = opened.load()
     hold_weights(student, torch.float32)
     tokenizer = load_tokenizer(opened.text_folder)
     longest = CONTEXT_TOKENS - config.num_new_tokens

@@ -131,8 +131,8 @@ def training_batches(
     cache: TeacherCache,
     config: TrainConfig,
     device: torch.device,
-    *,
     start_step: int,
+    *,
     vocab_size: int | None = None,
 ) -> Iterator[Batch]:
     """Yield micro-batches on the device without end, from the first of a step on.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qat.cli.fetch import main
+from qat.cli.commands import main
 from qat.pipelines.fetch import FetchConfig, fetch
 from qat.pipelines.push import PushConfig, push
 from qat.storage import stores
@@ -57,7 +57,7 @@ def stored(here, cache, student):
 
 def run(capsys, *argv):
     """Return exit code, closing values and what was said."""
-    code = main(list(argv))
+    code = main("fetch", list(argv))
     out, err = capsys.readouterr()
     return code, json.loads(out) if out else None, err
 

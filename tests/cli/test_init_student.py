@@ -107,14 +107,6 @@ def test_a_cache_calibrates_without_measuring(run, path, tmp_path):
     assert read_header(tmp_path / "s").cache_fingerprint is not None
 
 
-def test_a_guided_fit_weighs_tokens(run, path, tmp_path):
-    """Another student than the plain Hessian's comes out, and it is measured."""
-    flags = {"model": path.teacher, "cache_dir": path.cache, "plan": "q4a4"}
-    done = run("init-student", output=tmp_path / "s", fit="guided", **flags)
-    assert done.code == 0, done.said
-    assert done.closing["kl_nats_lower"] != path.closing["q4"]["kl_nats_lower"]
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from qat.cli.push import main
+from qat.cli.commands import main
 from qat.storage.archive import extract_archive, sidecar
 from tests.tiny import save_tiny, tiny_cache, tiny_llama
 
@@ -34,7 +34,7 @@ def store(tmp_path, monkeypatch):
 
 
 def run(capsys, *argv):
-    code = main([str(word) for word in argv])
+    code = main("push", [str(word) for word in argv])
     out, err = capsys.readouterr()
     return code, json.loads(out) if out else None, err
 

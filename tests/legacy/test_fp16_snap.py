@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qat.cli.snap_fp16 import main
+from qat.cli.commands import main
 from qat.legacy.fp16_snap import snap_student
 from qat.model.checkpoint import CheckpointHeader, bits_per_weight, write_checkpoint
 from qat.model.surgery import quantized_layers
@@ -39,7 +39,7 @@ def made(tmp_path):
 
 
 def run(source, output, *flags):
-    return main(["--checkpoint", str(source), "--output", str(output), *flags])
+    return main("snap-fp16", ["--checkpoint", str(source), "--output", str(output), *flags])
 
 
 @pytest.mark.parametrize("maker", [make_v1, make_v2])

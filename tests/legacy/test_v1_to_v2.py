@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from qat.cli.convert_v1_to_v2 import main
+from qat.cli.commands import main
 from qat.legacy.v1_to_v2 import remove_floors
 from qat.model.surgery import quantized_layers
 from qat.pipelines.open_checkpoint import load_model
@@ -27,7 +27,9 @@ def product_of(made, name):
 
 
 def run(made, output, *flags):
-    return main(["--v1-checkpoint", str(made.file), "--output", str(output), *flags])
+    return main(
+        "convert-v1-to-v2", ["--v1-checkpoint", str(made.file), "--output", str(output), *flags]
+    )
 
 
 @pytest.mark.parametrize("name", ["v2.pt", "native"])
