@@ -97,11 +97,7 @@ def find_function(pipeline: str | Callable[[Config], object]) -> Callable[[Confi
 
 
 def take_config(words: list[str], config_type: type[Config]) -> Config | None:
-    """Take `--config FILE` out of a command line; return the config that the file records.
-
-    Raises:
-        ValueError: If there is no such file, it records no config, or a key is unknown.
-    """
+    """Take `--config FILE` out of a command line; return the config that the file records."""
     places = [n for n, word in enumerate(words) if word == "--config" or word[:9] == "--config="]
     if not places:
         return None
@@ -127,11 +123,7 @@ def parse_flags(
     *,
     has_config_flag: bool = False,
 ) -> Config:
-    """Return the config that the flags ask for, over a recorded one if it is given.
-
-    Raises:
-        ValueError: If a flag or its value is wrong, on one line.
-    """
+    """Return the config that the flags ask for, over a recorded one if it is given."""
     import tyro
 
     settings = {} if recorded is None else {"default": recorded}
@@ -156,11 +148,7 @@ def flag_error(box: str, name: str) -> str:
 
 
 def closing_line(result: object) -> str:
-    """Return a result, a dataclass or a dict, as one line of JSON; paths become strings.
-
-    Raises:
-        ValueError: If a number is not finite, which JSON cannot hold; names its key.
-    """
+    """Return a result, a dataclass or a dict, as one line of JSON; paths become strings."""
     values = result
     if is_dataclass(result) and not isinstance(result, type):
         values = result.to_json() if hasattr(result, "to_json") else asdict(result)

@@ -13,7 +13,7 @@ PIPELINES = {
     "convert-cache": ("cache.config:ConvertCacheConfig", "convert_cache:convert_cache"),
     "pack": ("pipelines.pack:PackConfig", "pack:pack"),
     "push": ("pipelines.push:PushConfig", "push:push"),
-    "plan": ("pipelines.plan_config:PlanConfig", "plan:plan"),
+    "plan": ("pipelines.quantize_config:PlanConfig", "plan:plan"),
     "init-student": ("pipelines.quantize_config:InitStudentConfig", "quantize:quantize"),
     "convert-q4-to-q2": (
         "pipelines.quantize_config:ConvertQ4ToQ2Config",

@@ -6,15 +6,14 @@ has the keys below and dense parts keep their Hugging Face names. `seed_layer` s
 Shape legend: O out, I in, R rank, C codebook values.
 """
 
-import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from qat.legacy.torch_file import read_torch_file
 from qat.quant.spec import TensorSpec
 from qat.storage.files import fingerprint, read_json, sha256_of_file
 
@@ -69,9 +68,6 @@ def find_seed_file(path: Path) -> Path | None:
     """Return the seeds' checkpoint that a path stands for: the file, or the best one in a folder.
 
     A folder nested in a folder, and a `run` in it, are looked into.
-
-    Raises:
-        ValueError: If a folder has several and none is the best.
     """
     if path.is_file():
         return path if path.suffix == ".pt" else None
@@ -118,21 +114,8 @@ def open_seed_checkpoint(file: Path) -> SeedCheckpoint:
 
 
 def load_state(file: Path) -> tuple[Parts, dict[str, Any]]:
-    """Return a torch file's state dict and the config that it may carry.
-
-    Raises:
-        ValueError: If it is cut, or holds anything but tensors.
-    """
-    try:
-        try:
-            stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError, OSError):  # older than torch's zip form
-            stored = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{file} cannot be read as tensors ({reason}); give a state dict, or fetch it again"
-        ) from error
+    """Return a torch file's state dict and the config that it may carry."""
+    stored = read_torch_file(file)
     config: dict[str, Any] = {}
     if isinstance(stored, dict) and isinstance(stored.get("model_state_dict"), dict):
         config, stored = stored.get("config") or {}, stored["model_state_dict"]
@@ -211,14 +194,7 @@ def seed_config(
     ranks: dict[str, int],
     model_id: str,
 ) -> dict[str, Any]:
-    """Return config.json of a V2 checkpoint, with a preset's name where sizes are a preset's.
-
-    Args:
-        mlp: Format of MLP layers.
-        attention: Format of attention layers.
-        ranks: Of both kinds, as written.
-        model_id: Of the full-precision model.
-    """
+    """Return config.json of a V2 checkpoint, with a preset's name where sizes are a preset's."""
     sizes = (2**mlp.bits, ranks["mlp"], 2**attention.bits, ranks["attention"])
     preset = next((name for name, preset in PRESETS.items() if preset == sizes), None)
     return {

@@ -46,11 +46,7 @@ ACTIVATIONS = {"identity": lambda magnitude: magnitude, **POSITIVE}
 
 
 def read_factors(checkpoint: SeedCheckpoint, name: str) -> LowRank:
-    """Return the factors whose product is a layer's scales, as the seeds' forward makes them.
-
-    Raises:
-        ValueError: If shapes disagree or a number is not finite; names the key.
-    """
+    """Return the factors whose product is a layer's scales, as the seeds' forward makes them."""
     parts, config = checkpoint.layers[name], checkpoint.config
     check_shapes(checkpoint, name)
     scale_a, scale_b = parts[SCALE_A].float(), parts[SCALE_B].float()
@@ -84,11 +80,7 @@ def unit_directions(scale_a: Tensor, magnitude: Tensor, scale_b: Tensor) -> LowR
 
 
 def choice(config: dict[str, Any], key: str, default: str, known: dict[str, Any]) -> Any:
-    """Return what a word of config.json stands for.
-
-    Raises:
-        ValueError: If the word is unknown.
-    """
+    """Return what a word of config.json stands for."""
     word = config.get(key, default)
     if word not in known:
         raise ValueError(f"config.json has {key} {word!r}; known are {', '.join(known)}")
@@ -137,9 +129,6 @@ def frozen_indices(name: str, parts: Parts, scale: Tensor) -> Tensor:
 
     Their forward reads the values `_Q`, so these decide; else the indices; else what the latent
     weight rounds to, as their training does where a checkpoint has neither.
-
-    Raises:
-        ValueError: If a value is not in the codebook or an index outside it.
     """
     codebook, order = parts[CODEBOOK].float().flatten().sort()
     if VALUES in parts and CODEBOOK_STEPS not in parts:

@@ -82,11 +82,7 @@ def seed_rules(checkpoint: SeedCheckpoint) -> PlanRules:
 
 
 def rules_of(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> PlanRules:
-    """Return the plan of a checkpoint whose layers of one kind agree in bits and rank.
-
-    Raises:
-        ValueError: If they do not, or a layer is of no known kind; names it.
-    """
+    """Return the plan of a checkpoint whose layers of one kind agree in bits and rank."""
     specs: dict[str, TensorSpec] = {}
     firsts: dict[str, str] = {}
     dtypes = stored_dtypes(checkpoint, factors)
@@ -117,11 +113,7 @@ def rules_of(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> PlanRul
 
 
 def bits_of(name: str, parts: Parts) -> int:
-    """Return the bits per index that a codebook's length stands for.
-
-    Raises:
-        ValueError: If it is no power of two within 4 .. 256.
-    """
+    """Return the bits per index that a codebook's length stands for."""
     count = parts[CODEBOOK].numel()
     bits = count.bit_length() - 1
     if count != 2**bits or not 2 <= bits <= 8:
@@ -172,11 +164,7 @@ def fill_layer(
 def fill_dense(
     model: nn.Module, checkpoint: SeedCheckpoint, base: Path, dtype: torch.dtype
 ) -> None:
-    """Put dense parts in place, from the checkpoint or, where it has none, from the base model.
-
-    Raises:
-        ValueError: If a key is missing or unknown, or a tied head differs from the embedding.
-    """
+    """Put dense parts in place, from the checkpoint or, where it has none, from the base model."""
     targets = dense_targets(model)
     dense = checkpoint.dense or read_dense(base, list(targets))
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
@@ -238,12 +226,7 @@ def write_seed_checkpoint(
 
 
 def config_of_student(model: nn.Module, model_id: str) -> dict[str, Any]:
-    """Return config.json of a student in the seeds' form, without notes of ours.
-
-    Args:
-        model: The student.
-        model_id: Of the full-precision model, as a later `--model-id`.
-    """
+    """Return config.json of a student in the seeds' form, without notes of ours."""
     layers = quantized_layers(model)
     specs = {tensor_kind(name): layer.spec for name, layer in layers.items()}
     return seed_config(specs["mlp"], specs["attention"], common_ranks(layers), model_id)

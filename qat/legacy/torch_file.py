@@ -1,4 +1,4 @@
-"""State dicts written as torch files one tensor at a time.
+"""State dicts read from torch files, and written one tensor at a time.
 
 `torch.save` holds all tensors at once, which for the seeds' form is thirteen times the student. The
 file is the same: a zip of records, and of `data.pkl`, in which tensors refer to records.
@@ -54,6 +54,24 @@ class RecordPickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
         """Return a storage's words, None for anything else."""
         return obj.words if isinstance(obj, Storage) else None
+
+
+def read_torch_file(file: Path) -> object:
+    """Return what a torch file holds, mapped; files older than torch's zip form are read whole.
+
+    Raises:
+        ValueError: If it is cut, or holds code.
+    """
+    try:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError, OSError):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file} cannot be read as tensors ({reason}); fetch it again, or give another"
+        ) from error
 
 
 def write_torch_file(path: Path, tensors: Iterable[tuple[str, Tensor | str]]) -> None:

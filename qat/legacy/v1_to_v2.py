@@ -49,9 +49,6 @@ def remove_floors(student: nn.Module) -> FloorReport:
     """Take the floor from under a student's scales, in place.
 
     Low-rank factors become unit directions and magnitudes.
-
-    Raises:
-        ValueError: If no layer has a floor.
     """
     report = FloorReport()
     layers = quantized_layers(student)

@@ -64,14 +64,7 @@ class BenchmarkResult:
 
 
 def benchmark(config: BenchmarkConfig) -> BenchmarkResult | dict[str, Any]:
-    """Measure training steps by batch size; with `probe`, one batch size in this process.
-
-    Returns:
-        The result; with `probe` the values that `batch_probe` measures.
-
-    Raises:
-        ValueError: If no batch fits, or a process fails for another reason than memory.
-    """
+    """Measure training steps by batch size; with `probe`, one batch size in this process."""
     if config.probe is not None:
         return describe(config) if config.probe == 0 else probe(config)
     # This process never opens the device: some can be held by one process only.

@@ -37,13 +37,7 @@ class BuildCacheResult:
 
 
 def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
-    """Build the cache, continue a build that was cut short, or find the whole cache.
-
-    Raises:
-        ValueError: If the data, the tokenizer or a setting cannot be used.
-        FileNotFoundError: If the teacher or the data do not exist.
-        CacheMismatch: If the folder holds another cache.
-    """
+    """Build the cache, continue a build that was cut short, or find the whole cache."""
     data_name = source_name(config.data)  # first, so that a wrong path is reported at once
     place = Place.of(config)
     device, dtype = place.device, place.dtype

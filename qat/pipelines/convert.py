@@ -51,11 +51,7 @@ WeightOf = Callable[[str], Tensor | None]
 
 
 def convert(config: ConvertConfig) -> StudentResult:
-    """Open a student, fit what changes, measure before and after, write.
-
-    Raises:
-        ValueError: If the plan does not fit, or nothing would change.
-    """
+    """Open a student, fit what changes, measure before and after, write."""
 
     def refit(
         student: nn.Module, _plan: QuantPlan, place: Place, cache: TeacherCache | None
@@ -102,12 +98,7 @@ def fit_student(
 
 
 def layers_to_change(student: nn.Module, expected: QuantPlan) -> dict[str, TensorSpec]:
-    """Return the expected format of each layer that has another, by name, in the model's order.
-
-    Raises:
-        ValueError: If the student has a layer dense that the plan quantizes or the other way
-            round, or nothing would change.
-    """
+    """Return the expected format of each layer that has another, by name, in the model's order."""
     layers = quantized_layers(student)
     for name in expected.quantized:
         if name not in layers:
@@ -157,11 +148,7 @@ def weights_to_fit(student: nn.Module, weight_of: WeightOf) -> Callable[[str], T
 
 
 def convert_q4_to_q2(config: ConvertQ4ToQ2Config) -> StudentResult:
-    """Open a 4-bit student, fit its MLP layers anew, measure, write.
-
-    Raises:
-        ValueError: If the checkpoint is no student, or the output cannot hold the result.
-    """
+    """Open a 4-bit student, fit its MLP layers anew, measure, write."""
     started = time.perf_counter()
     place = Place.of(config)
     opened = open_checkpoint(config.q4_checkpoint, model_id=config.model_id)
@@ -202,11 +189,7 @@ def convert_q4_to_q2(config: ConvertQ4ToQ2Config) -> StudentResult:
 
 
 def base_of(config: ConvertQ4ToQ2Config, header: CheckpointHeader) -> dict[str, str]:
-    """Return path, name and weights' hash of the full-precision model; what is known of one gone.
-
-    Raises:
-        ValueError: If the path that the 4-bit student names holds other weights by now.
-    """
+    """Return path, name and hash of the full-precision model; what is known of one gone."""
     path = config.model_id or header.base_model["path"]
     try:
         found = {"path": path, **model_identity(path)}
@@ -254,11 +237,7 @@ def fit_q2(
 def q2_specs(
     previous: Mapping[str, TensorSpec | None], config: ConvertQ4ToQ2Config
 ) -> dict[str, TensorSpec]:
-    """Return the formats of MLP and attention after the conversion.
-
-    Raises:
-        ValueError: If a kind has several formats, or the output's form cannot hold one that stays.
-    """
+    """Return the formats of MLP and attention after the conversion."""
     several = [kind for kind in ("mlp", "attention") if previous.get(kind) is None]
     if several:
         raise ValueError(
@@ -308,11 +287,7 @@ def is_kept(previous: TensorSpec, spec: TensorSpec) -> bool:
 
 
 def matching_layers(model: nn.Module, student: nn.Module, names: Iterable[str]) -> None:
-    """Refuse a full-precision model that is not the one of a student's layers.
-
-    Raises:
-        ValueError: If the model has no such layer or one of another size; names it.
-    """
+    """Refuse a full-precision model that is not the one of a student's layers."""
     found, layers = dict(model.named_modules()), quantized_layers(student)
     for name in names:
         expected = (layers[name].out_features, layers[name].in_features)

@@ -54,12 +54,7 @@ class EvaluateResult:
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
-    """Load a model, measure it, return its numbers.
-
-    Raises:
-        FileNotFoundError: If a checkpoint, cache or text is not there.
-        ValueError: If they do not belong together.
-    """
+    """Load a model, measure it, return its numbers."""
     place = Place.of(config)
     device, dtype = place.device, place.dtype
     opened = open_checkpoint(config.checkpoint, model_id=config.model_id)

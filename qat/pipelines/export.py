@@ -50,12 +50,7 @@ class ExportResult:
 
 
 def export(config: ExportConfig) -> ExportResult:
-    """Load a student, write it in a format, read it back, compare, and write its model card.
-
-    Raises:
-        ValueError: If the output exists, the format cannot hold the student exactly, or a tensor
-            reads back otherwise.
-    """
+    """Load a student, write it in a format, read it back, compare, and write its model card."""
     if config.output.exists():
         raise ValueError(f"--output {config.output} exists; remove it or name another")
     opened = open_checkpoint(config.checkpoint, model_id=config.model_id)

@@ -98,9 +98,6 @@ def fit_by_decoder_layers(
         batches: Token ids, (B, T) each, on the model's device.
         reference: The full-precision model; the model itself as it comes when not given.
         dtype: Compute dtype of the walk.
-
-    Raises:
-        ValueError: If a layer cannot be fitted; names the layer.
     """
     progress = tqdm(total=len(task.specs), desc="fit", unit="layer")
 

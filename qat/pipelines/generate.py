@@ -34,12 +34,7 @@ class GenerateResult:
 
 
 def generate(config: GenerateConfig) -> GenerateResult:
-    """Load a model and answer with it.
-
-    Raises:
-        FileNotFoundError: If a checkpoint or file is not there.
-        ValueError: If a prompt does not fit the model, or a file is of another form.
-    """
+    """Load a model and answer with it."""
     if config.data is not None:
         read_rows(config.data)
     place = Place.of(config)

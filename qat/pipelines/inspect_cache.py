@@ -26,13 +26,7 @@ class InspectCacheResult(CacheSummary):
 
 
 def inspect_cache(config: InspectCacheConfig) -> InspectCacheResult:
-    """Show what a cache holds; its shards are checked on the way.
-
-    Raises:
-        ValueError: If the sequence does not exist.
-        FileNotFoundError: If there is no whole cache.
-        CacheMismatch: If the tokenizer is not the teacher's, or a file was altered.
-    """
+    """Show what a cache holds; its shards are checked on the way."""
     cache = open_teacher_cache(config.cache)
     if not 0 <= config.sequence < cache.num_sequences:
         raise ValueError(f"--sequence {config.sequence} is outside 0..{cache.num_sequences - 1}")

@@ -8,16 +8,7 @@ from qat.model.load import load_tokenizer, vocabulary_size
 
 
 def open_teacher_cache(path: str | Path, *, head: Head | None = None) -> TeacherCache:
-    """Open a cache of either form, also where it is nested in a folder.
-
-    Args:
-        path: The cache's folder.
-        head: As in `TeacherCache.open`.
-
-    Raises:
-        FileNotFoundError: If there is no whole cache.
-        CacheMismatch: If its manifest was altered or a shard has another size.
-    """
+    """Open a cache of either form, also where it is nested in a folder."""
     folder = find_cache_folder(Path(path), lambda found: is_native(found) or is_seed_cache(found))
     if is_native(folder):
         return TeacherCache.open(folder, head=head)

@@ -61,11 +61,7 @@ class Checkpoint:
         return read_seed_student(open_seed_checkpoint(self.path), self.text_folder, dtype=dtype)
 
     def require_student(self, flag: str, remedy: str) -> CheckpointHeader:
-        """Return the header of a student.
-
-        Raises:
-            ValueError: If this is a full-precision model; names the flag and the remedy.
-        """
+        """Return the header of a student."""
         if self.header is None:
             raise ValueError(f"{flag} is a full-precision model; {remedy}")
         return self.header
@@ -113,9 +109,6 @@ def find_base(stored: SeedCheckpoint, model_id: str | None) -> tuple[str, Path]:
     """Return name and folder of the full-precision model of a seeds' checkpoint.
 
     A folder that its config names is looked for from here, next to the file and next to its run.
-
-    Raises:
-        FileNotFoundError: If there is none.
     """
     named = model_id or stored.config.get("model_id")
     if not named:
@@ -147,11 +140,6 @@ def checkpoint_path(checkpoint: str | Path) -> Path:
     """Return the folder or `.pt` file of a checkpoint: a run stands for its best student.
 
     Archives are extracted next to themselves, again where an archive has changed.
-
-    Raises:
-        FileExistsError: If a folder is there that was not extracted from the archive.
-        FileNotFoundError: If there is neither a folder nor a hub model of that name.
-        ValueError: If it is a file of another kind, or several checkpoints.
     """
     path = Path(checkpoint)
     if path.is_file() and path.name.endswith(SUFFIXES):

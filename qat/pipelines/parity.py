@@ -47,11 +47,7 @@ class ParityResult:
 
 
 def check_parity(config: ParityConfig) -> ParityResult:
-    """Compare a student with its exported file in the runtime that takes such files.
-
-    Raises:
-        ValueError: If the prompts are empty, or no runtime on this machine takes the file.
-    """
+    """Compare a student with its exported file in the runtime that takes such files."""
     prompts = read_prompts(config)
     name, runtime = open_runtime(config.export)
     opened = open_checkpoint(config.checkpoint, model_id=config.model_id)
@@ -90,11 +86,7 @@ def measure_on_cache(
 
 
 def read_prompts(config: ParityConfig) -> list[str]:
-    """Return the prompts to compare, in the file's order.
-
-    Raises:
-        ValueError: If the file holds none.
-    """
+    """Return the prompts to compare, in the file's order."""
     lines = config.prompts.read_text(encoding="utf-8").splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:

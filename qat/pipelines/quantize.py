@@ -37,12 +37,7 @@ LINEARS = (nn.Linear, FakeQuantLinear)
 
 
 def quantize(config: InitStudentConfig) -> StudentResult:
-    """Load a model, calibrate, fit every weight of the plan, measure, write.
-
-    Raises:
-        ValueError: If the plan does not fit the model, or the cache is of another teacher.
-        FileNotFoundError: If the model or the cache is not there.
-    """
+    """Load a model, calibrate, fit every weight of the plan, measure, write."""
     started = time.perf_counter()
     place = Place.of(config)
     base, folder = model_identity(config.model), model_folder(config.model)

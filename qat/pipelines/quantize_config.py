@@ -1,4 +1,4 @@
-"""Flags of the commands that make students."""
+"""Flags of the commands that plan and make students."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +184,27 @@ class SnapFp16Config(ExactConfig):
         require_other("--checkpoint", self.checkpoint, self.output)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """Show what a plan gives each tensor of a model, and the bytes of the file that it makes.
+
+    Reads the model's config only, never its weights.
+    """
+
+    model: str
+    """Hugging Face folder or hub name of the full-precision model."""
+    plan: str = "q4a4"
+    """A preset (q2a4, q4a4_r32, deploy), formats of MLP and attention joined by a plus
+    (gguf:q2_0+gguf:q4_0), rules (q2a4, embed=int4-g32, layers.0.*=gguf:q8_0), or a JSON file. Rules
+    are PATTERN=FORMAT joined by commas, the last that matches a tensor decides; patterns are mlp,
+    attention, embed, head, linears, all, or shell patterns for parameter names."""
+    to: Literal["gguf", "tensors"] = "tensors"
+    """gguf: file_bytes is that of the GGUF file, tokenizer and keys included. tensors: of all
+    tensors together."""
+    save: Path | None = None
+    """File to write the plan to, as JSON that --plan takes."""
+
+
 def require_other(flag: str, source: Path, output: Path) -> None:
     """Refuse an output that is the input."""
     if output.resolve() == source.resolve():
@@ -191,11 +212,7 @@ def require_other(flag: str, source: Path, output: Path) -> None:
 
 
 def bits_of_size(flag: str, size: int) -> int:
-    """Return the bits per index of a codebook of so many values.
-
-    Raises:
-        ValueError: If it is no power of two within 4 .. 256; names the flag.
-    """
+    """Return the bits per index of a codebook of so many values."""
     bits = size.bit_length() - 1
     if not 2 <= bits <= 8 or size != 2**bits:
         raise ValueError(f"{flag} {size} is not one of 4, 8, .. 256; 4 is 2 bits, 16 is 4 bits")

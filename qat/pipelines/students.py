@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,10 +22,12 @@ from qat.model.checkpoint import (
 from qat.model.surgery import model_tensors, release_weights
 from qat.pipelines.open_cache import open_cache
 from qat.pipelines.open_checkpoint import latent_or_base_weights, open_checkpoint
-from qat.pipelines.place import Place, PlaceConfig
+from qat.pipelines.place import Place
 from qat.pipelines.quantize_config import (
     SEED_SUFFIX,
+    ConvertConfig,
     ConvertV1ToV2Config,
+    ExactConfig,
     SnapFp16Config,
     require_other,
 )
@@ -56,14 +58,6 @@ class StudentResult:
         return {"checkpoint": str(self.checkpoint), **self.metrics}
 
 
-class ChangeConfig(PlaceConfig, Protocol):
-    """What the commands that change a student are told."""
-
-    output: Path
-    model_id: str | None
-    cache_dir: Path | None
-
-
 def measure_and_write(
     model: nn.Module,
     header: CheckpointHeader,
@@ -84,7 +78,7 @@ def measure_and_write(
 
 def change_student(
     command: str,
-    config: ChangeConfig,
+    config: ConvertConfig | ExactConfig,
     checkpoint: Path,
     change: Change,
     *,
@@ -98,9 +92,6 @@ def change_student(
         checkpoint: The student.
         change: Changes the student in place; returns its plan and numbers for the result.
         is_float16: Whether every number that is written is a float16 one.
-
-    Raises:
-        ValueError: If the checkpoint is no student.
     """
     started = time.perf_counter()
     place = Place.of(config)
@@ -146,7 +137,7 @@ def snap_fp16(config: SnapFp16Config) -> StudentResult:
 
     def change(student: nn.Module, plan: QuantPlan, *_: object) -> tuple[QuantPlan, Numbers]:
         report = snap_student(student, bake=config.output.suffix == SEED_SUFFIX)
-        return plan.changed(lambda spec: spec.stored_as("float16")), report.values()
+        return plan.changed(lambda spec: spec.stored_as("float16")), asdict(report)
 
     return change_student("snap-fp16", config, config.checkpoint, change, is_float16=True)
 

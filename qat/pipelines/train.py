@@ -28,17 +28,17 @@ from qat.pipelines.open_checkpoint import (
 )
 from qat.pipelines.place import Place
 from qat.runtime.device import dtype_name, seeded
-from qat.storage.files import folder_lock
+from qat.storage.files import folder_lock, write_json
 from qat.tracking.messages import say
+from qat.tracking.record import CONFIG
 from qat.tracking.sinks import Tracker, open_tracker
 from qat.train.config import TrackingConfig, TrainConfig
 from qat.train.layerwise import layerwise_stage
-from qat.train.loop import Hooks, LoopIntervals, train_end_to_end
+from qat.train.loop import Hooks, train_end_to_end
 from qat.train.run_folder import (
     COMMAND,
     check_content,
     check_lengths,
-    claim_folder,
     copy_results,
     finished_run,
     make_trainer,
@@ -152,7 +152,7 @@ def take_run(run: Run) -> dict[str, Any]:
     device.place(model)
     weight_of = latent_or_base_weights(run.student, {**header.base_model, "path": base})
     record = record_of(config, run.identity, latent_start(config, model, weight_of))
-    claim_folder(folder, record)
+    write_json(folder / CONFIG, record)  # before anything that the run may resume from
     progress = Progress()
     if config.layerwise.sequences and not has_state(folder):
         progress.seconds = train_layer_by_layer(run, model, base, weight_of)
@@ -177,7 +177,7 @@ def take_run(run: Run) -> dict[str, Any]:
             device.torch_device,
             vocab_size=model.config.vocab_size,
         ),
-        loop_intervals(config),
+        config,
         make_hooks(run, trainer, track, keep),
         progress,
     )
@@ -250,17 +250,6 @@ def leave_seed_files(run: Run, base: str, weight_of: BaseWeights) -> None:
     say(f"in the seeds' form: {', '.join(names)}")
 
 
-def loop_intervals(config: TrainConfig) -> LoopIntervals:
-    """Return how often the loop does what is not a step."""
-    return LoopIntervals(
-        max_steps=config.max_steps,
-        accumulation_steps=config.accumulation_steps,
-        eval_steps=config.intervals.eval_steps,
-        log_steps=config.intervals.log_steps,
-        save_steps=config.intervals.save_steps,
-    )
-
-
 def make_hooks(run: Run, trainer: Trainer, track: Tracker, keep: Keep) -> Hooks:
     """Return what the loop calls: evaluation, tracking, saving, going back."""
     config, folder = run.config, run.config.output_dir
@@ -301,9 +290,4 @@ def wandb_settings(tracking: TrackingConfig) -> dict[str, Any] | None:
     """Return where the run goes at Weights & Biases, None where it does not."""
     if tracking.to != "wandb":
         return None
-    return {
-        "project": tracking.project,
-        "name": tracking.name,
-        "group": tracking.group,
-        "tags": tracking.tags,
-    }
+    return {name: getattr(tracking, name) for name in ("project", "name", "group", "tags")}

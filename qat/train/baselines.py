@@ -103,15 +103,7 @@ def rounded_layer(name: str, linear: nn.Linear, spec: TensorSpec) -> FakeQuantLi
 
 
 def make_case(case: str, model: nn.Module, dtype: torch.dtype, sync: Any) -> Trainer:
-    """Return the trainer of a case: MLP layers train, all else is frozen.
-
-    Args:
-        case: plain, fake-quant (group scales and latent weights train), formed or rank-by-rank
-            (low-rank scales train; weights formed once a step, or one matmul a rank).
-        model: Dense, on the device.
-        dtype: Compute dtype.
-        sync: Called once a step.
-    """
+    """Return the trainer of a case: MLP layers train, all else is frozen."""
     model.requires_grad_(False)
     make = Trainer
     if case == "plain":

@@ -80,11 +80,7 @@ def on_cpu(value: Any) -> Any:
 
 
 def save(values: dict[str, Any], path: Path) -> None:
-    """Write a state file.
-
-    Raises:
-        OSError: If it cannot be written whole.
-    """
+    """Write a state file."""
     try:
         torch.save(values, path)
     except RuntimeError as error:  # how torch reports a write that failed
@@ -103,11 +99,7 @@ def has_state(folder: Path) -> bool:
 
 @torch.no_grad()
 def read_state(folder: Path, trainer: Trainer) -> Progress:
-    """Put a run's state back into its model, optimizer and random generators.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
+    """Put a run's state back into its model, optimizer and random generators."""
     path = Path(folder) / STATE / "state.pt"
     values: dict[str, Any] = read_json(Path(folder) / STATE / "state.json")
     if sha256_of_file(path) != values.pop("sha256"):

@@ -103,7 +103,7 @@ def test_twice_is_once(made):
     snap_student(student)
     once = weights_of(student)
     report = snap_student(student, bake=True)
-    assert report.num_changed == 0
+    assert report.numbers_changed == 0
     assert all(torch.equal(once[name], weight) for name, weight in weights_of(student).items())
 
 
@@ -129,5 +129,5 @@ def test_the_count_is_of_numbers_that_changed():
         tensor.data = tensor.data.half().float()
     student.model.norm.weight.data[:3] = torch.tensor([1 + 2**-13, 1e-9, 1.0])
     report = snap_student(student)
-    assert (report.num_changed, report.num_lost) == (2, 1)
+    assert (report.numbers_changed, report.numbers_lost) == (2, 1)
     assert report.largest_change == 2**-13
