@@ -33,8 +33,8 @@ def logits(name, model):
 
 
 def worst(name, model):
-    found, wanted = logits(name, model)
-    return float((found - wanted).abs().max())
+    found, expected = logits(name, model)
+    return float((found - expected).abs().max())
 
 
 def cache_of(name):
@@ -67,8 +67,8 @@ def test_logits_are_theirs(name):
 def test_kd_loss_is_theirs(name, capsys):
     """Over the first 40 sequences of the cache, or all that it has."""
     found = measured(FIXTURES / name / "run", name, capsys)
-    wanted = read_json(FIXTURES / name / "expected.json")["kd_loss"]
-    assert abs(found["kd_loss"] - wanted) < 1e-6
+    expected = read_json(FIXTURES / name / "expected.json")["kd_loss"]
+    assert abs(found["kd_loss"] - expected) < 1e-6
 
 
 @pytest.mark.parametrize("name", [*SECOND, FIRST])
@@ -118,22 +118,22 @@ def test_q4_to_q2_in_the_seeds_words(output, tmp_path, capsys):
         *("--eval", "--cache-dir", cache_of(name), "--device", "cpu", "--dtype", "fp32"),
         capsys=capsys,
     )
-    wanted = {
+    expected = {
         *("checkpoint", "seconds", "peak_rss_bytes", "kl_nats_lower", "kd_loss"),
         *("bits_per_weight", "bits_per_weight_mlp", "bits_per_weight_model"),
     }
-    assert wanted <= found.keys()
+    assert expected <= found.keys()
     again = measured(found["checkpoint"], name, capsys, "--model-id", base)
-    for key in ("kl_nats_lower", "kd_loss", *(key for key in wanted if key.startswith("bits"))):
+    for key in ("kl_nats_lower", "kd_loss", *(key for key in expected if key.startswith("bits"))):
         assert again[key] == pytest.approx(found[key], rel=1e-3), key
     student, _ = load_model(found["checkpoint"], model_id=str(base))
     source, _ = load_model(FIXTURES / name / "run")
     for layer_name, layer in quantized_layers(student).items():
-        wanted = source.get_submodule(layer_name).fake_quantized_weight()
+        expected = source.get_submodule(layer_name).fake_quantized_weight()
         if "self_attn" in layer_name:
             assert layer.spec.rank == 8
-            error = (layer.fake_quantized_weight() - wanted).abs().max()
-            assert error < 1e-6 * wanted.abs().max()
+            error = (layer.fake_quantized_weight() - expected).abs().max()
+            assert error < 1e-6 * expected.abs().max()
         else:
             assert (layer.spec.bits, layer.spec.rank) == (2, 32)
     if output.endswith(".pt"):

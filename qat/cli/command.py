@@ -58,10 +58,10 @@ def run_command(
     """
     with messages_on_standard_error():
         try:
-            words = list(sys.argv[1:] if argv is None else argv)
-            recorded = take_config(words, config_type) if has_config_flag else None
+            arguments = list(sys.argv[1:] if argv is None else argv)
+            recorded = take_config(arguments, config_type) if has_config_flag else None
             config = parse_flags(
-                name, config_type, words, recorded, has_config_flag=has_config_flag
+                name, config_type, arguments, recorded, has_config_flag=has_config_flag
             )
             line = closing_line(find_function(pipeline)(config))
         except USER_ERRORS as error:
@@ -96,14 +96,14 @@ def find_function(pipeline: str | Callable[[Config], object]) -> Callable[[Confi
     return getattr(import_module(module), function)
 
 
-def take_config(words: list[str], config_type: type[Config]) -> Config | None:
+def take_config(arguments: list[str], config_type: type[Config]) -> Config | None:
     """Take `--config FILE` out of a command line; return the config that the file records."""
-    places = [n for n, word in enumerate(words) if word == "--config" or word[:9] == "--config="]
+    places = [n for n, one in enumerate(arguments) if one.partition("=")[0] == "--config"]
     if not places:
         return None
-    flag, _, path = words.pop(places[0]).partition("=")
-    if not path and places[0] < len(words):
-        path = words.pop(places[0])
+    flag, _, path = arguments.pop(places[0]).partition("=")
+    if not path and places[0] < len(arguments):
+        path = arguments.pop(places[0])
     if not Path(path).is_file():
         raise ValueError(f"{flag} {path or 'without a value'} is no file; give RUN/config.json")
     values = read_json(Path(path))

@@ -44,12 +44,9 @@ def snap_student(student: nn.Module, *, bake: bool = False) -> SnapReport:
     What lies on the grid already stays as it is.
 
     Args:
-        student: On the CPU; latent weights give way to their indices.
+        student: On the CPU; latent weights are replaced by their indices.
         bake: Also put magnitudes into A where everything lies on the grid already, for a form in
             which only that stays exact.
-
-    Raises:
-        ValueError: If a number is NaN or beyond float16, before anything is changed; names it.
     """
     layers = quantized_layers(student)
     dense = dense_targets(student)

@@ -11,7 +11,7 @@ from qat.benchmark.config import BenchConfig
 from qat.benchmark.probes import run_fresh
 from qat.benchmark.ratios import random_batch, time_steps
 from qat.model.load import load_dense
-from qat.pipelines.benchmark import as_words
+from qat.pipelines.benchmark import as_arguments
 from qat.reports.log import command_line
 from qat.runtime.device import Device
 from qat.runtime.memory import peak_rss_bytes
@@ -101,7 +101,7 @@ def measure_cache_and_conversion(config: BenchConfig) -> dict[str, float]:
 
 def in_fresh_process(command: str, flags: dict[str, Any]) -> dict[str, Any]:
     """Return the closing values of a command in a process of its own."""
-    result = run_fresh(as_words(command_line(f"qat {command}", flags, {})))
+    result = run_fresh(as_arguments(command_line(f"qat {command}", flags, {})))
     if result.get("status") == "OOM":
         raise ValueError(f"qat {command} does not fit into memory: {result['why']}")
     return result

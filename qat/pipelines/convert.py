@@ -34,13 +34,14 @@ from qat.pipelines.quantize_config import (
     bits_of_size,
     require_other,
 )
-from qat.pipelines.recipe import finished, recipe
 from qat.pipelines.students import (
     Numbers,
     StudentResult,
     change_student,
     done_before,
+    finished,
     measure_and_write,
+    recipe,
     write_student,
 )
 from qat.quant.plan import QuantPlan, int_spec, kind_specs, plan_from_dict, read_plan, tensor_kind
@@ -75,16 +76,10 @@ def fit_student(
     place: Place,
     base: str | None = None,
 ) -> None:
-    """Fit layers of a student anew, in place, next to the full-precision model if it is there.
+    """Fit the layers of `specs` to the weights of `weight_of`, in place.
 
-    Args:
-        student: On the CPU.
-        specs: New formats by layer name.
-        weight_of: Returns the weight to fit, (O, I), of a layer's name.
-        config: How weights are fitted.
-        cache: Calibrates.
-        place: Where it is done.
-        base: Path of the full-precision model; None where the student is its own reference.
+    Errors of earlier layers are measured against the full-precision model at `base`; without one
+    the student is its own reference.
     """
     task = FitTask(specs=specs, weight_of=weight_of, row_weights={})
     task.check()

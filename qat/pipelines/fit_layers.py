@@ -65,13 +65,7 @@ class FitTask:
 def fit_with_moments(
     model: nn.Module, task: FitTask, importance: Mapping[str, Tensor] | None
 ) -> None:
-    """Put fitted layers in the place of a model's, each by the second moments of its inputs.
-
-    Args:
-        model: Causal LM; its modules are replaced.
-        task: What is fitted.
-        importance: Second moments of each module's inputs by name, (I,); equal where not given.
-    """
+    """Put fitted layers in the place of a model's, each by the second moments of its inputs."""
     with tqdm(total=len(task.specs), desc="fit", unit="layer") as progress:
         for name in task.specs:
             progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)

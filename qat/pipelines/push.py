@@ -16,7 +16,7 @@ from qat.storage import archive, stores
 from qat.storage.registry import REGISTRY, Kind, StoredItem, read_registry
 from qat.tracking.messages import say
 
-LEFT_OUT = ("state", "wandb", "checkpoints")  # of a run: what only serves to go on with it
+LEFT_OUT = ("state", "wandb", "checkpoints")  # of a run: what only serves to resume it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,11 +22,12 @@ from qat.pipelines.fit_layers import (
 from qat.pipelines.open_cache import open_cache
 from qat.pipelines.place import Place
 from qat.pipelines.quantize_config import CALIBRATION_BATCH, FitConfig, InitStudentConfig
-from qat.pipelines.recipe import finished, recipe
 from qat.pipelines.students import (
     StudentResult,
     done_before,
+    finished,
     measure_and_write,
+    recipe,
     write_student,
 )
 from qat.quant.plan import QuantPlan, read_plan
@@ -101,15 +102,10 @@ def fit_on_device(
     place: Place,
     reference: nn.Module | None = None,
 ) -> None:
-    """Fit a task's weights on a device, by the method asked for.
+    """Fit a task's weights on a device, by the method that the config names.
 
-    Args:
-        model: Gets the layers; on the CPU before and after.
-        task: What is fitted.
-        config: Names the method.
-        batches: Calibrate; none count every weight alike.
-        place: Where it is done.
-        reference: The full-precision model where `model` is a student.
+    The model is on the CPU before and after. Without batches every weight counts alike; `reference`
+    is the full-precision model where `model` is a student.
     """
     if config.fit == "moments" or not batches:
         moments = second_moments(reference or model, task, batches, place.device)

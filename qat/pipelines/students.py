@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qat.cache.read import TeacherCache
 from qat.evaluate.on_cache import evaluate_on_cache
+from qat.legacy.checkpoint import open_seed_checkpoint, seed_notes
 from qat.legacy.fp16_snap import snap_student
 from qat.legacy.student import write_seed_checkpoint
 from qat.legacy.v1_to_v2 import remove_floors
@@ -17,6 +18,8 @@ from qat.model.checkpoint import (
     CheckpointHeader,
     bits_per_weight,
     dense_parts_in,
+    is_checkpoint,
+    read_header,
     write_checkpoint,
 )
 from qat.model.surgery import model_tensors, release_weights
@@ -28,16 +31,17 @@ from qat.pipelines.quantize_config import (
     ConvertConfig,
     ConvertV1ToV2Config,
     ExactConfig,
+    FitConfig,
     SnapFp16Config,
     require_other,
 )
-from qat.pipelines.recipe import finished, recipe
 from qat.quant.plan import QuantPlan, plan_from_dict
 from qat.quant.spec import TensorSpec
 from qat.runtime.memory import peak_rss_bytes
-from qat.storage.files import write_json
+from qat.storage.files import fingerprint, write_json
 from qat.tracking.messages import say
 from qat.tracking.record import SUMMARY, kl_name
+from qat.train.run_folder import first_difference
 
 Numbers = dict[str, float | int | None]
 Change = Callable[[nn.Module, QuantPlan, Place, TeacherCache | None], tuple[QuantPlan, Numbers]]
@@ -187,6 +191,42 @@ def write_student(
         return
     write_checkpoint(model, header, output, text_source=text_source)
     write_json(output / SUMMARY, header.metrics)  # so that `qat compare` shows it among the runs
+
+
+def recipe(command: str, config: FitConfig | ExactConfig, **identity: str | None) -> dict[str, Any]:
+    """Return what decides a student to the bit: settings and the identity of what was read.
+
+    Paths and devices do not decide; contents do.
+    """
+    skipped = {"output", "device", "model", "model_id", "cache_dir", "q4_rank"}
+    skipped |= {name for name in asdict(config) if name.endswith("checkpoint")}
+    settings = {k: v for k, v in asdict(config).items() if k not in skipped}
+    return {"command": command, "settings": settings, "read": identity}
+
+
+def finished(output: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the metrics of a student that the same recipe has made already, None for none."""
+    if is_checkpoint(output):
+        header = read_header(output)
+        previous, metrics = header.made_by, header.metrics
+    elif output.is_file() and output.suffix == SEED_SUFFIX:
+        try:
+            notes = seed_notes(open_seed_checkpoint(output))
+        except ValueError as error:
+            raise FileExistsError(f"--output {output} is there: {error}") from error
+        previous, metrics = notes.get("made_by", {}), notes.get("metrics", {})
+    elif output.exists() and (output.is_file() or any(output.iterdir())):
+        raise FileExistsError(f"--output {output} exists and is no student; choose another name")
+    else:
+        return None
+    if fingerprint(previous) == fingerprint(made_by):
+        return metrics
+    name, old, new = first_difference(previous, made_by)
+    difference = f"{name} {old} there, {new} here" if name else "settings not recorded there"
+    raise FileExistsError(
+        f"--output {output} holds a student that was made otherwise "
+        f"({difference}); choose another --output, or remove it"
+    )
 
 
 def done_before(output: Path, metrics: Numbers) -> StudentResult:

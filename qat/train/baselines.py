@@ -4,6 +4,7 @@ Plain fine-tuning is given its cheapest form: float32 master weights cast once a
 layers trained, the same loss, optimizer and batch. What is left over is fake quantization.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def rounded_layer(name: str, linear: nn.Linear, spec: TensorSpec) -> FakeQuantLi
     return layer
 
 
-def make_case(case: str, model: nn.Module, dtype: torch.dtype, sync: Any) -> Trainer:
+def make_case(case: str, model: nn.Module, dtype: torch.dtype, sync: Callable[[], None]) -> Trainer:
     """Return the trainer of a case: MLP layers train, all else is frozen."""
     model.requires_grad_(False)
     make = Trainer

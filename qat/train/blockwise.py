@@ -36,10 +36,6 @@ Call = dict[str, Any]
 CallOf = Callable[[Tensor], Call]  # from the numbers of some sequences
 
 
-class StopForward(Exception):  # noqa: N818 a signal, not an error
-    """Ends a forward pass once the block that is asked for has been reached."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockPlan:
     """How every block is trained."""
@@ -56,16 +52,18 @@ class BlockPlan:
     """Folder for hidden states."""
 
 
-def block_calls(model: nn.Module, batch: Tokens) -> list[Call]:
-    """Return the keyword arguments that each block is called with on a batch.
+def block_calls(model: nn.Module, batch: Tokens) -> tuple[Tensor, list[Call]]:
+    """Return what the first block reads, (B, L, H), and the keyword arguments of every block.
 
-    They follow from its shape and its documents alone, so no block runs.
+    They follow from a batch alone, so no block runs.
     """
+    read: list[Tensor] = []
     calls: list[Call] = []
 
-    def record(hidden: Tensor, **kwargs: object) -> Tensor:
+    def record(hidden_states: Tensor, **kwargs: object) -> Tensor:
+        read.append(hidden_states)
         calls.append(kwargs)
-        return hidden
+        return hidden_states
 
     blocks = model.get_decoder().layers
     for block in blocks:
@@ -76,7 +74,7 @@ def block_calls(model: nn.Module, batch: Tokens) -> list[Call]:
     finally:
         for block in blocks:
             del block.forward
-    return calls
+    return read[0], calls
 
 
 def calls_of(model: nn.Module, number: int, first: Tensor, documents: Tensor | None) -> CallOf:
@@ -85,33 +83,14 @@ def calls_of(model: nn.Module, number: int, first: Tensor, documents: Tensor | N
     `first` is a batch of the largest size, (B, L), and `documents` are all sequences', (N, L).
     """
     if documents is None:
-        call = block_calls(model, Tokens(first))[number]
+        call = block_calls(model, Tokens(first))[1][number]
         return lambda rows: sized(call, len(rows))
 
     def call_on(rows: Tensor) -> Call:
         found = documents[rows].to(first.device)
-        return block_calls(model, Tokens(torch.zeros_like(found), found))[number]
+        return block_calls(model, Tokens(torch.zeros_like(found), found))[1][number]
 
     return call_on
-
-
-def first_inputs(model: nn.Module, token_ids: Tensor) -> Tensor:
-    """Return what the first block reads for a batch, (B, L, H)."""
-    caught: list[Tensor] = []
-
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], kwargs: Call) -> None:
-        caught.append(inputs[0] if inputs else kwargs["hidden_states"])
-        raise StopForward
-
-    handle = model.get_decoder().layers[0].register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            model.get_decoder()(input_ids=token_ids, use_cache=False)
-    except StopForward:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -221,7 +200,7 @@ def start_states(
     """Write what the first block reads for every sequence to a file of a dtype, (N, L, H)."""
     states, start = None, 0
     for batch in batches:
-        hidden = first_inputs(model, Tokens.of(batch).token_ids)
+        hidden, _calls = block_calls(model, Tokens.of(batch))
         if states is None:
             states = HiddenStates(path, (num_sequences, *hidden.shape[1:]), dtype)
         states.values[start : start + len(hidden)] = hidden

@@ -52,16 +52,7 @@ def run_identity(
     device_kind: str,
     dtype: str,
 ) -> dict[str, Any]:
-    """Return what decides a run's numbers: its settings, the student, the caches it reads.
-
-    Args:
-        config: The run's.
-        checkpoint: Hash of the student.
-        cache: Fingerprint of the cache that is learned from.
-        eval_cache: Of the one that measures, if that is another.
-        device_kind: Which `--device auto` stands for: other kernels give other numbers.
-        dtype: Which `--dtype auto` stands for.
-    """
+    """Return what decides a run's numbers: its settings, the student, the caches it reads."""
     flat = flat_settings(config_as_json(config))
     settings = {name: v for name, v in flat.items() if not name.startswith(PLACES)}
     settings |= {"device": device_kind, "dtype": dtype}

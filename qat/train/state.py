@@ -70,7 +70,7 @@ def write_state(folder: Path, progress: Progress, trainer: Trainer) -> None:
         write_json(temporary / "state.json", asdict(progress) | {"sha256": sha256_of_file(path)})
 
 
-def on_cpu(value: Any) -> Any:
+def on_cpu(value: object) -> object:
     """Return nested values with every tensor on the CPU, where any machine can read it."""
     if isinstance(value, dict):
         return {key: on_cpu(item) for key, item in value.items()}

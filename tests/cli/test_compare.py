@@ -105,7 +105,7 @@ def test_a_project_without_runs_is_told(capsys, project):
 
 
 def test_an_absent_run_is_one_line_and_code_2(tmp_path, capsys):
-    """What the user can mend is said in one line, without a traceback."""
+    """What the user can fix is said in one line, without a traceback."""
     assert main("compare", [str(tmp_path / "absent")]) == 2
     out, err = capsys.readouterr()
     assert out == ""

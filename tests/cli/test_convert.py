@@ -25,8 +25,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def convert(folder, capsys, plan, wanted, output, *flags):
-    command = ["--checkpoint", folder / plan, "--plan", wanted, "--output", output, *flags]
+def convert(folder, capsys, plan, expected, output, *flags):
+    command = ["--checkpoint", folder / plan, "--plan", expected, "--output", output, *flags]
     code = main("convert", [str(part) for part in command])
     said = capsys.readouterr()
     return (code, json.loads(said.out) if code == 0 else said.err.splitlines()[-1])

@@ -40,7 +40,7 @@ def run(capsys, *argv):
 
 
 def test_a_cache_lands_in_its_folder(cache, store, capsys):
-    """With its checksum; nothing is left beside what was pushed."""
+    """With its checksum; nothing is left next to what was pushed."""
     before = sorted(cache.parent.iterdir())
     code, values, _ = run(capsys, cache, "--store", store)
     assert code == 0
@@ -105,7 +105,7 @@ def test_what_is_not_whole_is_not_pushed(cache, student, store, tmp_path, capsys
 
 
 def test_where_to_is_told(cache, store, capsys):
-    """No store, one that is not there, one that takes nothing, a word of the other kind."""
+    """No store, one that is not there, one that takes nothing, a name of the other kind."""
     code, _, said = run(capsys, cache)
     assert code == 2
     assert "give --store" in said

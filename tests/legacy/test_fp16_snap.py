@@ -109,16 +109,16 @@ def test_twice_is_once(made):
 
 def test_overflow_is_refused(tmp_path, made, capsys):
     """A number beyond float16 is named, and nothing is written."""
-    name = next(iter(made.wanted))
+    name = next(iter(made.expected))
     made.state[f"{name}.rank_magnitude"][0] = 1e7
     assert run(made.write(tmp_path / "large"), tmp_path / "out") == 2
     assert f"{name}.scale_a" in capsys.readouterr().err
     student, _ = load_model(made.file)
     student.model.norm.weight.data[0] = 7e4
-    former = weights_of(student)
+    previous = weights_of(student)
     with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN or values beyond 65504"):
         snap_student(student)
-    assert all(torch.equal(former[name], weight) for name, weight in weights_of(student).items())
+    assert all(torch.equal(previous[name], weight) for name, weight in weights_of(student).items())
     assert not (tmp_path / "out").exists()
 
 

@@ -218,7 +218,7 @@ def test_old_students_make_room_for_the_last(tmp_path):
 
 
 def test_results_are_copied_without_the_state(tmp_path):
-    """Onto what a former copy left; what a run goes on from stays where it is."""
+    """Onto what a previous copy left; what a run resumes from stays where it is."""
     run, target = tmp_path / "run", tmp_path / "drive" / "run"
     for name in ("best/student", "state/state.pt", "config.json", ".hidden"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)

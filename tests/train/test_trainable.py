@@ -74,7 +74,7 @@ def test_nothing_to_train_is_refused():
 
 
 def test_magnitudes_named_twice_train_once():
-    """They count as scales already; one parameter in two groups ended in torch's own words."""
+    """They count as scales already; one parameter in two groups ended in an error of torch."""
     student = tiny_student(plan="q4_r4")
     chosen = choose_trainable(student, kinds=BOTH, parts=("scales", "magnitudes"), **NOTHING)
     make_optimizer(chosen, {"scales": 1e-3, "magnitudes": 1e-4}, 0.0)
