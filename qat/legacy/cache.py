@@ -43,15 +43,14 @@ def open_seed_cache(folder: Path) -> TeacherCache:
     return TeacherCache(folder, read_seed_manifest(folder), read_seed_shard)
 
 
-def read_seed_manifest(folder: Path, num_heldout: int | None = None) -> CacheManifest:
+def read_seed_manifest(folder: Path) -> CacheManifest:
     """Return what is known of a cache of the seeds' form.
 
     Every shard is opened, which maps it without reading its bytes. They recorded no held-out
     split, so the last eighth stands for one.
 
-    Args:
-        folder: With shards.
-        num_heldout: Last sequences to hold out; an eighth when not given.
+    Raises:
+        CacheMismatch: If a shard is missing in the row, broken, or unlike the first.
     """
     meta = read_json(folder / META_FILE) if (folder / META_FILE).is_file() else {}
     paths = sorted(folder.glob(SHARD_PATTERN))
@@ -72,8 +71,7 @@ def read_seed_manifest(folder: Path, num_heldout: int | None = None) -> CacheMan
             )
         )
     num_sequences = sum(entry.num_sequences for entry in entries)
-    if num_heldout is None:
-        num_heldout = max(1, round(num_sequences * HELDOUT_RATIO)) if num_sequences >= 8 else 0
+    num_heldout = max(1, round(num_sequences * HELDOUT_RATIO)) if num_sequences >= 8 else 0
     return CacheManifest(
         identity=seed_identity(meta, entries, first),
         teacher_name=meta.get("teacher_model"),

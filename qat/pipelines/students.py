@@ -88,14 +88,9 @@ def change_student(
     *,
     is_float16: bool = False,
 ) -> StudentResult:
-    """Change a student, with its numbers before and after.
+    """Change a student in place, with its numbers before and after; write it.
 
-    Args:
-        command: As typed.
-        config: Of the command.
-        checkpoint: The student.
-        change: Changes the student in place; returns its plan and numbers for the result.
-        is_float16: Whether every number that is written is a float16 one.
+    `change` returns the new plan and numbers for the result.
     """
     started = time.perf_counter()
     place = Place.of(config)

@@ -32,7 +32,7 @@ from qat.storage.files import folder_lock, write_json
 from qat.tracking.messages import say
 from qat.tracking.record import CONFIG
 from qat.tracking.sinks import Tracker, open_tracker
-from qat.train.config import TrackingConfig, TrainConfig
+from qat.train.config import TrainConfig
 from qat.train.layerwise import layerwise_stage
 from qat.train.loop import Hooks, train_end_to_end
 from qat.train.run_folder import (
@@ -162,8 +162,13 @@ def take_run(run: Run) -> dict[str, Any]:
     if has_state(folder):
         progress = read_state(folder, trainer)
         say(f"resuming from step {progress.step}")
+    names = ("project", "name", "group", "tags")
+    wandb = {name: getattr(config.tracking, name) for name in names}
     track = open_tracker(
-        folder, record, resume_step=progress.step or None, wandb=wandb_settings(config.tracking)
+        folder,
+        record,
+        resume_step=progress.step or None,
+        wandb=wandb if config.tracking.to == "wandb" else None,
     )
     made_by = {"command": COMMAND, **run.identity}
     header = replace(header, cache_fingerprint=run.cache.fingerprint, made_by=made_by)
@@ -284,10 +289,3 @@ def make_hooks(run: Run, trainer: Trainer, track: Tracker, keep: Keep) -> Hooks:
         save=save,
         restore=restore,
     )
-
-
-def wandb_settings(tracking: TrackingConfig) -> dict[str, Any] | None:
-    """Return where the run goes at Weights & Biases, None where it does not."""
-    if tracking.to != "wandb":
-        return None
-    return {name: getattr(tracking, name) for name in ("project", "name", "group", "tags")}

@@ -103,11 +103,6 @@ def is_trained(layer: FakeQuantWeight) -> bool:
     return any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def count_parameters(chosen: dict[str, list[nn.Parameter]]) -> dict[str, int]:
-    """Return the number of trained numbers by part."""
-    return {part: sum(p.numel() for p in parameters) for part, parameters in chosen.items()}
-
-
 def make_optimizer(
     chosen: dict[str, list[nn.Parameter]], rates: dict[str, float], weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
