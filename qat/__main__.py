@@ -1,7 +1,8 @@
-"""`qat <command>`: finds the command's module and calls it."""
+"""`qat <command>`: runs the command of that name."""
 
 import sys
-from importlib import import_module
+
+from qat.cli import commands
 
 COMMANDS = {
     "fetch": "get a model, a checkpoint or a cache, checked",
@@ -40,8 +41,7 @@ def main() -> int:
     if command not in COMMANDS:
         print(f"error: command {command!r} is not one of {', '.join(COMMANDS)}", file=sys.stderr)  # noqa: T201
         return 2
-    module = import_module(f"qat.cli.{command.replace('-', '_')}")
-    return module.main(sys.argv[2:])
+    return commands.main(command, sys.argv[2:])
 
 
 if __name__ == "__main__":

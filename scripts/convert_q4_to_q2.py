@@ -1,6 +1,6 @@
 """The seeds' name for `qat convert-q4-to-q2`."""
 
-from qat.cli.convert_q4_to_q2 import main
+from qat.cli.commands import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main("convert-q4-to-q2"))

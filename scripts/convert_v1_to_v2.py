@@ -1,6 +1,6 @@
 """The seeds' name for `qat convert-v1-to-v2`."""
 
-from qat.cli.convert_v1_to_v2 import main
+from qat.cli.commands import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main("convert-v1-to-v2"))

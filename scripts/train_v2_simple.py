@@ -2,7 +2,7 @@
 
 import sys
 
-from qat.cli.train import main
+from qat.cli.commands import main
 from qat.legacy.flags import flags_help, train_flags
 
 if __name__ == "__main__":
@@ -13,4 +13,4 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    raise SystemExit(main(argv))
+    raise SystemExit(main("train", argv))

@@ -1,6 +1,6 @@
 """The seeds' name for `qat benchmark`."""
 
-from qat.cli.benchmark import main
+from qat.cli.commands import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main("benchmark"))

@@ -1,6 +1,6 @@
 """Checkpoints of the seeds' forms, made here from random numbers by the plainest code there is.
 
-What a student must compute from one is worked out beside it: `wanted` holds the weight of each
+What a student must compute from one is worked out next to it: `expected` holds the weight of each
 quantized linear as their forward has it.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qat.model.surgery import quantized_layers
 from tests.tiny import save_tiny, tiny_qwen3
 
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -23,7 +24,7 @@ class SeedFile:
     """A state dict, what it means, and where it goes."""
 
     state: dict[str, Tensor]
-    wanted: dict[str, Tensor]
+    expected: dict[str, Tensor]
     config: dict
     base: Path
 
@@ -63,7 +64,7 @@ def make_v2(folder: Path, **changes) -> SeedFile:
     """
     model = tiny_qwen3(**changes.pop("model", {}))
     base = save_tiny(folder / "base", model)
-    state, wanted = {}, {}
+    state, expected = {}, {}
     linears = linears_of(model)
     for key, tensor in model.state_dict().items():
         owner = key.rpartition(".")[0]
@@ -90,9 +91,9 @@ def make_v2(folder: Path, **changes) -> SeedFile:
             f"{owner}._indices": indices,
             f"{owner}._scales_baked_flag": torch.tensor(0, dtype=torch.int8),
         }
-        wanted[owner] = codebook[indices] * v2_scale(scale_a, magnitude, scale_b)
+        expected[owner] = codebook[indices] * v2_scale(scale_a, magnitude, scale_b)
     config = {"version": "v2", "model_id": "base", **changes}
-    return SeedFile(state, wanted, config, base)
+    return SeedFile(state, expected, config, base)
 
 
 def v2_scale(scale_a: Tensor, magnitude: Tensor, scale_b: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def make_v1(folder: Path, *, group_size: int = 24) -> SeedFile:
     """Return a first-form checkpoint; some products are negative, B is padded to whole groups."""
     model = tiny_qwen3()
     base = save_tiny(folder / "base", model)
-    state, wanted = {}, {}
+    state, expected = {}, {}
     linears = linears_of(model)
     for key, tensor in model.state_dict().items():
         owner = key.rpartition(".")[0]
@@ -129,6 +130,16 @@ def make_v1(folder: Path, *, group_size: int = 24) -> SeedFile:
         }
         scale = (scale_a @ scale_b)[:, :num_inputs].clamp(min=1e-8)
         steps = ((tensor / scale).clamp(-1, 1) + 1) * (size - 1) / 2
-        wanted[owner] = uniform(size)[steps.round().long()] * scale
+        expected[owner] = uniform(size)[steps.round().long()] * scale
     config = {"version": "v1", "model_id": "base", "group_size": group_size}
-    return SeedFile(state, wanted, config, base)
+    return SeedFile(state, expected, config, base)
+
+
+def close(student, expected):
+    """Whether every quantized weight is the expected one to float32 rounding."""
+    layers = quantized_layers(student)
+    assert layers.keys() == expected.keys()
+    return all(
+        (layers[name].fake_quantized_weight() - weight).abs().max() <= 2e-6 * weight.abs().max()
+        for name, weight in expected.items()
+    )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qat.__main__ import COMMANDS
-from qat.cli import convert_q4_to_q2, convert_v1_to_v2, evaluate, export, snap_fp16
+from qat.cli.commands import main
 from qat.legacy.student import write_seed_checkpoint
 from qat.model.checkpoint import CheckpointHeader, read_checkpoint, write_checkpoint
 from qat.model.rankwise import RankwiseLinear
@@ -33,8 +33,8 @@ def logits(name, model):
 
 
 def worst(name, model):
-    found, wanted = logits(name, model)
-    return float((found - wanted).abs().max())
+    found, expected = logits(name, model)
+    return float((found - expected).abs().max())
 
 
 def cache_of(name):
@@ -42,15 +42,15 @@ def cache_of(name):
     return folder
 
 
-def closing(door, *flags, capsys):
+def closing(command, *flags, capsys):
     capsys.readouterr()
-    assert door.main([str(flag) for flag in flags]) == 0
+    assert main(command, [str(flag) for flag in flags]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def measured(checkpoint, name, capsys, *flags):
     return closing(
-        evaluate,
+        "evaluate",
         *("--checkpoint", checkpoint, "--cache-dir", cache_of(name), "--dtype", "fp32", *flags),
         capsys=capsys,
     )
@@ -67,8 +67,8 @@ def test_logits_are_theirs(name):
 def test_kd_loss_is_theirs(name, capsys):
     """Over the first 40 sequences of the cache, or all that it has."""
     found = measured(FIXTURES / name / "run", name, capsys)
-    wanted = read_json(FIXTURES / name / "expected.json")["kd_loss"]
-    assert abs(found["kd_loss"] - wanted) < 1e-6
+    expected = read_json(FIXTURES / name / "expected.json")["kd_loss"]
+    assert abs(found["kd_loss"] - expected) < 1e-6
 
 
 @pytest.mark.parametrize("name", [*SECOND, FIRST])
@@ -110,7 +110,7 @@ def test_q4_to_q2_in_the_seeds_words(output, tmp_path, capsys):
     name = "v2_q4a4_qwen3"
     base = FIXTURES / name / "base"
     found = closing(
-        convert_q4_to_q2,
+        "convert-q4-to-q2",
         *("--q4-checkpoint", FIXTURES / name / "run" / "best_state_dict.pt"),
         *("--output", tmp_path / output, "--model-id", base),
         *("--q4-rank", 4, "--q2-mlp-rank", 32, "--q2-attn-rank", 8),
@@ -118,22 +118,22 @@ def test_q4_to_q2_in_the_seeds_words(output, tmp_path, capsys):
         *("--eval", "--cache-dir", cache_of(name), "--device", "cpu", "--dtype", "fp32"),
         capsys=capsys,
     )
-    wanted = {
+    expected = {
         *("checkpoint", "seconds", "peak_rss_bytes", "kl_nats_lower", "kd_loss"),
         *("bits_per_weight", "bits_per_weight_mlp", "bits_per_weight_model"),
     }
-    assert wanted <= found.keys()
+    assert expected <= found.keys()
     again = measured(found["checkpoint"], name, capsys, "--model-id", base)
-    for key in ("kl_nats_lower", "kd_loss", *(key for key in wanted if key.startswith("bits"))):
+    for key in ("kl_nats_lower", "kd_loss", *(key for key in expected if key.startswith("bits"))):
         assert again[key] == pytest.approx(found[key], rel=1e-3), key
     student, _ = load_model(found["checkpoint"], model_id=str(base))
     source, _ = load_model(FIXTURES / name / "run")
     for layer_name, layer in quantized_layers(student).items():
-        wanted = source.get_submodule(layer_name).fake_quantized_weight()
+        expected = source.get_submodule(layer_name).fake_quantized_weight()
         if "self_attn" in layer_name:
             assert layer.spec.rank == 8
-            error = (layer.fake_quantized_weight() - wanted).abs().max()
-            assert error < 1e-6 * wanted.abs().max()
+            error = (layer.fake_quantized_weight() - expected).abs().max()
+            assert error < 1e-6 * expected.abs().max()
         else:
             assert (layer.spec.bits, layer.spec.rank) == (2, 32)
     if output.endswith(".pt"):
@@ -149,7 +149,7 @@ def test_latent_weights_are_fitted_to(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     torch.save(state, tmp_path / "run" / "x.pt")
     closing(
-        convert_q4_to_q2,
+        "convert-q4-to-q2",
         *("--q4-checkpoint", tmp_path / "run" / "x.pt", "--output", tmp_path / "out"),
         *("--model-id", FIXTURES / name / "base"),
         capsys=capsys,
@@ -163,7 +163,7 @@ def test_latent_weights_are_fitted_to(tmp_path, capsys):
 def test_the_first_form_becomes_the_second(tmp_path, capsys):
     """1,056 floored weights, and what they cost; every other weight stays to 1e-6."""
     found = closing(
-        convert_v1_to_v2,
+        "convert-v1-to-v2",
         *("--v1-checkpoint", FIXTURES / FIRST / "run" / "model_state_dict.pt"),
         *("--output", tmp_path / "v2.pt", "--cache-dir", cache_of(FIRST)),
         capsys=capsys,
@@ -185,7 +185,7 @@ def test_the_first_form_becomes_the_second(tmp_path, capsys):
 def test_snapping_costs_little(name, tmp_path, capsys):
     """Less than a thousandth of a nat, told as kl_nats_lower_cost; half the bits for scales."""
     found = closing(
-        snap_fp16,
+        "snap-fp16",
         *("--checkpoint", FIXTURES / name / "run", "--output", tmp_path / "snapped"),
         *("--cache-dir", cache_of(name)),
         capsys=capsys,
@@ -201,7 +201,7 @@ def test_other_doors_open_them(tmp_path, capsys):
     """Export takes the .pt file with its base model named."""
     name = SECOND[0]
     found = closing(
-        export,
+        "export",
         *("--checkpoint", FIXTURES / name / "run" / "best_state_dict.pt"),
         *("--model-id", FIXTURES / name / "base", "--to", "hf", "--output", tmp_path / "hf"),
         capsys=capsys,

@@ -1,1 +1,1 @@
-"""Commands: flags as a dataclass, one call into `pipelines`, a line of JSON; see `command`."""
+"""Commands: `commands` says what each takes and calls, `command` runs one."""

@@ -58,10 +58,10 @@ def run_command(
     """
     with messages_on_standard_error():
         try:
-            words = list(sys.argv[1:] if argv is None else argv)
-            recorded = take_config(words, config_type) if has_config_flag else None
+            arguments = list(sys.argv[1:] if argv is None else argv)
+            recorded = take_config(arguments, config_type) if has_config_flag else None
             config = parse_flags(
-                name, config_type, words, recorded, has_config_flag=has_config_flag
+                name, config_type, arguments, recorded, has_config_flag=has_config_flag
             )
             line = closing_line(find_function(pipeline)(config))
         except USER_ERRORS as error:
@@ -96,18 +96,14 @@ def find_function(pipeline: str | Callable[[Config], object]) -> Callable[[Confi
     return getattr(import_module(module), function)
 
 
-def take_config(words: list[str], config_type: type[Config]) -> Config | None:
-    """Take `--config FILE` out of a command line; return the config that the file records.
-
-    Raises:
-        ValueError: If there is no such file, it records no config, or a key is unknown.
-    """
-    places = [n for n, word in enumerate(words) if word == "--config" or word[:9] == "--config="]
+def take_config(arguments: list[str], config_type: type[Config]) -> Config | None:
+    """Take `--config FILE` out of a command line; return the config that the file records."""
+    places = [n for n, one in enumerate(arguments) if one.partition("=")[0] == "--config"]
     if not places:
         return None
-    flag, _, path = words.pop(places[0]).partition("=")
-    if not path and places[0] < len(words):
-        path = words.pop(places[0])
+    flag, _, path = arguments.pop(places[0]).partition("=")
+    if not path and places[0] < len(arguments):
+        path = arguments.pop(places[0])
     if not Path(path).is_file():
         raise ValueError(f"{flag} {path or 'without a value'} is no file; give RUN/config.json")
     values = read_json(Path(path))
@@ -127,11 +123,7 @@ def parse_flags(
     *,
     has_config_flag: bool = False,
 ) -> Config:
-    """Return the config that the flags ask for, over a recorded one if it is given.
-
-    Raises:
-        ValueError: If a flag or its value is wrong, on one line.
-    """
+    """Return the config that the flags ask for, over a recorded one if it is given."""
     import tyro
 
     settings = {} if recorded is None else {"default": recorded}
@@ -156,11 +148,7 @@ def flag_error(box: str, name: str) -> str:
 
 
 def closing_line(result: object) -> str:
-    """Return a result, a dataclass or a dict, as one line of JSON; paths become strings.
-
-    Raises:
-        ValueError: If a number is not finite, which JSON cannot hold; names its key.
-    """
+    """Return a result, a dataclass or a dict, as one line of JSON; paths become strings."""
     values = result
     if is_dataclass(result) and not isinstance(result, type):
         values = result.to_json() if hasattr(result, "to_json") else asdict(result)

@@ -6,7 +6,6 @@ the other K: the content is "conditional". Their R uniform ids are read but no l
 Shape legend: n sequences of a shard, L tokens of a block, T = L - 1, K top-k, R negatives.
 """
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from qat.cache.codec import Fields
 from qat.cache.manifest import CacheIdentity, CacheManifest, CacheMismatch, FileEntry
 from qat.cache.read import TeacherCache
+from qat.legacy.torch_file import read_torch_file
 from qat.storage.files import fingerprint, read_json
 
 META_FILE = "meta.json"
@@ -43,15 +43,11 @@ def open_seed_cache(folder: Path) -> TeacherCache:
     return TeacherCache(folder, read_seed_manifest(folder), read_seed_shard)
 
 
-def read_seed_manifest(folder: Path, num_heldout: int | None = None) -> CacheManifest:
+def read_seed_manifest(folder: Path) -> CacheManifest:
     """Return what is known of a cache of the seeds' form.
 
     Every shard is opened, which maps it without reading its bytes. They recorded no held-out
     split, so the last eighth stands for one.
-
-    Args:
-        folder: With shards.
-        num_heldout: Last sequences to hold out; an eighth when not given.
 
     Raises:
         CacheMismatch: If a shard is missing in the row, broken, or unlike the first.
@@ -75,8 +71,7 @@ def read_seed_manifest(folder: Path, num_heldout: int | None = None) -> CacheMan
             )
         )
     num_sequences = sum(entry.num_sequences for entry in entries)
-    if num_heldout is None:
-        num_heldout = max(1, round(num_sequences * HELDOUT_RATIO)) if num_sequences >= 8 else 0
+    num_heldout = max(1, round(num_sequences * HELDOUT_RATIO)) if num_sequences >= 8 else 0
     return CacheManifest(
         identity=seed_identity(meta, entries, first),
         teacher_name=meta.get("teacher_model"),
@@ -111,11 +106,7 @@ def seed_identity(meta: dict[str, Any], entries: list[FileEntry], first: Fields)
 
 
 def read_seed_shard(path: Path) -> Fields:
-    """Return a shard of the seeds' form under our names, mapped where its file allows.
-
-    Raises:
-        CacheMismatch: If the file cannot be read, a key is missing, or shapes disagree.
-    """
+    """Return a shard of the seeds' form under our names, mapped where its file allows."""
     stored = load_tensors(path)
     missing = [key for key in REQUIRED_KEYS if key not in stored]
     if missing:
@@ -137,19 +128,11 @@ def read_seed_shard(path: Path) -> Fields:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Return a torch file's tensors; files older than torch's zip form are read whole.
-
-    Raises:
-        CacheMismatch: If it is cut, or holds anything but tensors.
-    """
+    """Return a torch file's tensors, mapped where its form allows."""
     try:
-        try:
-            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError):
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CacheMismatch(f"{path} cannot be read ({reason}); fetch it again") from error
+        stored = read_torch_file(path)
+    except ValueError as error:
+        raise CacheMismatch(str(error)) from error
     if not isinstance(stored, dict):
         raise CacheMismatch(f"{path} holds a {type(stored).__name__}, not a shard of a cache")
     return stored
@@ -161,11 +144,7 @@ def with_axes(field: Tensor, axes: int) -> Tensor:
 
 
 def require_alike(path: Path, fields: Fields, first: Fields) -> None:
-    """Refuse a shard whose shapes are not those of the first.
-
-    Raises:
-        CacheMismatch: With the file and both shapes.
-    """
+    """Refuse a shard whose shapes are not those of the first."""
     for name, field in first.items():
         found = fields[name].shape[1:] if name in fields else None
         if found != field.shape[1:]:

@@ -6,16 +6,14 @@ has the keys below and dense parts keep their Hugging Face names. `seed_layer` s
 Shape legend: O out, I in, R rank, C codebook values.
 """
 
-import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from qat.quant.spec import TensorSpec
+from qat.legacy.torch_file import read_torch_file
 from qat.storage.files import fingerprint, read_json, sha256_of_file
 
 CONFIG_NAMES = ("config.json", "v2_config.json")
@@ -69,9 +67,6 @@ def find_seed_file(path: Path) -> Path | None:
     """Return the seeds' checkpoint that a path stands for: the file, or the best one in a folder.
 
     A folder nested in a folder, and a `run` in it, are looked into.
-
-    Raises:
-        ValueError: If a folder has several and none is the best.
     """
     if path.is_file():
         return path if path.suffix == ".pt" else None
@@ -93,12 +88,7 @@ def find_seed_file(path: Path) -> Path | None:
 
 
 def open_seed_checkpoint(file: Path) -> SeedCheckpoint:
-    """Return a checkpoint's tensors, mapped, sorted into layers and dense parts.
-
-    Raises:
-        ValueError: If the file holds anything but tensors, or no quantized layer; or a layer has
-            unknown or missing keys, which are named.
-    """
+    """Return a checkpoint's tensors, mapped, sorted into layers and dense parts."""
     stored, config = load_state(file)
     config = read_seed_config(file) or config
     names = [key.removesuffix(f".{SCALE_A}") for key in stored if key.endswith(f".{SCALE_A}")]
@@ -118,21 +108,8 @@ def open_seed_checkpoint(file: Path) -> SeedCheckpoint:
 
 
 def load_state(file: Path) -> tuple[Parts, dict[str, Any]]:
-    """Return a torch file's state dict and the config that it may carry.
-
-    Raises:
-        ValueError: If it is cut, or holds anything but tensors.
-    """
-    try:
-        try:
-            stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError, OSError):  # older than torch's zip form
-            stored = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{file} cannot be read as tensors ({reason}); give a state dict, or fetch it again"
-        ) from error
+    """Return a torch file's state dict and the config that it may carry."""
+    stored = read_torch_file(file)
     config: dict[str, Any] = {}
     if isinstance(stored, dict) and isinstance(stored.get("model_state_dict"), dict):
         config, stored = stored.get("config") or {}, stored["model_state_dict"]
@@ -142,7 +119,7 @@ def load_state(file: Path) -> tuple[Parts, dict[str, Any]]:
 
 
 def read_seed_config(file: Path) -> dict[str, Any]:
-    """Return the config beside a checkpoint, empty where there is none."""
+    """Return the config next to a checkpoint, empty where there is none."""
     for name in CONFIG_NAMES:
         if (file.parent / name).is_file():
             config = read_json(file.parent / name)
@@ -155,11 +132,11 @@ def read_seed_config(file: Path) -> dict[str, Any]:
 def check_keys(checkpoint: SeedCheckpoint) -> None:
     """Refuse layers with keys that are unknown, missing or not held by a student; names them."""
     is_first = checkpoint.is_first_form
-    wanted = (CODEBOOK, SCALE_A, SCALE_B, LATENT if is_first else MAGNITUDE)
+    expected = (CODEBOOK, SCALE_A, SCALE_B, LATENT if is_first else MAGNITUDE)
     unknown, missing = [], []
     for name, parts in checkpoint.layers.items():
         unknown += [f"{name}.{part}" for part in parts if part not in KNOWN]
-        missing += [f"{name}.{part}" for part in wanted if part not in parts]
+        missing += [f"{name}.{part}" for part in expected if part not in parts]
         if not is_first and not parts.keys() & {VALUES, INDICES, LATENT}:
             missing.append(f"{name}.{VALUES}")
         if LORA_B in parts and parts[LORA_B].any():
@@ -192,46 +169,14 @@ def content_fingerprint(file: Path) -> str:
 
 def seed_identity(checkpoint: SeedCheckpoint) -> str:
     """Return 16 hex digits that name a student: its tensors and how they are read."""
-    words = ("force_positive_scales", "positive_scale_method", "magnitude_activation")
-    reading = {word: checkpoint.config.get(word) for word in words}
+    names = ("force_positive_scales", "positive_scale_method", "magnitude_activation")
+    reading = {name: checkpoint.config.get(name) for name in names}
     return fingerprint([content_fingerprint(checkpoint.file), reading])
 
 
 def seed_notes(checkpoint: SeedCheckpoint) -> dict[str, Any]:
-    """Return what `write_seed_checkpoint` noted of this very file, empty for any other."""
+    """Return what `write_seed_checkpoint` noted of this file, empty for any other."""
     notes = checkpoint.config.get(OUR_KEY)
     if not isinstance(notes, dict) or notes.get("content") != content_fingerprint(checkpoint.file):
         return {}
     return notes
-
-
-def seed_config(
-    mlp: TensorSpec,
-    attention: TensorSpec,
-    ranks: dict[str, int],
-    model_id: str,
-) -> dict[str, Any]:
-    """Return config.json of a V2 checkpoint, with a preset's name where sizes are a preset's.
-
-    Args:
-        mlp: Format of MLP layers.
-        attention: Format of attention layers.
-        ranks: Of both kinds, as written.
-        model_id: Of the full-precision model.
-    """
-    sizes = (2**mlp.bits, ranks["mlp"], 2**attention.bits, ranks["attention"])
-    preset = next((name for name, preset in PRESETS.items() if preset == sizes), None)
-    return {
-        "version": "v2",
-        "model_id": model_id,
-        **({"config_preset": preset} if preset else {}),
-        "lut_bits": mlp.bits,
-        "mlp_lut_bits": mlp.bits,
-        "attn_lut_bits": attention.bits,
-        "scale_rank": ranks["mlp"],
-        "mlp_scale_rank": ranks["mlp"],
-        "attn_scale_rank": ranks["attention"],
-        "group_size": mlp.group_size or DEFAULT_GROUP_SIZE,
-        "force_positive_scales": False,
-        "magnitude_activation": "identity",
-    }

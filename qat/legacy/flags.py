@@ -41,11 +41,7 @@ SWITCHES = {
 
 
 def train_flags(argv: Sequence[str]) -> list[str]:
-    """Return a seeds' training command line as one of `qat train`.
-
-    Raises:
-        ValueError: If two flags exclude each other, or one lacks its number.
-    """
+    """Return a seeds' training command line as one of `qat train`."""
     rest: list[str] = []
     given: dict[str, str] = {}
     chosen: dict[str, list[str]] = {}  # from our flag to the switches that stand for it
@@ -92,11 +88,7 @@ def float_of(given: dict[str, str], flag: str) -> float:
 
 
 def values_of(flags: list[str], rest: Sequence[str]) -> list[str]:
-    """Return the values that switches of one flag of ours stand for.
-
-    Raises:
-        ValueError: If they exclude each other, or our flag is given as well.
-    """
+    """Return the values that switches of one flag of ours stand for."""
     values = {flag: SWITCHES[flag][1:] for flag in flags}
     ours = SWITCHES[flags[0]][0]
     if ours in rest:

@@ -21,29 +21,20 @@ from qat.model.surgery import freeze_indices, quantized_layers, stored_parts
 class SnapReport:
     """What rounding changed."""
 
-    num_numbers: int = 0
+    numbers: int = 0
     """Stored numbers, indices apart."""
-    num_changed: int = 0
-    num_lost: int = 0
+    numbers_changed: int = 0
+    numbers_lost: int = 0
     """Numbers below float16's least, now zero."""
     largest_change: float = 0.0
 
-    def add(self, former: Tensor, snapped: Tensor) -> None:
+    def add(self, previous: Tensor, snapped: Tensor) -> None:
         """Count the numbers of a tensor."""
-        change = (former - snapped).abs()
-        self.num_numbers += former.numel()
-        self.num_changed += int((change > 0).sum())
-        self.num_lost += int(((snapped == 0) & (former != 0)).sum())
+        change = (previous - snapped).abs()
+        self.numbers += previous.numel()
+        self.numbers_changed += int((change > 0).sum())
+        self.numbers_lost += int(((snapped == 0) & (previous != 0)).sum())
         self.largest_change = max(self.largest_change, float(change.max()))
-
-    def values(self) -> dict[str, float | int]:
-        """Return the numbers of a closing line."""
-        return {
-            "numbers": self.num_numbers,
-            "numbers_changed": self.num_changed,
-            "numbers_lost": self.num_lost,
-            "largest_change": self.largest_change,
-        }
 
 
 @torch.no_grad()
@@ -53,12 +44,9 @@ def snap_student(student: nn.Module, *, bake: bool = False) -> SnapReport:
     What lies on the grid already stays as it is.
 
     Args:
-        student: On the CPU; latent weights give way to their indices.
+        student: On the CPU; latent weights are replaced by their indices.
         bake: Also put magnitudes into A where everything lies on the grid already, for a form in
             which only that stays exact.
-
-    Raises:
-        ValueError: If a number is NaN or beyond float16, before anything is changed; names it.
     """
     layers = quantized_layers(student)
     dense = dense_targets(student)

@@ -46,11 +46,7 @@ ACTIVATIONS = {"identity": lambda magnitude: magnitude, **POSITIVE}
 
 
 def read_factors(checkpoint: SeedCheckpoint, name: str) -> LowRank:
-    """Return the factors whose product is a layer's scales, as the seeds' forward makes them.
-
-    Raises:
-        ValueError: If shapes disagree or a number is not finite; names the key.
-    """
+    """Return the factors whose product is a layer's scales, as the seeds' forward makes them."""
     parts, config = checkpoint.layers[name], checkpoint.config
     check_shapes(checkpoint, name)
     scale_a, scale_b = parts[SCALE_A].float(), parts[SCALE_B].float()
@@ -84,15 +80,11 @@ def unit_directions(scale_a: Tensor, magnitude: Tensor, scale_b: Tensor) -> LowR
 
 
 def choice(config: dict[str, Any], key: str, default: str, known: dict[str, Any]) -> Any:
-    """Return what a word of config.json stands for.
-
-    Raises:
-        ValueError: If the word is unknown.
-    """
-    word = config.get(key, default)
-    if word not in known:
-        raise ValueError(f"config.json has {key} {word!r}; known are {', '.join(known)}")
-    return known[word]
+    """Return what a value of config.json stands for."""
+    name = config.get(key, default)
+    if name not in known:
+        raise ValueError(f"config.json has {key} {name!r}; known are {', '.join(known)}")
+    return known[name]
 
 
 def check_shapes(checkpoint: SeedCheckpoint, name: str) -> None:
@@ -105,12 +97,12 @@ def check_shapes(checkpoint: SeedCheckpoint, name: str) -> None:
     num_outputs, rank = parts[SCALE_A].shape
     width = parts[SCALE_B].shape[1]
     num_inputs = parts[LATENT].shape[1] if checkpoint.is_first_form else width
-    wanted = {SCALE_B: (rank, max(width, num_inputs)), MAGNITUDE: (rank,)}
-    wanted |= dict.fromkeys((LATENT, VALUES, INDICES), (num_outputs, num_inputs))
-    for part, shape in wanted.items():
+    expected = {SCALE_B: (rank, max(width, num_inputs)), MAGNITUDE: (rank,)}
+    expected |= dict.fromkeys((LATENT, VALUES, INDICES), (num_outputs, num_inputs))
+    for part, shape in expected.items():
         if part in parts and tuple(parts[part].shape) != shape:
             raise ValueError(
-                f"{name}.{part} has shape {tuple(parts[part].shape)}, its layer wants {shape}; "
+                f"{name}.{part} has shape {tuple(parts[part].shape)}, its layer needs {shape}; "
                 "fetch the checkpoint again"
             )
 
@@ -137,9 +129,6 @@ def frozen_indices(name: str, parts: Parts, scale: Tensor) -> Tensor:
 
     Their forward reads the values `_Q`, so these decide; else the indices; else what the latent
     weight rounds to, as their training does where a checkpoint has neither.
-
-    Raises:
-        ValueError: If a value is not in the codebook or an index outside it.
     """
     codebook, order = parts[CODEBOOK].float().flatten().sort()
     if VALUES in parts and CODEBOOK_STEPS not in parts:

@@ -24,12 +24,7 @@ TIME_FORMAT = "%Y%m%d_%H%M%S"
 
 
 def why_no_seed_files(plan: dict[str, Any], *, came_in_theirs: bool) -> str | None:
-    """Return why a student is not written in the seeds' form as well; None where it is.
-
-    Args:
-        plan: The student's, as its header has it.
-        came_in_theirs: Whether the run started from a file of theirs.
-    """
+    """Return why a student is not written in the seeds' form as well; None where it is."""
     specs = kind_specs(plan)
     kinds = [specs.get("mlp"), specs.get("attention")]
     if specs.keys() != {"mlp", "attention"} or None in kinds:
@@ -55,15 +50,6 @@ def write_seed_files(
 
     Files of an earlier end of this run, cut short, are replaced. A student that float16 does not
     hold has no file of it.
-
-    Args:
-        folder: The run's.
-        best: Name of the best student's native folder in it.
-        last: Name of the last one's.
-        model_id: Of the full-precision model.
-        time: For the files' names.
-        weight_of: Full-precision weight of a layer by name, None where unknown.
-        snap: Rounds a student to float16 in place; a ValueError says that it cannot.
     """
     plan = read_header(folder / last).plan
     # A run whose held-out sequences count nothing has no best student.

@@ -17,15 +17,16 @@ from qat.grids.scales import LowRank
 from qat.legacy.checkpoint import (
     CODEBOOK,
     CONFIG_NAMES,
+    DEFAULT_GROUP_SIZE,
     INDICES,
     LATENT,
     OUR_KEY,
+    PRESETS,
     SCALE_A,
     Parts,
     SeedCheckpoint,
     content_fingerprint,
     refuse_keys,
-    seed_config,
 )
 from qat.legacy.layer import (
     FLOOR,
@@ -82,11 +83,7 @@ def seed_rules(checkpoint: SeedCheckpoint) -> PlanRules:
 
 
 def rules_of(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> PlanRules:
-    """Return the plan of a checkpoint whose layers of one kind agree in bits and rank.
-
-    Raises:
-        ValueError: If they do not, or a layer is of no known kind; names it.
-    """
+    """Return the plan of a checkpoint whose layers of one kind agree in bits and rank."""
     specs: dict[str, TensorSpec] = {}
     firsts: dict[str, str] = {}
     dtypes = stored_dtypes(checkpoint, factors)
@@ -117,11 +114,7 @@ def rules_of(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> PlanRul
 
 
 def bits_of(name: str, parts: Parts) -> int:
-    """Return the bits per index that a codebook's length stands for.
-
-    Raises:
-        ValueError: If it is no power of two within 4 .. 256.
-    """
+    """Return the bits per index that a codebook's length stands for."""
     count = parts[CODEBOOK].numel()
     bits = count.bit_length() - 1
     if count != 2**bits or not 2 <= bits <= 8:
@@ -137,9 +130,9 @@ def sizes_of(factors: LowRank) -> dict[str, int]:
     return {"group_size": factors.scale_b.shape[1] // groups.shape[1]}
 
 
-def stored_dtypes(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> dict[Any, str]:
+def stored_dtypes(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> dict[str | None, str]:
     """Return, by kind of layer, the least dtype that holds its scales and codebooks."""
-    dtypes: dict[Any, str] = {}
+    dtypes: dict[str | None, str] = {}
     for name, parts in checkpoint.layers.items():
         numbers = [*factors[name], read_codebook(parts)]
         fits = all(torch.equal(snap_float16(values), values) for values in numbers)
@@ -172,11 +165,7 @@ def fill_layer(
 def fill_dense(
     model: nn.Module, checkpoint: SeedCheckpoint, base: Path, dtype: torch.dtype
 ) -> None:
-    """Put dense parts in place, from the checkpoint or, where it has none, from the base model.
-
-    Raises:
-        ValueError: If a key is missing or unknown, or a tied head differs from the embedding.
-    """
+    """Put dense parts in place, from the checkpoint or, where it has none, from the base model."""
     targets = dense_targets(model)
     dense = checkpoint.dense or read_dense(base, list(targets))
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
@@ -221,16 +210,7 @@ def write_seed_checkpoint(
     notes: dict[str, Any] | None = None,
     is_float16: bool = False,
 ) -> None:
-    """Write a student as a V2 checkpoint, `config.json` beside it.
-
-    Args:
-        model: A student without floored scales.
-        file: Ends in .pt; written over.
-        model_id: Of the full-precision model, as a later `--model-id`.
-        weight_of: As in `write_seed_state`.
-        notes: What we want to know of it later.
-        is_float16: As in `write_seed_state`.
-    """
+    """Write a student as a V2 checkpoint, `config.json` next to it."""
     write_seed_state(model, file, weight_of=weight_of, is_float16=is_float16)
     notes = {**(notes or {}), "content": content_fingerprint(file)}
     config = {**config_of_student(model, model_id), OUR_KEY: notes}
@@ -238,20 +218,32 @@ def write_seed_checkpoint(
 
 
 def config_of_student(model: nn.Module, model_id: str) -> dict[str, Any]:
-    """Return config.json of a student in the seeds' form, without notes of ours.
-
-    Args:
-        model: The student.
-        model_id: Of the full-precision model, as a later `--model-id`.
-    """
+    """Return config.json of a student as V2 checkpoints have it, without notes of ours."""
     layers = quantized_layers(model)
+    ranks = common_ranks(layers)
     specs = {tensor_kind(name): layer.spec for name, layer in layers.items()}
-    return seed_config(specs["mlp"], specs["attention"], common_ranks(layers), model_id)
+    mlp, attention = specs["mlp"], specs["attention"]
+    sizes = (2**mlp.bits, ranks["mlp"], 2**attention.bits, ranks["attention"])
+    preset = next((name for name, preset in PRESETS.items() if preset == sizes), None)
+    return {
+        "version": "v2",
+        "model_id": model_id,
+        **({"config_preset": preset} if preset else {}),
+        "lut_bits": mlp.bits,
+        "mlp_lut_bits": mlp.bits,
+        "attn_lut_bits": attention.bits,
+        "scale_rank": ranks["mlp"],
+        "mlp_scale_rank": ranks["mlp"],
+        "attn_scale_rank": ranks["attention"],
+        "group_size": mlp.group_size or DEFAULT_GROUP_SIZE,
+        "force_positive_scales": False,
+        "magnitude_activation": "identity",
+    }
 
 
-def common_ranks(layers: dict[str, FakeQuantWeight]) -> dict[Any, int]:
+def common_ranks(layers: dict[str, FakeQuantWeight]) -> dict[str | None, int]:
     """Return the largest rank of each kind of layer; group scales count as ranks."""
-    ranks: dict[Any, int] = {}
+    ranks: dict[str | None, int] = {}
     for name, layer in layers.items():
         rank = layer.spec.rank or layer.scale.shape[1]
         ranks[tensor_kind(name)] = max(ranks.get(tensor_kind(name), 0), rank)

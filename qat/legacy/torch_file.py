@@ -1,4 +1,4 @@
-"""State dicts written as torch files one tensor at a time.
+"""State dicts read from torch files, and written one tensor at a time.
 
 `torch.save` holds all tensors at once, which for the seeds' form is thirteen times the student. The
 file is the same: a zip of records, and of `data.pkl`, in which tensors refer to records.
@@ -23,15 +23,15 @@ STORAGES = {  # what stands for a dtype in a file
     torch.int8: torch.CharStorage,
 }
 
-WRITER = "inline_container"  # the file of torch that tells of a write that failed, in its only word
+WRITER = "inline_container"  # the file of torch that a failed write names
 
 
 class Storage:
-    """A record's content, pickled as the words that torch writes for it."""
+    """A record's content, pickled as the fields that torch writes for it."""
 
     def __init__(self, key: str, tensor: Tensor) -> None:
-        """Take the words."""
-        self.words = ("storage", STORAGES[tensor.dtype], key, "cpu", tensor.numel())
+        """Take the fields."""
+        self.fields = ("storage", STORAGES[tensor.dtype], key, "cpu", tensor.numel())
 
 
 class Record:
@@ -51,9 +51,27 @@ class Record:
 class RecordPickler(pickle.Pickler):
     """A pickler that leaves storages to their records."""
 
-    def persistent_id(self, obj: Any) -> Any:
-        """Return a storage's words, None for anything else."""
-        return obj.words if isinstance(obj, Storage) else None
+    def persistent_id(self, obj: object) -> object:
+        """Return a storage's fields, None for anything else."""
+        return obj.fields if isinstance(obj, Storage) else None
+
+
+def read_torch_file(file: Path) -> object:
+    """Return what a torch file holds, mapped; files older than torch's zip form are read whole.
+
+    Raises:
+        ValueError: If it is cut, or holds code.
+    """
+    try:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError, OSError):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file} cannot be read as tensors ({reason}); fetch it again, or give another"
+        ) from error
 
 
 def write_torch_file(path: Path, tensors: Iterable[tuple[str, Tensor | str]]) -> None:
@@ -63,9 +81,6 @@ def write_torch_file(path: Path, tensors: Iterable[tuple[str, Tensor | str]]) ->
         path: Written over; not atomic.
         tensors: Names and tensors of float32, int64 or int8, made as they are asked for; a name in
             a tensor's place is that of an earlier one which is the same.
-
-    Raises:
-        OSError: If it cannot be written whole.
     """
     try:
         write_records(path, tensors)
@@ -74,7 +89,7 @@ def write_torch_file(path: Path, tensors: Iterable[tuple[str, Tensor | str]]) ->
             raise
         why = str(error).partition("\n")[0]
         raise OSError(
-            f"{path.parent} has no room for a .pt file ({why}); free some space and run the same "
+            f"{path.parent} has no space for a .pt file ({why}); free some space and run the same "
             "command again"
         ) from error
 

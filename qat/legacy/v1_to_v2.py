@@ -46,12 +46,9 @@ class FloorReport:
 
 @torch.no_grad()
 def remove_floors(student: nn.Module) -> FloorReport:
-    """Take the floor from under a student's scales, in place.
+    """Remove the floor of a student's scales, in place.
 
     Low-rank factors become unit directions and magnitudes.
-
-    Raises:
-        ValueError: If no layer has a floor.
     """
     report = FloorReport()
     layers = quantized_layers(student)
@@ -66,23 +63,23 @@ def remove_floors(student: nn.Module) -> FloorReport:
 def remove_floor(layer: FakeQuantWeight, report: FloorReport) -> None:
     """Give a layer unfloored scales, and the nearest indices where the floor held."""
     freeze_indices(layer)
-    floor, wanted = layer.spec.floor, layer.fake_quantized_weight()
+    floor, expected = layer.spec.floor, layer.fake_quantized_weight()
     layer.spec = layer.spec.without_floor()
     below = layer.full_scale() < floor
     if layer.spec.rank:
         for part, values in unit_factors(layer)._asdict().items():
             getattr(layer, part).data = values
     scale = layer.full_scale()
-    if scale.shape != wanted.shape:
-        scale, below = (expand_groups(values, wanted.shape[1]) for values in (scale, below))
+    if scale.shape != expected.shape:
+        scale, below = (expand_groups(values, expected.shape[1]) for values in (scale, below))
     codebook = layer.stored(layer.codebook)
-    layer.indices[below] = nearest_at(wanted[below], scale[below], codebook)
-    error = layer.fake_quantized_weight() - wanted
-    report.num_weights += wanted.numel()
+    layer.indices[below] = nearest_at(expected[below], scale[below], codebook)
+    error = layer.fake_quantized_weight() - expected
+    report.num_weights += expected.numel()
     report.num_floored += int(below.sum())
     report.largest_error = max(report.largest_error, float(error.abs().max()))
     report.error_square += float(error.square().sum())
-    report.weight_square += float(wanted.square().sum())
+    report.weight_square += float(expected.square().sum())
 
 
 def unit_factors(layer: FakeQuantWeight) -> LowRank:
@@ -96,7 +93,7 @@ def unit_factors(layer: FakeQuantWeight) -> LowRank:
     )
 
 
-def nearest_at(wanted: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+def nearest_at(expected: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     """Return, for each of N weights, the index whose value times the scale is nearest, uint8."""
-    distances = (scale.unsqueeze(-1) * codebook - wanted.unsqueeze(-1)).abs()  # (N, C)
+    distances = (scale.unsqueeze(-1) * codebook - expected.unsqueeze(-1)).abs()  # (N, C)
     return distances.argmin(-1).to(torch.uint8)

@@ -202,12 +202,7 @@ def export(
 
 
 def make_config(config_type: type[Config], **settings: object) -> Config:
-    """Return a config of these settings; strings become paths and dicts become groups of fields.
-
-    Raises:
-        TypeError: If a setting is unknown; names it.
-        ValueError: If the config refuses a value.
-    """
+    """Return a config of these settings; strings become paths and dicts become groups of fields."""
     types = {field.name: field.type for field in fields(config_type)}
     unknown = sorted(settings.keys() - types.keys())
     if unknown:

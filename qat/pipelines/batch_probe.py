@@ -38,11 +38,7 @@ PLAN = "q2a4"  # of a student that is made for its shape alone
 
 
 def describe(config: BenchmarkConfig) -> dict[str, Any]:
-    """Return what is measured and where; write the student that was made, where asked.
-
-    Raises:
-        ValueError: If the model to load is no student, or of another vocabulary than the cache.
-    """
+    """Return what is measured and where; write the student that was made, where asked."""
     device = Device.detect(config.device)
     dtype = dtype_name(device.dtype_from_name(config.dtype))
     environment = describe_environment(config.device)

@@ -11,7 +11,7 @@ from qat.benchmark.config import BenchConfig
 from qat.benchmark.probes import run_fresh
 from qat.benchmark.ratios import random_batch, time_steps
 from qat.model.load import load_dense
-from qat.pipelines.benchmark import as_words
+from qat.pipelines.benchmark import as_arguments
 from qat.reports.log import command_line
 from qat.runtime.device import Device
 from qat.runtime.memory import peak_rss_bytes
@@ -49,11 +49,7 @@ class BenchResult:
 
 
 def bench(config: BenchConfig) -> BenchResult | dict[str, Any]:
-    """Measure all cases in processes of their own; with `case`, that one in this process.
-
-    Raises:
-        ValueError: If one of the processes fails.
-    """
+    """Measure all cases in processes of their own; with `case`, that one in this process."""
     if config.case is not None:
         return measure(config)
     results: dict[str, list[dict[str, Any]]] = {case: [] for case in CASES}
@@ -104,12 +100,8 @@ def measure_cache_and_conversion(config: BenchConfig) -> dict[str, float]:
 
 
 def in_fresh_process(command: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the closing values of a command in a process of its own.
-
-    Raises:
-        ValueError: If it fails, or its memory does not suffice.
-    """
-    result = run_fresh(as_words(command_line(f"qat {command}", flags, {})))
+    """Return the closing values of a command in a process of its own."""
+    result = run_fresh(as_arguments(command_line(f"qat {command}", flags, {})))
     if result.get("status") == "OOM":
         raise ValueError(f"qat {command} does not fit into memory: {result['why']}")
     return result

@@ -64,18 +64,11 @@ class BenchmarkResult:
 
 
 def benchmark(config: BenchmarkConfig) -> BenchmarkResult | dict[str, Any]:
-    """Measure training steps by batch size; with `probe`, one batch size in this process.
-
-    Returns:
-        The result; with `probe` the values that `batch_probe` measures.
-
-    Raises:
-        ValueError: If no batch fits, or a process fails for another reason than memory.
-    """
+    """Measure training steps by batch size; with `probe`, one batch size in this process."""
     if config.probe is not None:
         return describe(config) if config.probe == 0 else probe(config)
     # This process never opens the device: some can be held by one process only.
-    facts = run_fresh(words(replace(config, probe=0)), config.probe_seconds)
+    facts = run_fresh(arguments(replace(config, probe=0)), config.probe_seconds)
     say(facts["environment"]["device"])
     folder = config.output_dir or Path("runs") / f"benchmark_{facts['key']}"
     student = config.load_model or (config.save_model and str(config.save_model))
@@ -83,7 +76,7 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult | dict[str, Any]:
     probes = Probes(
         folder=folder,
         identity=facts["identity"],
-        words=lambda batch, checkpointing: words(
+        words=lambda batch, checkpointing: arguments(
             replace(config, probe=batch, gradient_checkpointing=checkpointing)
         ),
         max_seconds=config.probe_seconds,
@@ -118,12 +111,12 @@ def measure_all(
     return [rows[batch] for batch in sorted(rows)]
 
 
-def words(config: BenchmarkConfig) -> list[str]:
+def arguments(config: BenchmarkConfig) -> list[str]:
     """Return the command line, after python, that a process with these flags is started by."""
-    return as_words(command(config, "qat benchmark"))
+    return as_arguments(command(config, "qat benchmark"))
 
 
-def as_words(command: str) -> list[str]:
+def as_arguments(command: str) -> list[str]:
     """Return a command of this package as the arguments of python."""
     return ["-m", *shlex.split(command.replace("\\\n", " "))]
 

@@ -11,7 +11,8 @@ from qat.data.chat import ignores_thinking
 from qat.data.records import source_name
 from qat.data.text import read_blocks
 from qat.model.load import load_dense, load_tokenizer, model_identity
-from qat.runtime.device import Device, dtype_name
+from qat.pipelines.place import Place
+from qat.runtime.device import dtype_name
 from qat.tracking.messages import say
 
 
@@ -36,17 +37,10 @@ class BuildCacheResult:
 
 
 def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
-    """Build the cache, continue a build that was cut short, or find the whole cache.
-
-    Raises:
-        ValueError: If the data, the tokenizer or a setting cannot be used.
-        FileNotFoundError: If the teacher or the data do not exist.
-        CacheMismatch: If the folder holds another cache.
-    """
+    """Build the cache, continue a build that was cut short, or find the whole cache."""
     data_name = source_name(config.data)  # first, so that a wrong path is reported at once
-    device = Device.detect(config.device)
-    dtype = device.dtype_from_name(config.dtype)
-    say(device.describe())
+    place = Place.of(config)
+    device, dtype = place.device, place.dtype
     tokenizer = load_tokenizer(config.teacher)
     named = model_identity(config.teacher)  # of files, so a whole cache is found without loading
     identity = expected_identity(

@@ -29,12 +29,7 @@ class CompareResult:
 
 
 def compare(config: CompareConfig) -> CompareResult:
-    """Compare runs on disk, or those of a W&B project; send the comparison there if asked.
-
-    Raises:
-        FileNotFoundError: If a run is not there.
-        ValueError: If W&B cannot be used.
-    """
+    """Compare runs on disk, or those of a W&B project; send the comparison there if asked."""
     if config.runs:
         made = compare_runs(config.runs, config.output)
     else:

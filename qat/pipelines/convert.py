@@ -18,85 +18,82 @@ from torch import Tensor, nn
 from qat.cache.read import TeacherCache
 from qat.model.checkpoint import CheckpointHeader, dense_parts_in
 from qat.model.layers import FakeQuantLinear
-from qat.model.load import load_dense, model_identity, vocabulary_size
+from qat.model.load import load_dense, model_identity
 from qat.model.rankwise import low_rank_factors, widen
 from qat.model.surgery import layers_of_kind, model_tensors, quantized_layers, swap
-from qat.pipelines.convert_config import ConvertConfig
 from qat.pipelines.fit_layers import FitTask
-from qat.pipelines.open_cache import open_teacher_cache
-from qat.pipelines.open_checkpoint import (
-    Checkpoint,
-    latent_or_base_weights,
-    load_model,
-    open_checkpoint,
-)
-from qat.pipelines.quantize import fit_on_device
+from qat.pipelines.open_cache import open_cache
+from qat.pipelines.open_checkpoint import Checkpoint, latent_or_base_weights, open_checkpoint
+from qat.pipelines.place import Place
+from qat.pipelines.quantize import calibration_batches, fit_on_device
 from qat.pipelines.quantize_config import (
     SEED_ATTENTION_RANK,
+    ConvertConfig,
     ConvertQ4ToQ2Config,
+    FitConfig,
     bits_of_size,
     require_other,
 )
-from qat.pipelines.recipe import finished, recipe
 from qat.pipelines.students import (
+    Numbers,
     StudentResult,
-    already_made,
     change_student,
+    done_before,
+    finished,
     measure_and_write,
-    open_cache,
+    recipe,
     write_student,
 )
 from qat.quant.plan import QuantPlan, int_spec, kind_specs, plan_from_dict, read_plan, tensor_kind
 from qat.quant.spec import TensorSpec, make_spec
-from qat.runtime.device import Device
 from qat.tracking.messages import say
+
+WeightOf = Callable[[str], Tensor | None]
 
 
 def convert(config: ConvertConfig) -> StudentResult:
-    """Open a student, fit what changes, measure before and after, write.
+    """Open a student, fit what changes, measure before and after, write."""
 
-    Raises:
-        ValueError: If the plan does not fit, or nothing would change.
+    def refit(
+        student: nn.Module, _plan: QuantPlan, place: Place, cache: TeacherCache | None
+    ) -> tuple[QuantPlan, Numbers]:
+        expected = read_plan(config.plan, model_tensors(student))
+        specs = layers_to_change(student, expected)
+        own_weight = weights_to_fit(student, lambda _name: None)
+        fit_student(student, specs, own_weight, config, cache, place)
+        sqnr = weight_sqnr_db(student, list(specs), own_weight)
+        return expected, {"layers_changed": len(specs), "weight_sqnr_db": sqnr}
+
+    return change_student("convert", config, config.checkpoint, refit)
+
+
+def fit_student(
+    student: nn.Module,
+    specs: Mapping[str, TensorSpec],
+    weight_of: Callable[[str], Tensor],
+    config: FitConfig,
+    cache: TeacherCache | None,
+    place: Place,
+    base: str | None = None,
+) -> None:
+    """Fit the layers of `specs` to the weights of `weight_of`, in place.
+
+    Errors of earlier layers are measured against the full-precision model at `base`; without one
+    the student is its own reference.
     """
-    return change_student(
-        "convert", config, config.checkpoint, lambda student, plan: refit(config, student, plan)
-    )
-
-
-def refit(
-    config: ConvertConfig, student: nn.Module, plan: QuantPlan
-) -> tuple[QuantPlan, dict[str, float]]:
-    """Fit the layers whose format changes; return the plan, how many, and the weights' change."""
-    expected = read_plan(config.plan, model_tensors(student))
-    specs = layers_to_change(student, expected)
-    weight_of = weights_to_fit(student, lambda _name: None)
     task = FitTask(specs=specs, weight_of=weight_of, row_weights={})
     task.check()
-    device = Device.detect(config.device)
-    dtype = device.dtype_from_name(config.dtype)
-    cache = open_teacher_cache(config.cache_dir) if config.cache_dir else None
-    count = config.num_calibration_sequences(cache.seq_len) if cache else 0
-    with dense_parts_in(student, dtype):
-        fit_on_device(
-            student,
-            task,
-            fit=config.fit,
-            cache=cache,
-            count=count,
-            device=device,
-            dtype=dtype,
-        )
-    sqnr = weight_sqnr_db(student, list(specs), weight_of)
-    return expected, {"layers_changed": len(specs), "weight_sqnr_db": sqnr}
+    reference = None
+    if base is not None:
+        reference = load_base(base, place.dtype)
+        matching_layers(reference or student, student, specs)
+    with dense_parts_in(student, place.dtype):
+        batches = calibration_batches(cache, config)
+        fit_on_device(student, task, config, batches, place, reference)
 
 
 def layers_to_change(student: nn.Module, expected: QuantPlan) -> dict[str, TensorSpec]:
-    """Return the expected format of each layer that has another, by name, in the model's order.
-
-    Raises:
-        ValueError: If the student has a layer dense that the plan quantizes or the other way
-            round, or nothing would change.
-    """
+    """Return the expected format of each layer that has another, by name, in the model's order."""
     layers = quantized_layers(student)
     for name in expected.quantized:
         if name not in layers:
@@ -134,9 +131,7 @@ def weight_sqnr_db(
     return round(10 * math.log10(power / max(noise, 1e-300)), 2)
 
 
-def weights_to_fit(
-    student: nn.Module, weight_of: Callable[[str], Tensor | None]
-) -> Callable[[str], Tensor]:
+def weights_to_fit(student: nn.Module, weight_of: WeightOf) -> Callable[[str], Tensor]:
     """Return a function from a layer's name to the weight to fit: the given one, else its own."""
     layers = quantized_layers(student)
 
@@ -148,32 +143,28 @@ def weights_to_fit(
 
 
 def convert_q4_to_q2(config: ConvertQ4ToQ2Config) -> StudentResult:
-    """Open a 4-bit student, fit its MLP layers anew, measure, write.
-
-    Raises:
-        ValueError: If the checkpoint is no student, or the output cannot hold the result.
-    """
+    """Open a 4-bit student, fit its MLP layers anew, measure, write."""
     started = time.perf_counter()
-    device = Device.detect(config.device)
-    dtype = device.dtype_from_name(config.dtype)
-    say(device.describe())
+    place = Place.of(config)
     opened = open_checkpoint(config.q4_checkpoint, model_id=config.model_id)
     require_other("--q4-checkpoint", opened.path, config.output)
-    header = require_student(config, opened)
+    header = opened.require_student(
+        f"--q4-checkpoint {config.q4_checkpoint}", "`qat init-student` makes a 4-bit student of it"
+    )
+    previous = kind_specs(header.plan)
+    rank = spec.rank if (spec := previous.get("attention")) else 0
+    if config.q4_rank not in (None, rank):
+        say(f"--q4-rank {config.q4_rank}: the checkpoint's attention scales have rank {rank}")
     base = base_of(config, header)
-    cache = open_cache(
-        config.cache_dir, opened.text_folder, vocabulary_size(opened.text_folder), base["weights"]
-    )
+    cache = open_cache(config.cache_dir, opened.text_folder, base["weights"])
     fingerprint = cache and cache.fingerprint
-    made_by = recipe(
-        "convert-q4-to-q2", config, q4=header.sha256, base=base["weights"], cache=fingerprint
-    )
-    q2_specs(kind_specs(header.plan), config)  # refuses what cannot be, before long work
-    done = finished(config.output, made_by)
-    if done is not None:
-        return already_made(config.output, done)
+    read = {"q4": header.sha256, "base": base["weights"], "cache": fingerprint}
+    made_by = recipe("convert-q4-to-q2", config, **read)
+    q2_specs(previous, config)  # refuses what cannot be, before long work
+    if (done := finished(config.output, made_by)) is not None:
+        return done_before(config.output, done)
     weight_of = latent_or_base_weights(opened, base)
-    student, plan = fit_q2(config, opened, base, cache, device, dtype)
+    student, plan = fit_q2(config, opened, weight_of, base["path"], cache, place)
     header = replace(
         header,
         plan=plan.to_dict(),
@@ -188,35 +179,12 @@ def convert_q4_to_q2(config: ConvertQ4ToQ2Config) -> StudentResult:
         cache=cache if config.eval else None,
         write=partial(write_student, text_source=opened.text_folder, weight_of=weight_of),
         started=started,
-        device=device,
-        dtype=dtype,
+        place=place,
     )
 
 
-def require_student(config: ConvertQ4ToQ2Config, opened: Checkpoint) -> CheckpointHeader:
-    """Return the header of the 4-bit student.
-
-    Raises:
-        ValueError: If the checkpoint is a full-precision model.
-    """
-    if opened.header is None:
-        raise ValueError(
-            f"--q4-checkpoint {config.q4_checkpoint} is a full-precision model; "
-            "`qat init-student` makes a 4-bit student of it"
-        )
-    spec = kind_specs(opened.header.plan).get("attention")
-    rank = spec.rank if spec else 0
-    if config.q4_rank not in (None, rank):
-        say(f"--q4-rank {config.q4_rank}: the checkpoint's attention scales have rank {rank}")
-    return opened.header
-
-
 def base_of(config: ConvertQ4ToQ2Config, header: CheckpointHeader) -> dict[str, str]:
-    """Return path, name and weights' hash of the full-precision model; what is known of one gone.
-
-    Raises:
-        ValueError: If the path that the 4-bit student names holds other weights by now.
-    """
+    """Return path, name and hash of the full-precision model; what is known of one gone."""
     path = config.model_id or header.base_model["path"]
     try:
         found = {"path": path, **model_identity(path)}
@@ -236,54 +204,35 @@ def base_of(config: ConvertQ4ToQ2Config, header: CheckpointHeader) -> dict[str, 
 def fit_q2(
     config: ConvertQ4ToQ2Config,
     opened: Checkpoint,
-    base: Mapping[str, str],
+    weight_of: WeightOf,
+    base: str,
     cache: TeacherCache | None,
-    device: Device,
-    dtype: torch.dtype,
+    place: Place,
 ) -> tuple[nn.Module, QuantPlan]:
     """Return the converted student, on the CPU, and its plan."""
-    student, header = load_model(opened.path, model_id=config.model_id)
-    plan = plan_from_dict(header.plan, model_tensors(student))
+    student = opened.load()
+    plan = plan_from_dict(opened.header.plan, model_tensors(student))
     kinds = {kind: plan.spec_of_kind(kind) for kind in ("mlp", "attention")}
     specs = q2_specs(kinds, config)
+    layers = {
+        name: kind for name in quantized_layers(student) if (kind := tensor_kind(name)) in specs
+    }
     fitted = {
         name: specs[kind]
-        for name in quantized_layers(student)
-        if (kind := tensor_kind(name)) in specs and not is_kept(kind, kinds[kind], specs[kind])
+        for name, kind in layers.items()
+        if kind == "mlp" or not is_kept(kinds[kind], specs[kind])
     }
-    weight_of = weights_to_fit(student, latent_or_base_weights(opened, base))
-    task = FitTask(specs=fitted, weight_of=weight_of, row_weights={})
-    task.check()
-    model = load_base(base["path"], dtype)
-    matching_layers(model or student, student, fitted)
-    with dense_parts_in(student, dtype):
-        fit_on_device(
-            student,
-            task,
-            fit=config.fit,
-            cache=cache,
-            count=config.num_calibration_sequences(cache.seq_len) if cache is not None else 0,
-            device=device,
-            dtype=dtype,
-            reference=model,
-        )
+    weight_of = weights_to_fit(student, weight_of)
+    fit_student(student, fitted, weight_of, config, cache, place, base)
     widen_attention(student, specs["attention"])
-    changed = {
-        name: specs[tensor_kind(name)]
-        for name in quantized_layers(student)
-        if tensor_kind(name) in specs
-    }
+    changed = {name: specs[kind] for name, kind in layers.items()}
     return student, plan.with_specs(changed, name=q2_name(specs, config))
 
 
 def q2_specs(
     previous: Mapping[str, TensorSpec | None], config: ConvertQ4ToQ2Config
 ) -> dict[str, TensorSpec]:
-    """Return the formats of MLP and attention after the conversion.
-
-    Raises:
-        ValueError: If a kind has several formats, or the output's form cannot hold one that stays.
-    """
+    """Return the formats of MLP and attention after the conversion."""
     several = [kind for kind in ("mlp", "attention") if previous.get(kind) is None]
     if several:
         raise ValueError(
@@ -325,21 +274,15 @@ def attention_spec(previous: TensorSpec, config: ConvertQ4ToQ2Config) -> TensorS
     return make_spec(bits, group_size=previous.group_size or 32, rank=rank)
 
 
-def is_kept(kind: str, previous: TensorSpec, spec: TensorSpec) -> bool:
+def is_kept(previous: TensorSpec, spec: TensorSpec) -> bool:
     """Return whether layers keep their weights to the bit: as they are, or with a larger rank."""
-    if kind == "mlp":
-        return False
     return previous == spec or (
         0 < previous.rank < spec.rank and previous.with_rank(spec.rank) == spec
     )
 
 
 def matching_layers(model: nn.Module, student: nn.Module, names: Iterable[str]) -> None:
-    """Refuse a full-precision model that is not the one of a student's layers.
-
-    Raises:
-        ValueError: If the model has no such layer or one of another size; names it.
-    """
+    """Refuse a full-precision model that is not the one of a student's layers."""
     found, layers = dict(model.named_modules()), quantized_layers(student)
     for name in names:
         expected = (layers[name].out_features, layers[name].in_features)

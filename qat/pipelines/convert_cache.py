@@ -32,12 +32,7 @@ class ConvertCacheResult:
 
 
 def convert_cache(config: ConvertCacheConfig) -> ConvertCacheResult:
-    """Write the cache, or find it where an earlier call wrote it.
-
-    Raises:
-        FileNotFoundError: If the source is no cache.
-        CacheMismatch: If a file is damaged, or the target holds another cache.
-    """
+    """Write the cache, or find it where an earlier call wrote it."""
     started = time.perf_counter()
     cache = open_teacher_cache(config.source)
     if cache.manifest.identity.content == "conditional":

@@ -23,6 +23,7 @@ from qat.pipelines.convert import convert_q4_to_q2
 from qat.pipelines.demo_config import DemoConfig
 from qat.pipelines.generate import generate
 from qat.pipelines.quantize_config import ConvertQ4ToQ2Config
+from qat.pipelines.students import Numbers
 from qat.reports.compare import CompareConfig
 from qat.runtime.memory import peak_rss_bytes
 from qat.storage.files import read_json, write_json
@@ -73,27 +74,27 @@ def demo(config: DemoConfig) -> DemoResult:
     """Make teacher, cache, students, run, export and answers; show them in a table."""
     started = time.perf_counter()
     teacher, runs = config.model_dir, config.output_dir
-    show_stage("1/8 teacher")
+    say("\n== 1/8 teacher")
     fetch_smollm2(teacher)
-    show_stage("2/8 teacher cache")
+    say("\n== 2/8 teacher cache")
     text = {"format": "alpaca", "thinking": "none", "seq_len": 64, "top_k": 64}
     cache = Path(build_cache(teacher, DATA, output_dir=config.cache_dir, **text).cache)
-    show_stage("3/8 4-bit student")
+    say("\n== 3/8 4-bit student")
     q4 = quantize(teacher, "q4a4", cache=cache, output=runs / "q4", fit=QUICK_FIT).metrics
-    show_stage("4/8 2-bit student")
+    say("\n== 4/8 2-bit student")
     q2 = convert_to_q2(runs, cache)
-    show_stage(f"5/8 training, {config.max_steps} steps")
+    say(f"\n== 5/8 training, {config.max_steps} steps")
     trained = train_student(config, cache)
-    show_stage("6/8 held-out numbers")
+    say("\n== 6/8 held-out numbers")
     measured = {
         "teacher": evaluate_once(runs, "teacher", cache, str(teacher)),
         "q4": q4,
         "q2_init": q2,
         "q2_trained": evaluate_once(runs, "q2_trained", cache, trained),
     }
-    show_stage("7/8 plain Hugging Face folder")
+    say("\n== 7/8 plain Hugging Face folder")
     export_once(trained, runs / "hf")
-    show_stage("8/8 answers")
+    say("\n== 8/8 answers")
     students = {"teacher": str(teacher), "q2_init": str(runs / "q2_init"), "q2_trained": trained}
     answers = {name: answer_once(runs, name, one) for name, one in students.items()}
     made = tuple(runs / name for name in ("q4", "q2_init", "q2_mlp"))
@@ -106,12 +107,7 @@ def demo(config: DemoConfig) -> DemoResult:
     return result
 
 
-def show_stage(name: str) -> None:
-    """Log which stage starts."""
-    say(f"\n== {name}")
-
-
-def convert_to_q2(runs: Path, cache: Path) -> dict[str, Any]:
+def convert_to_q2(runs: Path, cache: Path) -> Numbers:
     """Make the 2-bit student of the 4-bit one; return its numbers."""
     config = ConvertQ4ToQ2Config(
         q4_checkpoint=runs / "q4",
@@ -120,7 +116,7 @@ def convert_to_q2(runs: Path, cache: Path) -> dict[str, Any]:
         eval=True,
         cache_dir=cache,
     )
-    return convert_q4_to_q2(config).to_json()
+    return convert_q4_to_q2(config).metrics
 
 
 def train_student(config: DemoConfig, cache: Path) -> str:

@@ -14,9 +14,9 @@ from qat.evaluate.on_text import evaluate_on_text, require_equal_widths
 from qat.model.checkpoint import bits_per_weight, dense_parts_in
 from qat.model.head import require_separable_head
 from qat.model.load import load_tokenizer, model_identity, vocabulary_size
+from qat.pipelines.open_cache import open_cache
 from qat.pipelines.open_checkpoint import load_model, open_checkpoint
-from qat.pipelines.students import open_cache
-from qat.runtime.device import Device
+from qat.pipelines.place import Place
 from qat.tracking.messages import say
 
 
@@ -54,32 +54,24 @@ class EvaluateResult:
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateResult:
-    """Load a model, measure it, return its numbers.
-
-    Raises:
-        FileNotFoundError: If a checkpoint, cache or text is not there.
-        ValueError: If they do not belong together.
-    """
-    device = Device.detect(config.device)
-    dtype = device.dtype_from_name(config.dtype)
-    say(device.describe())
+    """Load a model, measure it, return its numbers."""
+    place = Place.of(config)
+    device, dtype = place.device, place.dtype
     opened = open_checkpoint(config.checkpoint, model_id=config.model_id)
-    place = {"device": device.torch_device, "dtype": dtype, "batch_size": config.batch_size}
+    options = {"device": device.torch_device, "dtype": dtype, "batch_size": config.batch_size}
     require_same_vocabulary(config, opened.text_folder)
     if config.cache_dir is None:
         tokenizer = load_tokenizer(opened.text_folder)
         blocks = text_blocks(config.text, tokenizer, config.seq_len, config.num_sequences)
         num_context = 0 if bos_id(tokenizer) is None else 1
-        measure = partial(evaluate_on_text, blocks=blocks, num_context=num_context, **place)
+        measure = partial(evaluate_on_text, blocks=blocks, num_context=num_context, **options)
     else:
-        width = vocabulary_size(opened.text_folder)
-        cache = open_cache(config.cache_dir, opened.text_folder, width)
+        cache = open_cache(config.cache_dir, opened.text_folder)
         say_if_other_teacher(config, cache)
         limit = config.num_sequences
-        measure = partial(evaluate_on_cache, cache=cache, num_sequences=limit, **place)
+        measure = partial(evaluate_on_cache, cache=cache, num_sequences=limit, **options)
     # A student's few dense parts are loaded as they are stored, so that their bits are counted.
-    loaded = torch.float32 if opened.header else dtype
-    model, _header = load_model(config.checkpoint, model_id=config.model_id, dtype=loaded)
+    model = opened.load(dtype=torch.float32 if opened.header else dtype)
     sizes = bits_per_weight(model)
     teacher = load_model(config.teacher, dtype=dtype)[0] if config.teacher else None
     with dense_parts_in(model, dtype), device.hosting(model):
@@ -92,11 +84,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
 
 
 def require_same_vocabulary(config: EvaluateConfig, folder: Path) -> None:
-    """Refuse a teacher of another vocabulary before anything is loaded.
-
-    Raises:
-        ValueError: With both widths.
-    """
+    """Refuse a teacher of another vocabulary before anything is loaded."""
     if config.teacher:
         require_equal_widths(
             vocabulary_size(folder), vocabulary_size(open_checkpoint(config.teacher).text_folder)

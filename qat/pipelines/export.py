@@ -13,7 +13,7 @@ from qat.export.to_hf import export_to_hf
 from qat.export.to_hf_quantized import export_to_hf_quantized
 from qat.export.to_mlx import export_to_mlx
 from qat.model.checkpoint import CheckpointHeader, bits_per_weight
-from qat.pipelines.open_checkpoint import load_model, open_checkpoint
+from qat.pipelines.open_checkpoint import open_checkpoint
 from qat.reports.model_card import write_card
 from qat.runtime.device import DTYPES
 from qat.tracking.messages import say
@@ -50,16 +50,11 @@ class ExportResult:
 
 
 def export(config: ExportConfig) -> ExportResult:
-    """Load a student, write it in a format, read it back, compare, and write its model card.
-
-    Raises:
-        ValueError: If the output exists, the format cannot hold the student exactly, or a tensor
-            reads back otherwise.
-    """
+    """Load a student, write it in a format, read it back, compare, and write its model card."""
     if config.output.exists():
         raise ValueError(f"--output {config.output} exists; remove it or name another")
     opened = open_checkpoint(config.checkpoint, model_id=config.model_id)
-    student, header = load_model(config.checkpoint, model_id=config.model_id)
+    student, header = opened.load(), opened.header
     sizes = bits_per_weight(student)
     say(f"{config.checkpoint} to {config.to}, {config.dtype or 'dtype as the format needs'}")
     report = find_exporter(config, header)(

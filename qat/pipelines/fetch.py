@@ -80,12 +80,7 @@ class FetchTask:
 
 
 def fetch(config: FetchConfig) -> FetchResult:
-    """Look every name up first, then get what is not here.
-
-    Raises:
-        FileNotFoundError: If a thing is nowhere, or there is no store; tells what was tried.
-        ValueError: If a name is unknown, or what it names is damaged or something else.
-    """
+    """Look every name up first, then get what is not here."""
     items = read_registry(config.registry)
     tasks = [
         plan_task(name, items, config.output_dir, force=config.force)
@@ -156,11 +151,7 @@ def not_found(
 
 
 def run_task(task: FetchTask, *, dry_run: bool) -> FetchedItem:
-    """Get one thing, unless it is here already or nothing shall be done.
-
-    Raises:
-        ValueError: If it is damaged or something else than its name says.
-    """
+    """Get one thing, unless it is here already or nothing shall be done."""
     item, target = task.options[0], task.options[0].local_path(task.output_dir)
     if task.found is None:
         say(f"{task.name}: {target} is here and whole: nothing to do")

@@ -65,13 +65,7 @@ class FitTask:
 def fit_with_moments(
     model: nn.Module, task: FitTask, importance: Mapping[str, Tensor] | None
 ) -> None:
-    """Put fitted layers in the place of a model's, each by the second moments of its inputs.
-
-    Args:
-        model: Causal LM; its modules are replaced.
-        task: What is fitted.
-        importance: Second moments of each module's inputs by name, (I,); equal where not given.
-    """
+    """Put fitted layers in the place of a model's, each by the second moments of its inputs."""
     with tqdm(total=len(task.specs), desc="fit", unit="layer") as progress:
         for name in task.specs:
             progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)
@@ -88,7 +82,6 @@ def fit_by_decoder_layers(
     batches: Sequence[Batch],
     *,
     reference: nn.Module | None = None,
-    token_weights: dict[str, list[Tensor]] | None = None,
     dtype: torch.dtype,
 ) -> None:
     """Put fitted layers in the place of a model's, in the order of its forward pass.
@@ -98,11 +91,7 @@ def fit_by_decoder_layers(
         task: What is fitted.
         batches: Token ids, (B, T) each, on the model's device.
         reference: The full-precision model; the model itself as it comes when not given.
-        token_weights: How much each token counts for each linear, as `walk_decoder_layers` takes.
         dtype: Compute dtype of the walk.
-
-    Raises:
-        ValueError: If a layer cannot be fitted; names the layer.
     """
     progress = tqdm(total=len(task.specs), desc="fit", unit="layer")
 
@@ -114,9 +103,7 @@ def fit_by_decoder_layers(
 
     head = head_weight(model, task.specs)
     body = [name for name in task.specs if NUMBERED.search(name)]
-    walk = walk_decoder_layers(
-        model, body, batches, head=head, reference=reference, token_weights=token_weights
-    )
+    walk = walk_decoder_layers(model, body, batches, head=head, reference=reference)
     for names, statistics in walk if body or head else ():
         for name in names:
             progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)

@@ -9,8 +9,9 @@ from qat.evaluate.generate import Decoding, answer_file, generate_texts, read_ro
 from qat.evaluate.generate_config import GenerateConfig
 from qat.model.load import load_tokenizer
 from qat.model.surgery import hold_weights
-from qat.pipelines.open_checkpoint import load_model, open_checkpoint
-from qat.runtime.device import Device, dtype_name
+from qat.pipelines.open_checkpoint import open_checkpoint
+from qat.pipelines.place import Place
+from qat.runtime.device import dtype_name
 from qat.tracking.messages import say
 
 
@@ -33,22 +34,18 @@ class GenerateResult:
 
 
 def generate(config: GenerateConfig) -> GenerateResult:
-    """Load a model and answer with it.
-
-    Raises:
-        FileNotFoundError: If a checkpoint or file is not there.
-        ValueError: If a prompt does not fit the model, or a file is of another form.
-    """
+    """Load a model and answer with it."""
     if config.data is not None:
         read_rows(config.data)
-    device = Device.detect(config.device).eager()  # every token is another shape
-    dtype = device.dtype_from_name(config.dtype)
-    say(device.describe())
+    place = Place.of(config)
+    device, dtype = place.device.eager(), place.dtype  # every token is another shape
     opened = open_checkpoint(config.checkpoint, model_id=config.model_id)
     tokenizer = load_tokenizer(opened.text_folder)
-    model, header = load_model(config.checkpoint, model_id=config.model_id, dtype=dtype)
+    model = opened.load(dtype=dtype)
     hold_weights(model.to(device.torch_device), dtype)
-    say(f"{config.checkpoint}: {'student' if header else 'dense model'}, {dtype_name(dtype)}")
+    say(
+        f"{config.checkpoint}: {'student' if opened.header else 'dense model'}, {dtype_name(dtype)}"
+    )
     if config.template == "chat" and not tokenizer.chat_template:
         say("the tokenizer has no chat template: prompts are continued as they are")
 
@@ -62,7 +59,7 @@ def generate(config: GenerateConfig) -> GenerateResult:
         pairs = [{"prompt": text, "answer": answers[n]} for n, text in enumerate(config.prompt)]
         for pair in pairs:
             say(f"\n> {pair['prompt']}\n{pair['answer']}")
-        return GenerateResult(answers=pairs, seconds=seconds_since(started))
+        return GenerateResult(answers=pairs, seconds=round(time.perf_counter() - started, 3))
     made_by = {"checkpoint": str(config.checkpoint), "dtype": dtype_name(dtype)}
     counts = answer_file(
         config.data,
@@ -71,9 +68,5 @@ def generate(config: GenerateConfig) -> GenerateResult:
         settings={**settings, **made_by, "seed": config.seed},
         overwrite_outputs=config.overwrite_outputs,
     )
-    return GenerateResult(output=str(config.output), **counts, seconds=seconds_since(started))
-
-
-def seconds_since(started: float) -> float:
-    """Return the seconds since a time of `time.perf_counter`."""
-    return round(time.perf_counter() - started, 3)
+    seconds = round(time.perf_counter() - started, 3)
+    return GenerateResult(output=str(config.output), **counts, seconds=seconds)

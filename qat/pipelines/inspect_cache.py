@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from qat.cache.config import InspectCacheConfig
 from qat.cache.read import TeacherCache
@@ -25,13 +26,7 @@ class InspectCacheResult(CacheSummary):
 
 
 def inspect_cache(config: InspectCacheConfig) -> InspectCacheResult:
-    """Show what a cache holds; its shards are checked on the way.
-
-    Raises:
-        ValueError: If the sequence does not exist.
-        FileNotFoundError: If there is no whole cache.
-        CacheMismatch: If the tokenizer is not the teacher's, or a file was altered.
-    """
+    """Show what a cache holds; its shards are checked on the way."""
     cache = open_teacher_cache(config.cache)
     if not 0 <= config.sequence < cache.num_sequences:
         raise ValueError(f"--sequence {config.sequence} is outside 0..{cache.num_sequences - 1}")
@@ -48,7 +43,9 @@ def inspect_cache(config: InspectCacheConfig) -> InspectCacheResult:
     return InspectCacheResult(cache=cache.folder, plot=config.plot, **values)
 
 
-def show_sample(cache: TeacherCache, sequence_id: int, tokenizer: Any | None) -> None:
+def show_sample(
+    cache: TeacherCache, sequence_id: int, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
     """Show a sequence's first tokens, each with what the teacher expects after it."""
 
     def text_of(token_id: int) -> str:

@@ -39,12 +39,7 @@ class LogRunResult:
 
 
 def log_run(config: LogRunConfig) -> LogRunResult:
-    """Read a run's record; write its entry, its plot and the table of all runs.
-
-    Raises:
-        FileNotFoundError: If the run's folder is not there.
-        ValueError: If it holds no record, or the log has the name for another run.
-    """
+    """Read a run's record; write its entry, its plot and the table of all runs."""
     facts = read_run_facts(config.run)
     log = config.log.read_text(encoding="utf-8") if config.log.is_file() else EMPTY_LOG
     plot = Path("plots") / f"{config.name}.png"
@@ -63,12 +58,7 @@ def log_run(config: LogRunConfig) -> LogRunResult:
 
 
 def read_run_facts(folder: Path) -> Facts:
-    """Return what a run's folder records.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it holds no record.
-    """
+    """Return what a run's folder records."""
     (run,), _ = read_runs([folder])
     headers = [folder / name / HEADER for name in ("best", "", "final")]
     header = next((read_json(path) for path in headers if path.is_file()), {})

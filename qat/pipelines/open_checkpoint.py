@@ -43,7 +43,7 @@ FINAL_NAME = "final"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """What a checkpoint word stands for; nothing of it is loaded yet."""
+    """What a checkpoint name stands for; nothing of it is loaded yet."""
 
     path: Path
     """Native folder, model folder, or `.pt` file of the seeds."""
@@ -52,9 +52,23 @@ class Checkpoint:
     header: CheckpointHeader | None
     """None where it is a full-precision model."""
 
+    def load(self, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return the model on the CPU, in eval mode, frozen; its dense parts are of the dtype."""
+        if self.header is None:
+            return load_dense(self.path, dtype=dtype)
+        if self.path.is_dir():
+            return read_checkpoint(self.path, dtype=dtype)[0]
+        return read_seed_student(open_seed_checkpoint(self.path), self.text_folder, dtype=dtype)
+
+    def require_student(self, flag: str, remedy: str) -> CheckpointHeader:
+        """Return the header of a student."""
+        if self.header is None:
+            raise ValueError(f"{flag} is a full-precision model; {remedy}")
+        return self.header
+
 
 def open_checkpoint(checkpoint: str | Path, *, model_id: str | None = None) -> Checkpoint:
-    """Look a checkpoint word up.
+    """Look a checkpoint up.
 
     Args:
         checkpoint: Native folder, run folder (its best), `.pt` file of the seeds, a folder or
@@ -67,13 +81,13 @@ def open_checkpoint(checkpoint: str | Path, *, model_id: str | None = None) -> C
     """
     path = checkpoint_path(checkpoint)
     if path.is_file():
-        return open_seed_word(open_seed_checkpoint(path), model_id)
+        return open_seed_file(open_seed_checkpoint(path), model_id)
     header = read_header(path) if is_checkpoint(path) else None
     return Checkpoint(path=path, text_folder=path, header=header)
 
 
-def open_seed_word(stored: SeedCheckpoint, model_id: str | None) -> Checkpoint:
-    """Return what a checkpoint of the seeds stands for, its base model looked up."""
+def open_seed_file(stored: SeedCheckpoint, model_id: str | None) -> Checkpoint:
+    """Look up the base model of a checkpoint of the seeds."""
     name, folder = find_base(stored, model_id)
     notes = seed_notes(stored)
     unknown = {"name": folder.name, "weights": None}  # a config alone is enough to load
@@ -94,10 +108,7 @@ def open_seed_word(stored: SeedCheckpoint, model_id: str | None) -> Checkpoint:
 def find_base(stored: SeedCheckpoint, model_id: str | None) -> tuple[str, Path]:
     """Return name and folder of the full-precision model of a seeds' checkpoint.
 
-    A folder that its config names is sought from here, beside the file and beside its run.
-
-    Raises:
-        FileNotFoundError: If there is none.
+    A folder that its config names is looked for from here, next to the file and next to its run.
     """
     named = model_id or stored.config.get("model_id")
     if not named:
@@ -120,38 +131,15 @@ def find_base(stored: SeedCheckpoint, model_id: str | None) -> tuple[str, Path]:
 def load_model(
     checkpoint: str | Path, *, model_id: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, CheckpointHeader | None]:
-    """Return the model that a checkpoint word names, on the CPU, in eval mode, frozen.
-
-    Args:
-        checkpoint: As in `open_checkpoint`.
-        model_id: As in `open_checkpoint`.
-        dtype: Of the dense parts.
-
-    Returns:
-        The model, and its header if it is a student.
-
-    Raises:
-        FileNotFoundError: If nothing of these is there.
-        ValueError: If it is damaged or of another form.
-    """
+    """Return the model that a checkpoint names, and its header if it is a student."""
     opened = open_checkpoint(checkpoint, model_id=model_id)
-    if opened.header is None:
-        return load_dense(opened.path, dtype=dtype), None
-    if opened.path.is_dir():
-        return read_checkpoint(opened.path, dtype=dtype)
-    stored = open_seed_checkpoint(opened.path)
-    return read_seed_student(stored, opened.text_folder, dtype=dtype), opened.header
+    return opened.load(dtype=dtype), opened.header
 
 
 def checkpoint_path(checkpoint: str | Path) -> Path:
-    """Return the folder or `.pt` file of a checkpoint word: a run stands for its best student.
+    """Return the folder or `.pt` file of a checkpoint: a run stands for its best student.
 
     Archives are extracted next to themselves, again where an archive has changed.
-
-    Raises:
-        FileExistsError: If a folder is there that was not extracted from the archive.
-        FileNotFoundError: If there is neither a folder nor a hub model of that name.
-        ValueError: If it is a file of another kind, or several checkpoints.
     """
     path = Path(checkpoint)
     if path.is_file() and path.name.endswith(SUFFIXES):
@@ -166,11 +154,6 @@ def checkpoint_path(checkpoint: str | Path) -> Path:
     if path.is_file():
         raise ValueError(f"{path} is no checkpoint; {WHAT_TO_GIVE}, a .pt file or an archive")
     return model_folder(path if path.exists() else checkpoint)
-
-
-def checkpoint_folder(checkpoint: str | Path) -> Path:
-    """Return the folder that holds a checkpoint's tokenizer and config."""
-    return open_checkpoint(checkpoint).text_folder
 
 
 def latent_or_base_weights(opened: Checkpoint, base: dict[str, str] | None = None) -> BaseWeights:

@@ -32,12 +32,7 @@ class PackResult:
 
 
 def pack(config: PackConfig) -> PackResult:
-    """Write the archive of a folder.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist.
-        ValueError: If it is not whole, or holds links.
-    """
+    """Write the archive of a folder."""
     from qat.cache.manifest import BUILDING_FILE
 
     started = time.perf_counter()

@@ -14,7 +14,7 @@ from qat.export.runtimes import CONTEXT_TOKENS, RuntimeModel, open_runtime
 from qat.model.load import load_tokenizer
 from qat.model.surgery import hold_weights
 from qat.pipelines.open_cache import open_teacher_cache
-from qat.pipelines.open_checkpoint import load_model, open_checkpoint
+from qat.pipelines.open_checkpoint import open_checkpoint
 from qat.tracking.messages import say
 
 SHOWN_NUMBERS = ("kl_nats", "kl_nats_lower", "perplexity", "top1_agreement")
@@ -47,15 +47,11 @@ class ParityResult:
 
 
 def check_parity(config: ParityConfig) -> ParityResult:
-    """Compare a student with its exported file in the runtime that takes such files.
-
-    Raises:
-        ValueError: If the prompts are empty, or no runtime on this machine takes the file.
-    """
+    """Compare a student with its exported file in the runtime that takes such files."""
     prompts = read_prompts(config)
     name, runtime = open_runtime(config.export)
     opened = open_checkpoint(config.checkpoint, model_id=config.model_id)
-    student, _header = load_model(config.checkpoint, model_id=config.model_id)
+    student = opened.load()
     hold_weights(student, torch.float32)
     tokenizer = load_tokenizer(opened.text_folder)
     longest = CONTEXT_TOKENS - config.num_new_tokens
@@ -90,11 +86,7 @@ def measure_on_cache(
 
 
 def read_prompts(config: ParityConfig) -> list[str]:
-    """Return the prompts to compare, in the file's order.
-
-    Raises:
-        ValueError: If the file holds none.
-    """
+    """Return the prompts to compare, in the file's order."""
     lines = config.prompts.read_text(encoding="utf-8").splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:

@@ -10,7 +10,7 @@ from qat.export.gguf_size import planned_file_bytes
 from qat.model.checkpoint import empty_model
 from qat.model.load import model_folder
 from qat.model.surgery import model_tensors
-from qat.pipelines.plan_config import PlanConfig
+from qat.pipelines.quantize_config import PlanConfig
 from qat.quant.plan import QuantPlan, read_plan
 from qat.storage.files import write_json
 
@@ -34,12 +34,7 @@ class PlanResult:
 
 
 def plan(config: PlanConfig) -> PlanResult:
-    """Make a plan for a model from its config alone, print its table, save it where asked.
-
-    Raises:
-        ValueError: If the plan does not fit the model, or the file cannot hold it.
-        FileNotFoundError: If there is no such model.
-    """
+    """Make a plan for a model from its config alone, print its table, save it where asked."""
     folder = model_folder(config.model)
     model = empty_model(folder, device="meta")
     found = read_plan(config.plan, model_tensors(model))

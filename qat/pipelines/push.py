@@ -16,7 +16,7 @@ from qat.storage import archive, stores
 from qat.storage.registry import REGISTRY, Kind, StoredItem, read_registry
 from qat.tracking.messages import say
 
-LEFT_OUT = ("state", "wandb", "checkpoints")  # of a run: what only serves to go on with it
+LEFT_OUT = ("state", "wandb", "checkpoints")  # of a run: what only serves to resume it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,12 +36,7 @@ class PushConfig:
 
 
 def push(config: PushConfig) -> PackResult:
-    """Pack next to the folder, copy, leave nothing here.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist, or there is no store.
-        ValueError: If the folder is not whole, or the store takes nothing.
-    """
+    """Pack next to the folder, copy, leave nothing here."""
     started = time.perf_counter()
     folder = config.folder.resolve()
     kind = kind_of(folder)
@@ -62,11 +57,7 @@ def push(config: PushConfig) -> PackResult:
 
 
 def item_named(name: str, kind: Kind, registry: Path) -> StoredItem:
-    """Return what a thing is called in a store: a short name's file, or the name itself.
-
-    Raises:
-        ValueError: If the short name stands for something of the other kind.
-    """
+    """Return what a thing is called in a store: a short name's file, or the name itself."""
     item = read_registry(registry).get(name) or StoredItem(kind=kind, name=name)
     if item.kind != kind:
         raise ValueError(f"--name {name} stands for a {item.kind}, this is a {kind}")
@@ -74,12 +65,7 @@ def item_named(name: str, kind: Kind, registry: Path) -> StoredItem:
 
 
 def writable_store(base: str | None) -> stores.Store:
-    """Return the store to put things into.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it takes nothing.
-    """
+    """Return the store to put things into."""
     found = [stores.named_store(base, "--store")] if base else stores.find_stores()
     if not found:
         raise FileNotFoundError(f"there is no store; give --store, or {stores.HOW_TO_GIVE}")

@@ -1,4 +1,4 @@
-"""Flags of the commands that make students."""
+"""Flags of the commands that plan and make students."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,37 +7,29 @@ from typing import Annotated, Literal
 import tyro
 
 CodebookKind = Literal["learned", "uniform", "balanced", "int", "iq4_nl"]
-Fit = Literal["hessian", "guided", "moments"]
+Fit = Literal["hessian", "moments"]
 # Where more no longer pays: a second moment is known from few tokens, a Hessian from many.
-CALIBRATION_TOKENS = {"hessian": 32768, "guided": 32768, "moments": 4096}
+CALIBRATION_TOKENS = {"hessian": 32768, "moments": 4096}
 CALIBRATION_BATCH = 16  # sequences of a forward pass
 SEED_SUFFIX = ".pt"
 SEED_MLP_RANK, SEED_ATTENTION_RANK = 32, 8  # of the seeds' preset q2a4, which their trainer takes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InitStudentConfig:
-    """Quantize a full-precision model: codebook and scales fitted to weights and activations."""
+class FitConfig:
+    """How weights are fitted, and where."""
 
-    model: str
-    """Hugging Face folder or hub name of the full-precision model."""
     output: Path
     """Folder of the student."""
-    plan: Annotated[str, tyro.conf.arg(aliases=("--scheme",))] = "q4a4"
-    """The format of every tensor: a preset (q2a4, q4a4_r32, deploy), formats of MLP and attention
-    joined by a plus (gguf:q2_0+gguf:q4_0), rules (q2a4, embed=int4-g32, *.down_proj=lut3-g32), or
-    a file that `qat plan` wrote. `qat plan` shows what it comes to."""
     cache_dir: Path | None = None
-    """Teacher cache: calibrates the fit, measures the student."""
+    """Teacher cache: calibrates the fit, measures the student. Without one every weight counts
+    alike."""
     fit: Fit = "hessian"
     """hessian: codes with error feedback against all inputs, block by block, each block fed by the
-    quantized ones before it. guided: the same, tokens counted by how strongly they move the end
-    loss. moments: each input's mean square, one pass; several times quicker."""
+    quantized ones before it. moments: each input's mean square, one pass; several times quicker."""
     calibration_sequences: int | None = None
     """Training sequences of the cache that calibrate; when not given, as many as make 32768 tokens,
     for moments 4096."""
-    eval: bool = True
-    """Measure the student on the cache's held-out split."""
     dtype: str = "auto"
     """Compute dtype: auto, fp32, bf16 or fp16."""
     device: str = "auto"
@@ -49,12 +41,43 @@ class InitStudentConfig:
 
     def num_calibration_sequences(self, seq_len: int) -> int:
         """Return how many sequences of `seq_len` tokens calibrate."""
-        given = self.calibration_sequences
-        return default_sequences(self.fit, seq_len) if given is None else given
+        if self.calibration_sequences is not None:
+            return self.calibration_sequences
+        return max(1, CALIBRATION_TOKENS[self.fit] // seq_len)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ConvertQ4ToQ2Config:
+class InitStudentConfig(FitConfig):
+    """Quantize a full-precision model: codebook and scales fitted to weights and activations."""
+
+    model: str
+    """Hugging Face folder or hub name of the full-precision model."""
+    plan: Annotated[str, tyro.conf.arg(aliases=("--scheme",))] = "q4a4"
+    """The format of every tensor: a preset (q2a4, q4a4_r32, deploy), formats of MLP and attention
+    joined by a plus (gguf:q2_0+gguf:q4_0), rules (q2a4, embed=int4-g32, *.down_proj=lut3-g32), or
+    a file that `qat plan` wrote. `qat plan` shows what it comes to."""
+    eval: bool = True
+    """Measure the student on the cache's held-out split."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig(FitConfig):
+    """Move a student onto another plan, such as the grids of a runtime, and tell the cost."""
+
+    checkpoint: Path
+    """The student: native folder, run folder (its best) or `.pt` file with its config.json."""
+    plan: Annotated[str, tyro.conf.arg(aliases=("--scheme",))]
+    """Of the new student, as `qat init-student` takes it: deploy, gguf:q2_0+gguf:q4_0, q2a4."""
+    model_id: str | None = None
+    """Full-precision model of a `.pt` checkpoint; the one that config.json names when not given."""
+
+    def __post_init__(self) -> None:
+        FitConfig.__post_init__(self)
+        require_other("--checkpoint", self.checkpoint, self.output)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertQ4ToQ2Config(FitConfig):
     """Make a student with 2-bit MLP layers out of a 4-bit one; attention keeps its 4 bits."""
 
     q4_checkpoint: Path
@@ -83,23 +106,9 @@ class ConvertQ4ToQ2Config:
     student's own, for an output in the seeds' form 8 if that is larger."""
     eval: bool = False
     """Measure the student on the cache's held-out split."""
-    cache_dir: Path | None = None
-    """Teacher cache: calibrates the fit, measures the student."""
-    fit: Fit = "hessian"
-    """hessian: codes with error feedback against all inputs, block by block, each block fed by the
-    quantized ones before it. guided: the same, tokens counted by how strongly they move the end
-    loss. moments: each input's mean square, one pass; several times quicker."""
-    calibration_sequences: int | None = None
-    """Training sequences of the cache that calibrate; when not given, as many as make 32768 tokens,
-    for moments 4096."""
-    dtype: str = "auto"
-    """Compute dtype: auto, fp32, bf16 or fp16."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps, xla or tpu."""
 
     def __post_init__(self) -> None:
-        if self.calibration_sequences is not None:
-            require_positive("--calibration-sequences", self.calibration_sequences)
+        FitConfig.__post_init__(self)
         if self.eval and self.cache_dir is None:
             raise ValueError("--eval needs a cache to measure on; add --cache-dir caches/NAME")
         require_other("--q4-checkpoint", self.q4_checkpoint, self.output)
@@ -132,15 +141,26 @@ class ConvertQ4ToQ2Config:
         has_groups = self.q2_mlp_group_size is not None or self.q2_mlp_codebook == "int"
         return SEED_MLP_RANK if self.is_seed_form and not has_groups else 0
 
-    def num_calibration_sequences(self, seq_len: int) -> int:
-        """Return how many sequences of `seq_len` tokens calibrate."""
-        given = self.calibration_sequences
-        return default_sequences(self.fit, seq_len) if given is None else given
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExactConfig:
+    """What changes a student without a fit: where its parts are, and how it is measured."""
+
+    output: Path
+    """Folder of the student; a name ending in .pt is written in the seeds' form."""
+    model_id: str | None = None
+    """Full-precision model of a `.pt` checkpoint; the one that config.json names when not given."""
+    cache_dir: Path | None = None
+    """Teacher cache: measures the student before and after."""
+    dtype: str = "fp32"
+    """Compute dtype of measuring: fp32, bf16, fp16 or auto; others than fp32 hide the cost."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps, xla or tpu."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ConvertV1ToV2Config:
-    """Take the floor from under the scales of a student of the seeds' first form ("V1").
+class ConvertV1ToV2Config(ExactConfig):
+    """Remove the floor of the scales of a student of the seeds' first form ("V1").
 
     Weights whose scale lies above the floor stay as they are. Those below it are as good as zero
     and become what the second form has nearest; their number and cost are reported.
@@ -148,40 +168,41 @@ class ConvertV1ToV2Config:
 
     v1_checkpoint: Path
     """The student: `.pt` file with its config.json, a folder or archive with one."""
-    output: Path
-    """Folder of the student; a name ending in .pt is written in the seeds' form."""
-    model_id: str | None = None
-    """Full-precision model: folder or hub name; the one that config.json names when not given."""
-    cache_dir: Path | None = None
-    """Teacher cache: measures the student before and after."""
-    dtype: str = "fp32"
-    """Compute dtype of measuring: fp32, bf16, fp16 or auto."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps, xla or tpu."""
 
     def __post_init__(self) -> None:
         require_other("--v1-checkpoint", self.v1_checkpoint, self.output)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SnapFp16Config:
+class SnapFp16Config(ExactConfig):
     """Round every stored number of a student to float16: scales, codebooks, dense parts."""
 
     checkpoint: Path
     """The student: native folder, run folder (its best) or `.pt` file with its config.json."""
-    output: Path
-    """Folder of the student; a name ending in .pt is written in the seeds' form."""
-    model_id: str | None = None
-    """Full-precision model of a `.pt` checkpoint; the one that config.json names when not given."""
-    cache_dir: Path | None = None
-    """Teacher cache: measures what the rounding costs."""
-    dtype: str = "fp32"
-    """Compute dtype of measuring: fp32, bf16, fp16 or auto; others than fp32 hide the cost."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps, xla or tpu."""
 
     def __post_init__(self) -> None:
         require_other("--checkpoint", self.checkpoint, self.output)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """Show what a plan gives each tensor of a model, and the bytes of the file that it makes.
+
+    Reads the model's config only, never its weights.
+    """
+
+    model: str
+    """Hugging Face folder or hub name of the full-precision model."""
+    plan: str = "q4a4"
+    """A preset (q2a4, q4a4_r32, deploy), formats of MLP and attention joined by a plus
+    (gguf:q2_0+gguf:q4_0), rules (q2a4, embed=int4-g32, layers.0.*=gguf:q8_0), or a JSON file. Rules
+    are PATTERN=FORMAT joined by commas, the last that matches a tensor decides; patterns are mlp,
+    attention, embed, head, linears, all, or shell patterns for parameter names."""
+    to: Literal["gguf", "tensors"] = "tensors"
+    """gguf: file_bytes is that of the GGUF file, tokenizer and keys included. tensors: of all
+    tensors together."""
+    save: Path | None = None
+    """File to write the plan to, as JSON that --plan takes."""
 
 
 def require_other(flag: str, source: Path, output: Path) -> None:
@@ -191,11 +212,7 @@ def require_other(flag: str, source: Path, output: Path) -> None:
 
 
 def bits_of_size(flag: str, size: int) -> int:
-    """Return the bits per index of a codebook of so many values.
-
-    Raises:
-        ValueError: If it is no power of two within 4 .. 256; names the flag.
-    """
+    """Return the bits per index of a codebook of so many values."""
     bits = size.bit_length() - 1
     if not 2 <= bits <= 8 or size != 2**bits:
         raise ValueError(f"{flag} {size} is not one of 4, 8, .. 256; 4 is 2 bits, 16 is 4 bits")
@@ -206,8 +223,3 @@ def require_positive(flag: str, value: int) -> None:
     """Refuse a count below one."""
     if value < 1:
         raise ValueError(f"{flag} {value} must be at least 1")
-
-
-def default_sequences(fit: Fit, seq_len: int) -> int:
-    """Return how many sequences of `seq_len` tokens are enough for a fit."""
-    return max(1, CALIBRATION_TOKENS[fit] // seq_len)

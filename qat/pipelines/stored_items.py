@@ -11,11 +11,7 @@ MANIFEST_FILE = "manifest.json"
 
 
 def kind_of(path: Path) -> Kind:
-    """Return what a path holds, told by its content: a cache has a manifest or shards.
-
-    Raises:
-        FileNotFoundError: If nothing is there.
-    """
+    """Return what a path holds, told by its content: a cache has a manifest or shards."""
     from qat.cache.read import find_cache_folder, is_native
     from qat.legacy.cache import is_seed_cache
 
@@ -32,10 +28,6 @@ def is_present(expected: StoredItem, target: Path) -> bool:
     """Return whether an item is here, whole, and the expected one.
 
     What was taken from a store has a receipt; what was made or put here is opened and checked.
-
-    Raises:
-        FileExistsError: If something else is there that was not taken from a store, so that
-            replacing it could cost somebody's work.
     """
     if not target.exists():
         return False
@@ -65,12 +57,7 @@ def recorded_fingerprint(folder: Path) -> str | None:
 
 
 def check_content(expected: StoredItem, folder: Path) -> None:
-    """Refuse a folder that is no whole cache or checkpoint, or another one than expected.
-
-    Raises:
-        ValueError: With what is wrong.
-        OSError: If it is not there.
-    """
+    """Refuse a folder that is no whole cache or checkpoint, or another one than expected."""
     if expected.kind == "checkpoint":
         check_checkpoint(folder)
         return

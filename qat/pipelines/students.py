@@ -1,39 +1,50 @@
-"""What every pipeline that makes a student shares: open its cache, measure, write, report."""
+"""What every pipeline that makes a student shares: measure, write, report; and what changes one."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from qat.cache.read import TeacherCache
 from qat.evaluate.on_cache import evaluate_on_cache
+from qat.legacy.checkpoint import open_seed_checkpoint, seed_notes
+from qat.legacy.fp16_snap import snap_student
 from qat.legacy.student import write_seed_checkpoint
+from qat.legacy.v1_to_v2 import remove_floors
 from qat.model.checkpoint import (
     CheckpointHeader,
     bits_per_weight,
     dense_parts_in,
+    is_checkpoint,
+    read_header,
     write_checkpoint,
 )
-from qat.model.load import load_tokenizer, vocabulary_size
 from qat.model.surgery import model_tensors, release_weights
-from qat.pipelines.open_cache import open_teacher_cache
-from qat.pipelines.open_checkpoint import latent_or_base_weights, load_model, open_checkpoint
-from qat.pipelines.quantize_config import SEED_SUFFIX, require_other
-from qat.pipelines.recipe import finished, recipe
+from qat.pipelines.open_cache import open_cache
+from qat.pipelines.open_checkpoint import latent_or_base_weights, open_checkpoint
+from qat.pipelines.place import Place
+from qat.pipelines.quantize_config import (
+    SEED_SUFFIX,
+    ConvertConfig,
+    ConvertV1ToV2Config,
+    ExactConfig,
+    FitConfig,
+    SnapFp16Config,
+    require_other,
+)
 from qat.quant.plan import QuantPlan, plan_from_dict
-from qat.runtime.device import Device
+from qat.quant.spec import TensorSpec
 from qat.runtime.memory import peak_rss_bytes
-from qat.storage.files import write_json
+from qat.storage.files import fingerprint, write_json
 from qat.tracking.messages import say
 from qat.tracking.record import SUMMARY, kl_name
+from qat.train.run_folder import first_difference
 
 Numbers = dict[str, float | int | None]
-Change = Callable[[nn.Module, QuantPlan], tuple[QuantPlan, Numbers]]
+Change = Callable[[nn.Module, QuantPlan, Place, TeacherCache | None], tuple[QuantPlan, Numbers]]
 Write = Callable[[nn.Module, CheckpointHeader, Path], None]
 
 
@@ -51,43 +62,6 @@ class StudentResult:
         return {"checkpoint": str(self.checkpoint), **self.metrics}
 
 
-class ChangeConfig(Protocol):
-    """What the commands that change a student are told."""
-
-    output: Path
-    model_id: str | None
-    cache_dir: Path | None
-    dtype: str
-    device: str
-
-
-def open_cache(
-    folder: Path | None,
-    tokenizer: PreTrainedTokenizerBase | str | Path,
-    vocab_size: int | None,
-    weights: str | None = None,
-) -> TeacherCache | None:
-    """Return the cache in a folder, refused unless it is of this tokenizer and teacher.
-
-    Args:
-        folder: None gives None.
-        tokenizer: Or the folder of one, not read where the cache says nothing of its tokenizer.
-        vocab_size: Width of the model's logits; None is not compared.
-        weights: Hash of the full-precision model's weights; None is not compared.
-    """
-    if folder is None:
-        return None
-    cache = open_teacher_cache(folder)
-    identity = cache.manifest.identity
-    if identity.tokenizer_sha256 or identity.template_sha256:
-        is_folder = isinstance(tokenizer, (str, Path))
-        cache.require_tokenizer(load_tokenizer(tokenizer) if is_folder else tokenizer)
-    if vocab_size is not None:
-        cache.require_vocabulary(vocab_size)
-    cache.require_teacher(weights)
-    return cache
-
-
 def measure_and_write(
     model: nn.Module,
     header: CheckpointHeader,
@@ -96,12 +70,11 @@ def measure_and_write(
     cache: TeacherCache | None,
     write: Write,
     started: float,
-    device: Device,
-    dtype: torch.dtype,
+    place: Place,
 ) -> StudentResult:
     """Measure a student on a cache if there is one, write it, return the result."""
     seconds = time.perf_counter() - started
-    values = bits_per_weight(model) | measure(model, cache, device, dtype)
+    values = bits_per_weight(model) | measure(model, cache, place)
     values |= {"seconds": round(seconds, 2), "peak_rss_bytes": peak_rss_bytes()}
     write(model, replace(header, metrics=values), output)
     return StudentResult(output, values)
@@ -109,64 +82,63 @@ def measure_and_write(
 
 def change_student(
     command: str,
-    config: ChangeConfig,
+    config: ConvertConfig | ExactConfig,
     checkpoint: Path,
     change: Change,
     *,
     is_float16: bool = False,
 ) -> StudentResult:
-    """Change a student, with its numbers before and after.
+    """Change a student in place, with its numbers before and after; write it.
 
-    Args:
-        command: As typed.
-        config: Of the command.
-        checkpoint: The student.
-        change: Changes the student in place; returns its plan and numbers for the result.
-        is_float16: Whether every number that is written is a float16 one.
-
-    Raises:
-        ValueError: If the checkpoint is no student.
+    `change` returns the new plan and numbers for the result.
     """
     started = time.perf_counter()
-    device = Device.detect(config.device)
-    dtype = device.dtype_from_name(config.dtype)
-    say(device.describe())
+    place = Place.of(config)
     opened = open_checkpoint(checkpoint, model_id=config.model_id)
     require_other("the checkpoint that is read", opened.path, config.output)
-    header = opened.header
-    if header is None:
-        raise ValueError(f"{checkpoint} is a full-precision model; `qat {command}` takes a student")
-    text_folder, weights = opened.text_folder, header.base_model.get("weights")
-    cache = open_cache(config.cache_dir, text_folder, vocabulary_size(text_folder), weights)
+    header = opened.require_student(str(checkpoint), f"`qat {command}` takes a student")
+    weights = header.base_model.get("weights")
+    cache = open_cache(config.cache_dir, opened.text_folder, weights)
     made_by = recipe(command, config, student=header.sha256, cache=cache and cache.fingerprint)
     if (done := finished(config.output, made_by)) is not None:
-        return already_made(config.output, done)
-    student, _header = load_model(opened.path, model_id=config.model_id)
-    before = measure(student, cache, device, dtype)
-    plan, changed = change(student, plan_from_dict(header.plan, model_tensors(student)))
+        return done_before(config.output, done)
+    student = opened.load()
+    before = measure(student, cache, place)
+    plan = plan_from_dict(header.plan, model_tensors(student))
+    plan, changed = change(student, plan, place, cache)
     weight_of = latent_or_base_weights(opened)
 
     def write(model: nn.Module, header: CheckpointHeader, output: Path) -> None:
         header.metrics.update(changed | cost(before, header.metrics))  # the result's as well
+        source = opened.text_folder
         write_student(
-            model,
-            header,
-            output,
-            text_source=text_folder,
-            weight_of=weight_of,
-            is_float16=is_float16,
+            model, header, output, text_source=source, weight_of=weight_of, is_float16=is_float16
         )
 
+    header = replace(header, plan=plan.to_dict(), made_by=made_by)
     return measure_and_write(
-        student,
-        replace(header, plan=plan.to_dict(), made_by=made_by),
-        config.output,
-        cache=cache,
-        write=write,
-        started=started,
-        device=device,
-        dtype=dtype,
+        student, header, config.output, cache=cache, write=write, started=started, place=place
     )
+
+
+def convert_v1_to_v2(config: ConvertV1ToV2Config) -> StudentResult:
+    """Open a student of the seeds' first form, remove the floor of its scales, measure, write."""
+
+    def change(student: nn.Module, plan: QuantPlan, *_: object) -> tuple[QuantPlan, Numbers]:
+        report = remove_floors(student).values()
+        return plan.changed(TensorSpec.without_floor), report
+
+    return change_student("convert-v1-to-v2", config, config.v1_checkpoint, change)
+
+
+def snap_fp16(config: SnapFp16Config) -> StudentResult:
+    """Open a student, round every stored number to float16, measure before and after, write."""
+
+    def change(student: nn.Module, plan: QuantPlan, *_: object) -> tuple[QuantPlan, Numbers]:
+        report = snap_student(student, bake=config.output.suffix == SEED_SUFFIX)
+        return plan.changed(lambda spec: spec.stored_as("float16")), asdict(report)
+
+    return change_student("snap-fp16", config, config.checkpoint, change, is_float16=True)
 
 
 def cost(before: Numbers, after: Numbers) -> Numbers:
@@ -177,12 +149,11 @@ def cost(before: Numbers, after: Numbers) -> Numbers:
     return {f"{name}_before": before[name], f"{name}_cost": after[name] - before[name]}
 
 
-def measure(
-    model: nn.Module, cache: TeacherCache | None, device: Device, dtype: torch.dtype
-) -> Numbers:
+def measure(model: nn.Module, cache: TeacherCache | None, place: Place) -> Numbers:
     """Return a student's numbers on a cache, none without one; the student ends on the CPU."""
     if cache is None:
         return {}
+    device, dtype = place.device, place.dtype
     with dense_parts_in(model, dtype), device.hosting(model):
         values = evaluate_on_cache(model, cache, device=device.torch_device, dtype=dtype)
         release_weights(model)
@@ -200,27 +171,16 @@ def write_student(
 ) -> None:
     """Write a student as its output's name asks: the seeds' form for .pt, else a native folder.
 
-    Args:
-        model: The student.
-        header: Filled in.
-        output: File or folder.
-        text_source: Folder of the tokenizer.
-        weight_of: Weight that a layer was fitted to, by name, for a form that keeps it.
-        is_float16: Whether every number is to be a float16 one.
+    `weight_of` gives the weight that a layer was fitted to, for a form that keeps it.
     """
     if output.suffix == SEED_SUFFIX:
-        notes = {
-            "base_model": header.base_model,
-            "cache_fingerprint": header.cache_fingerprint,
-            "made_by": header.made_by,
-            "metrics": header.metrics,
-        }
+        names = ("base_model", "cache_fingerprint", "made_by", "metrics")
         write_seed_checkpoint(
             model,
             output,
             model_id=header.base_model["path"],
             weight_of=weight_of,
-            notes=notes,
+            notes={name: getattr(header, name) for name in names},
             is_float16=is_float16,
         )
         return
@@ -228,7 +188,43 @@ def write_student(
     write_json(output / SUMMARY, header.metrics)  # so that `qat compare` shows it among the runs
 
 
-def already_made(output: Path, metrics: Numbers) -> StudentResult:
-    """Return the result of a student that this recipe has made before."""
+def recipe(command: str, config: FitConfig | ExactConfig, **identity: str | None) -> dict[str, Any]:
+    """Return what decides a student to the bit: settings and the identity of what was read.
+
+    Paths and devices do not decide; contents do.
+    """
+    skipped = {"output", "device", "model", "model_id", "cache_dir", "q4_rank"}
+    skipped |= {name for name in asdict(config) if name.endswith("checkpoint")}
+    settings = {k: v for k, v in asdict(config).items() if k not in skipped}
+    return {"command": command, "settings": settings, "read": identity}
+
+
+def finished(output: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the metrics of a student that the same recipe has made already, None for none."""
+    if is_checkpoint(output):
+        header = read_header(output)
+        previous, metrics = header.made_by, header.metrics
+    elif output.is_file() and output.suffix == SEED_SUFFIX:
+        try:
+            notes = seed_notes(open_seed_checkpoint(output))
+        except ValueError as error:
+            raise FileExistsError(f"--output {output} is there: {error}") from error
+        previous, metrics = notes.get("made_by", {}), notes.get("metrics", {})
+    elif output.exists() and (output.is_file() or any(output.iterdir())):
+        raise FileExistsError(f"--output {output} exists and is no student; choose another name")
+    else:
+        return None
+    if fingerprint(previous) == fingerprint(made_by):
+        return metrics
+    name, old, new = first_difference(previous, made_by)
+    difference = f"{name} {old} there, {new} here" if name else "settings not recorded there"
+    raise FileExistsError(
+        f"--output {output} holds a student that was made otherwise "
+        f"({difference}); choose another --output, or remove it"
+    )
+
+
+def done_before(output: Path, metrics: Numbers) -> StudentResult:
+    """Return the result of a student that the same command has made before."""
     say(f"{output} is already complete: nothing to do")
     return StudentResult(output, metrics)

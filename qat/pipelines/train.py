@@ -9,7 +9,6 @@ from functools import partial
 from time import strftime
 from typing import Any
 
-import torch
 from torch import nn
 
 from qat.cache.read import TeacherCache
@@ -19,27 +18,27 @@ from qat.legacy.run_files import BEST_FILE, TIME_FORMAT, why_no_seed_files, writ
 from qat.model.checkpoint import CheckpointHeader, bits_per_weight, write_checkpoint
 from qat.model.load import BaseWeights, load_dense
 from qat.model.surgery import has_low_rank_scales
+from qat.pipelines.open_cache import open_cache
 from qat.pipelines.open_checkpoint import (
     BEST_NAME,
     FINAL_NAME,
     Checkpoint,
     latent_or_base_weights,
-    load_model,
     open_checkpoint,
 )
-from qat.pipelines.students import open_cache
-from qat.runtime.device import Device, dtype_name, seeded
-from qat.storage.files import folder_lock
+from qat.pipelines.place import Place
+from qat.runtime.device import dtype_name, seeded
+from qat.storage.files import folder_lock, write_json
 from qat.tracking.messages import say
+from qat.tracking.record import CONFIG
 from qat.tracking.sinks import Tracker, open_tracker
-from qat.train.config import TrackingConfig, TrainConfig
+from qat.train.config import TrainConfig
 from qat.train.layerwise import layerwise_stage
-from qat.train.loop import Hooks, LoopIntervals, train_end_to_end
+from qat.train.loop import Hooks, train_end_to_end
 from qat.train.run_folder import (
     COMMAND,
     check_content,
     check_lengths,
-    claim_folder,
     copy_results,
     finished_run,
     make_trainer,
@@ -86,8 +85,7 @@ class Run:
     """What a run works with, opened and checked, nothing of it loaded yet."""
 
     config: TrainConfig
-    device: Device
-    dtype: torch.dtype
+    place: Place
     student: Checkpoint
     cache: TeacherCache
     eval_cache: TeacherCache
@@ -104,7 +102,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     run = open_run(config)
     finished_run(config.output_dir, run.identity)  # refuse before the folder is touched
-    with folder_lock(config.output_dir), seeded(run.device.torch_device, config.seed):
+    with folder_lock(config.output_dir), seeded(run.place.device.torch_device, config.seed):
         summary = finished_run(config.output_dir, run.identity)
         if summary is None:
             summary = take_run(run)
@@ -118,32 +116,27 @@ def train(config: TrainConfig) -> TrainResult:
 
 def open_run(config: TrainConfig) -> Run:
     """Look up student, caches, device and dtype; refuse what does not fit."""
-    device = Device.detect(config.device)
-    dtype = device.dtype_from_name(config.dtype)
-    say(device.describe())
+    place = Place.of(config)
     student = open_checkpoint(config.checkpoint, model_id=config.model_id)
-    if student.header is None:
-        raise ValueError(
-            f"--checkpoint {student.path} is a full-precision model; "
-            "`qat init-student` makes a student of it"
-        )
-    teacher = student.header.base_model["weights"]
-    cache = open_cache(config.cache_dir, student.text_folder, None, teacher)
-    eval_cache = open_cache(config.eval_cache_dir, student.text_folder, None, teacher) or cache
+    header = student.require_student(
+        f"--checkpoint {student.path}", "`qat init-student` makes a student of it"
+    )
+    teacher = header.base_model["weights"]
+    cache = open_cache(config.cache_dir, student.text_folder, teacher)
+    eval_cache = open_cache(config.eval_cache_dir, student.text_folder, teacher) or cache
     check_lengths(config, cache.seq_len)
     check_content(config, cache.manifest.identity.content)
     identity = run_identity(
         config,
-        student.header.sha256,
+        header.sha256,
         cache.fingerprint,
         eval_cache.fingerprint,
-        device_kind=device.kind,
-        dtype=dtype_name(dtype),
+        device_kind=place.device.kind,
+        dtype=dtype_name(place.dtype),
     )
     return Run(
         config=config,
-        device=device,
-        dtype=dtype,
+        place=place,
         student=student,
         cache=cache,
         eval_cache=eval_cache,
@@ -153,38 +146,43 @@ def open_run(config: TrainConfig) -> Run:
 
 def take_run(run: Run) -> dict[str, Any]:
     """Start or resume a run, take it to its end, and return its summary."""
-    config, device, header = run.config, run.device, run.student.header
+    config, device, header = run.config, run.place.device, run.student.header
     folder, base = config.output_dir, config.model_id or header.base_model["path"]
-    model, _header = load_model(config.checkpoint, model_id=config.model_id, dtype=run.dtype)
+    model = run.student.load(dtype=run.place.dtype)
     device.place(model)
     weight_of = latent_or_base_weights(run.student, {**header.base_model, "path": base})
     record = record_of(config, run.identity, latent_start(config, model, weight_of))
-    claim_folder(folder, record)
+    write_json(folder / CONFIG, record)  # before anything that the run may resume from
     progress = Progress()
     if config.layerwise.sequences and not has_state(folder):
         progress.seconds = train_layer_by_layer(run, model, base, weight_of)
-    trainer = make_trainer(config, model, run.dtype, weight_of=weight_of, sync=device.sync)
+    trainer = make_trainer(config, model, run.place.dtype, weight_of=weight_of, sync=device.sync)
     count = f"{trainer.num_trained:,} parameters in {len(trainer.layers)} layers"
-    say(f"training {count}, compute dtype {dtype_name(run.dtype)}")
+    say(f"training {count}, compute dtype {dtype_name(run.place.dtype)}")
     if has_state(folder):
         progress = read_state(folder, trainer)
         say(f"resuming from step {progress.step}")
+    names = ("project", "name", "group", "tags")
+    wandb = {name: getattr(config.tracking, name) for name in names}
     track = open_tracker(
-        folder, record, resume_step=progress.step or None, wandb=wandb_settings(config.tracking)
+        folder,
+        record,
+        resume_step=progress.step or None,
+        wandb=wandb if config.tracking.to == "wandb" else None,
     )
     made_by = {"command": COMMAND, **run.identity}
     header = replace(header, cache_fingerprint=run.cache.fingerprint, made_by=made_by)
     keep = partial(write_student, run, trainer, header)
     progress = train_end_to_end(
         trainer,
-        lambda step: training_batches(
+        partial(
+            training_batches,
             run.cache,
             config,
             device.torch_device,
-            start_step=step,
             vocab_size=model.config.vocab_size,
         ),
-        loop_intervals(config),
+        config,
         make_hooks(run, trainer, track, keep),
         progress,
     )
@@ -210,8 +208,8 @@ def latent_start(config: TrainConfig, model: nn.Module, weights: BaseWeights) ->
 
 def train_layer_by_layer(run: Run, model: nn.Module, base: str, weight_of: BaseWeights) -> float:
     """Take the layer-by-layer stage of a run; return its seconds."""
-    teacher = load_dense(base, dtype=run.dtype)
-    run.device.place(teacher)
+    teacher = load_dense(base, dtype=run.place.dtype)
+    run.place.device.place(teacher)
     return layerwise_stage(
         run.config,
         model,
@@ -219,8 +217,8 @@ def train_layer_by_layer(run: Run, model: nn.Module, base: str, weight_of: BaseW
         run.cache,
         weight_of=weight_of,
         rates=peak_rates(run.config.optim, run.config.layerwise.lr),
-        device=run.device.torch_device,
-        dtype=run.dtype,
+        device=run.place.device.torch_device,
+        dtype=run.place.dtype,
     )
 
 
@@ -257,17 +255,6 @@ def leave_seed_files(run: Run, base: str, weight_of: BaseWeights) -> None:
     say(f"in the seeds' form: {', '.join(names)}")
 
 
-def loop_intervals(config: TrainConfig) -> LoopIntervals:
-    """Return how often the loop does what is not a step."""
-    return LoopIntervals(
-        max_steps=config.max_steps,
-        accumulation_steps=config.accumulation_steps,
-        eval_steps=config.intervals.eval_steps,
-        log_steps=config.intervals.log_steps,
-        save_steps=config.intervals.save_steps,
-    )
-
-
 def make_hooks(run: Run, trainer: Trainer, track: Tracker, keep: Keep) -> Hooks:
     """Return what the loop calls: evaluation, tracking, saving, going back."""
     config, folder = run.config, run.config.output_dir
@@ -277,8 +264,8 @@ def make_hooks(run: Run, trainer: Trainer, track: Tracker, keep: Keep) -> Hooks:
             return evaluate_on_cache(
                 trainer.model,
                 run.eval_cache,
-                device=run.device.torch_device,
-                dtype=run.dtype,
+                device=run.place.device.torch_device,
+                dtype=run.place.dtype,
                 num_sequences=config.intervals.eval_samples,
             )
 
@@ -302,15 +289,3 @@ def make_hooks(run: Run, trainer: Trainer, track: Tracker, keep: Keep) -> Hooks:
         save=save,
         restore=restore,
     )
-
-
-def wandb_settings(tracking: TrackingConfig) -> dict[str, Any] | None:
-    """Return where the run goes at Weights & Biases, None where it does not."""
-    if tracking.to != "wandb":
-        return None
-    return {
-        "project": tracking.project,
-        "name": tracking.name,
-        "group": tracking.group,
-        "tags": tracking.tags,
-    }

@@ -1,1 +1,1 @@
-"""Distillation of a student: `config`, `trainable`, `schedule`, `step`, `state`, `end_to_end`."""
+"""Distillation of a student: `config`, `trainable`, `schedule`, `step`, `state`, `loop`."""

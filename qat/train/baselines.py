@@ -4,6 +4,7 @@ Plain fine-tuning is given its cheapest form: float32 master weights cast once a
 layers trained, the same loss, optimizer and batch. What is left over is fake quantization.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,16 +103,8 @@ def rounded_layer(name: str, linear: nn.Linear, spec: TensorSpec) -> FakeQuantLi
     return layer
 
 
-def make_case(case: str, model: nn.Module, dtype: torch.dtype, sync: Any) -> Trainer:
-    """Return the trainer of a case: MLP layers train, all else is frozen.
-
-    Args:
-        case: plain, fake-quant (group scales and latent weights train), formed or rank-by-rank
-            (low-rank scales train; weights formed once a step, or one matmul a rank).
-        model: Dense, on the device.
-        dtype: Compute dtype.
-        sync: Called once a step.
-    """
+def make_case(case: str, model: nn.Module, dtype: torch.dtype, sync: Callable[[], None]) -> Trainer:
+    """Return the trainer of a case: MLP layers train, all else is frozen."""
     model.requires_grad_(False)
     make = Trainer
     if case == "plain":

@@ -28,16 +28,12 @@ from tqdm import tqdm
 
 from qat.model.head import Tokens, hidden_states
 from qat.model.layers import FakeQuantWeight
-from qat.runtime.device import as_operand, run_recorded
-from qat.train.step import form_weights, loss_scaler, pull_gradients
+from qat.runtime.device import run_recorded
+from qat.train.step import form_weights, loss_scaler, optimizer_step, pull_gradients
 from qat.train.trainable import mode
 
 Call = dict[str, Any]
 CallOf = Callable[[Tensor], Call]  # from the numbers of some sequences
-
-
-class StopForward(Exception):  # noqa: N818 a signal, not an error
-    """Ends a forward pass once the block that is asked for has been reached."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,23 +52,20 @@ class BlockPlan:
     """Folder for hidden states."""
 
 
-def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """Return the transformer blocks of a causal LM."""
-    return model.get_decoder().layers
+def block_calls(model: nn.Module, batch: Tokens) -> tuple[Tensor, list[Call]]:
+    """Return what the first block reads, (B, L, H), and the keyword arguments of every block.
 
-
-def block_calls(model: nn.Module, batch: Tokens) -> list[Call]:
-    """Return the keyword arguments that each block is called with on a batch.
-
-    They follow from its shape and its documents alone, so no block runs.
+    They follow from a batch alone, so no block runs.
     """
+    read: list[Tensor] = []
     calls: list[Call] = []
 
-    def record(hidden: Tensor, **kwargs: Any) -> Tensor:
+    def record(hidden_states: Tensor, **kwargs: object) -> Tensor:
+        read.append(hidden_states)
         calls.append(kwargs)
-        return hidden
+        return hidden_states
 
-    blocks = decoder_blocks(model)
+    blocks = model.get_decoder().layers
     for block in blocks:
         block.forward = record
     try:
@@ -81,46 +74,23 @@ def block_calls(model: nn.Module, batch: Tokens) -> list[Call]:
     finally:
         for block in blocks:
             del block.forward
-    return calls
+    return read[0], calls
 
 
 def calls_of(model: nn.Module, number: int, first: Tensor, documents: Tensor | None) -> CallOf:
     """Return the function from sequences to the keyword arguments of a block on them.
 
-    Args:
-        model: Whose block it is.
-        number: Of the block.
-        first: A batch of the largest size, (B, L).
-        documents: Document ids of all sequences, (N, L), as `Tokens` takes them.
+    `first` is a batch of the largest size, (B, L), and `documents` are all sequences', (N, L).
     """
     if documents is None:
-        call = block_calls(model, Tokens(first))[number]
+        call = block_calls(model, Tokens(first))[1][number]
         return lambda rows: sized(call, len(rows))
 
     def call_on(rows: Tensor) -> Call:
         found = documents[rows].to(first.device)
-        return block_calls(model, Tokens(torch.zeros_like(found), found))[number]
+        return block_calls(model, Tokens(torch.zeros_like(found), found))[1][number]
 
     return call_on
-
-
-def first_inputs(model: nn.Module, token_ids: Tensor) -> Tensor:
-    """Return what the first block reads for a batch, (B, L, H)."""
-    caught: list[Tensor] = []
-
-    def hook(_module: nn.Module, inputs: tuple[Any, ...], kwargs: Call) -> None:
-        caught.append(inputs[0] if inputs else kwargs["hidden_states"])
-        raise StopForward
-
-    handle = decoder_blocks(model)[0].register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            model.get_decoder()(input_ids=token_ids, use_cache=False)
-    except StopForward:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
@@ -168,7 +138,7 @@ def advance(
 def sized(call: Call, batch_size: int) -> Call:
     """Return a call cut to a smaller batch, as the last one of a pass is."""
 
-    def cut(value: Any) -> Any:
+    def cut(value: object) -> object:
         if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] > batch_size:
             return value[:batch_size]
         if isinstance(value, tuple):
@@ -194,19 +164,7 @@ def train_block(
     plan: BlockPlan,
     device: torch.device,
 ) -> tuple[float, float]:
-    """Train one block and return its mean loss over the first and the last epoch.
-
-    Args:
-        block: The student's, on the device.
-        layers: Its layers that train.
-        optimizer: Of their parameters.
-        inputs: What the quantized blocks before it make, (N, L, H).
-        targets: What the teacher's block makes of the teacher's hidden states, (N, L, H).
-        call_of: Gives the block's keyword arguments.
-        plan: Epochs, batches, rates.
-        device: Of the block.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    """Train one block from inputs to targets, (N, L, H); return its first and last epoch's loss."""
     generator = torch.Generator().manual_seed(plan.seed)
     scaler = loss_scaler(device, plan.dtype)
     batches_an_epoch = -(-len(inputs) // plan.batch_size)
@@ -223,17 +181,7 @@ def train_block(
                 loss = block_loss(output, targets[rows].to(device))
                 (loss if scaler is None else scaler.scale(loss)).backward()
             pull_gradients(layers)
-            if scaler is not None:
-                scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, plan.clip_grad_norm or float("inf"))
-            for group in optimizer.param_groups:
-                group["lr"] = as_operand(group["peak_lr"] * plan.rate(step, num_steps), device)
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer_step(optimizer, scaler, plan.clip_grad_norm, plan.rate(step, num_steps))
             total += loss.detach()
             run_recorded(device)
             step += 1
@@ -249,18 +197,10 @@ def start_states(
     dtype: torch.dtype,
     num_sequences: int,
 ) -> HiddenStates:
-    """Write what the first block reads for every sequence.
-
-    Args:
-        model: Whose embedding makes it.
-        batches: Token ids (B, L) on the model's device.
-        path: File for the hidden states.
-        dtype: That they are kept in.
-        num_sequences: N.
-    """
+    """Write what the first block reads for every sequence to a file of a dtype, (N, L, H)."""
     states, start = None, 0
     for batch in batches:
-        hidden = first_inputs(model, Tokens.of(batch).token_ids)
+        hidden, _calls = block_calls(model, Tokens.of(batch))
         if states is None:
             states = HiddenStates(path, (num_sequences, *hidden.shape[1:]), dtype)
         states.values[start : start + len(hidden)] = hidden
@@ -288,7 +228,7 @@ def train_blockwise(
         teacher: The full-precision model, of the same shape.
         batches: Gives token ids (B, L) of all sequences on the device, in order; `Tokens` where
             documents are packed.
-        num_sequences: How many there are.
+        num_sequences: N, how many there are.
         plan: How a block is trained.
         prepare: Makes a block's layers trainable; returns them and their optimizer.
         finish: Called when a block is done, with its losses; keeps what was learned.
@@ -299,29 +239,19 @@ def train_blockwise(
     if first.document_ids is not None:
         documents = torch.cat([batch.document_ids.cpu() for batch in batches()])
     call_of = partial(calls_of, first=first.token_ids, documents=documents)
-    reads = start_states(
-        student, batches(), plan.scratch / "student.bin", plan.dtype, num_sequences
+    reads, targets = (
+        start_states(model, batches(), plan.scratch / f"{name}.bin", plan.dtype, num_sequences)
+        for name, model in (("student", student), ("teacher", teacher))
     )
-    wants = start_states(
-        teacher, batches(), plan.scratch / "teacher.bin", plan.dtype, num_sequences
-    )
-    pairs = list(zip(decoder_blocks(student), decoder_blocks(teacher), strict=True))
+    pairs = list(zip(student.get_decoder().layers, teacher.get_decoder().layers, strict=True))
     bar = tqdm(total=len(pairs), initial=start_block, desc="layer by layer", unit="block")
     for number, (block, teacher_block) in enumerate(pairs):
-        advance(teacher_block, wants, call_of(teacher, number), plan, device)
+        advance(teacher_block, targets, call_of(teacher, number), plan, device)
         if number >= start_block:
             layers, optimizer = prepare(number, block)
             if optimizer is not None:
-                before, after = train_block(
-                    block,
-                    layers,
-                    optimizer,
-                    reads.values,
-                    wants.values,
-                    call_of(student, number),
-                    plan,
-                    device,
-                )
+                states, call = (reads.values, targets.values), call_of(student, number)
+                before, after = train_block(block, layers, optimizer, *states, call, plan, device)
                 form_weights(layers, plan.dtype)
                 finish(number, {"block/first_loss": before, "block/last_loss": after})
                 bar.set_postfix(loss=f"{before:.4f} to {after:.4f}")
@@ -329,4 +259,4 @@ def train_blockwise(
         advance(block, reads, call_of(student, number), plan, device)
     bar.close()
     reads.remove()
-    wants.remove()
+    targets.remove()

@@ -130,7 +130,7 @@ class LayerwiseConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingConfig:
-    """Where the run's numbers and results go besides its folder."""
+    """Where the run's numbers and results go in addition to its folder."""
 
     to: Literal["folder", "wandb"] = "folder"
     """folder: the run's own only. wandb: Weights & Biases as well; WANDB_MODE=offline is read."""

@@ -1,7 +1,7 @@
 """The layer-by-layer stage of a run: which blocks are done, and what they learned."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,12 @@ from qat.storage.files import atomic_file, read_json, write_json
 from qat.train.blockwise import BlockPlan, train_blockwise
 from qat.train.config import TrainConfig
 from qat.train.schedule import rate_factor
-from qat.train.trainable import choose_trainable, make_optimizer
+from qat.train.trainable import (
+    choose_trainable,
+    is_trained,
+    make_optimizer,
+    trained_layers,
+)
 
 BLOCKS = "blocks"
 WARMUP_SHARE = 0.05
@@ -41,73 +46,59 @@ def layerwise_stage(
 ) -> float:
     """Train a student block by block, and return the seconds that it took, all processes counted.
 
-    A block that an earlier process finished is read from the run's folder instead.
-
-    Args:
-        config: The run's.
-        student: On the device.
-        teacher: The full-precision model, on the device.
-        cache: Gives the sequences.
-        weight_of: Full-precision weight of a layer by name, None where unknown.
-        rates: Peak rate of each part in this stage.
-        device: Of both models.
-        dtype: Compute dtype.
+    A block that an earlier process finished is read from the run's folder instead. Both models are
+    on the device; `rates` are the peaks of each part in this stage.
     """
-    folder = config.output_dir / BLOCKS
+    folder, options = config.output_dir / BLOCKS, config.layerwise
     hold_weights(student, dtype)
     done, seconds = read_blocks(folder, student, weight_of)
-    if done == len(student.get_decoder().layers):
+    blocks = student.get_decoder().layers
+    if done == len(blocks):
         return seconds
-    chosen_ids = cache.sequence_ids("train")[: config.layerwise.sequences]
+    chosen_ids = cache.sequence_ids("train")[: options.sequences]
     moving = config.parts(is_low_rank=has_low_rank_scales(student))
-    clock = [time.perf_counter(), seconds]
-
-    def batches() -> Iterator[Tokens]:
-        size = config.layerwise.batch_size
-        for start in range(0, len(chosen_ids), size):
-            batch = cache.batch(chosen_ids[start : start + size])
-            yield Tokens(batch.input_ids, batch.document_ids).to(device)
+    started = time.perf_counter() - seconds
 
     def prepare(
-        number: int, block: nn.Module
+        _number: int, block: nn.Module
     ) -> tuple[list[FakeQuantWeight], torch.optim.Optimizer | None]:
-        prefix = block_prefix(student, block)
+        prefix = next(name for name, module in student.named_modules() if module is block)
         parts = choose_trainable(
             block,
             kinds=config.kinds,
             parts=tuple(part for part in moving if part != "norms"),
             weight_of=lambda name: weight_of(f"{prefix}.{name}"),
         )
-        layers = [layer for layer in quantized_layers(block).values() if trains(layer)]
-        return layers, make_optimizer(parts, rates, weight_decay=config.optim.weight_decay)
+        optimizer = make_optimizer(parts, rates, weight_decay=config.optim.weight_decay)
+        return trained_layers(block), optimizer
 
     def finish(number: int, losses: dict[str, float]) -> None:
-        clock[1] += time.perf_counter() - clock[0]
-        clock[0] = time.perf_counter()
-        block = student.get_decoder().layers[number]
-        write_block(folder, number, block, {**losses, "seconds": clock[1]})
-        block.requires_grad_(False)
+        report = {**losses, "seconds": time.perf_counter() - started}
+        write_block(folder, number, blocks[number], report)
+        blocks[number].requires_grad_(False)
 
     plan = BlockPlan(
-        num_epochs=config.layerwise.epochs,
-        batch_size=config.layerwise.batch_size,
+        num_epochs=options.epochs,
+        batch_size=options.batch_size,
         rate=partial(block_rate, config.optim.min_lr_ratio),
         clip_grad_norm=config.optim.clip_grad_norm,
         seed=config.seed,
         dtype=dtype,
         scratch=config.output_dir / "hidden",
     )
-    train_blockwise(
-        student,
-        teacher,
-        batches,
-        len(chosen_ids),
-        plan,
-        prepare=prepare,
-        finish=finish,
-        start_block=done,
-    )
-    return clock[1]
+    batches = partial(token_batches, cache, chosen_ids, options.batch_size, device)
+    hooks = {"prepare": prepare, "finish": finish, "start_block": done}
+    train_blockwise(student, teacher, batches, len(chosen_ids), plan, **hooks)
+    return time.perf_counter() - started
+
+
+def token_batches(
+    cache: TeacherCache, sequence_ids: Sequence[int], batch_size: int, device: torch.device
+) -> Iterator[Tokens]:
+    """Yield a cache's sequences in order, on the device."""
+    for start in range(0, len(sequence_ids), batch_size):
+        batch = cache.batch(sequence_ids[start : start + batch_size])
+        yield Tokens(batch.input_ids, batch.document_ids).to(device)
 
 
 def block_rate(min_ratio: float, step: int, num_steps: int) -> float:
@@ -116,21 +107,11 @@ def block_rate(min_ratio: float, step: int, num_steps: int) -> float:
     return rate_factor(step, max_steps=num_steps, warmup_steps=warmup, min_ratio=min_ratio)
 
 
-def trains(layer: FakeQuantWeight) -> bool:
-    """Return whether anything of a layer trains."""
-    return any(parameter.requires_grad for parameter in layer.parameters())
-
-
-def block_prefix(model: nn.Module, block: nn.Module) -> str:
-    """Return the dotted name of a block."""
-    return next(name for name, module in model.named_modules() if module is block)
-
-
 def write_block(folder: Path, number: int, block: nn.Module, report: dict[str, float]) -> None:
     """Keep what a block learned; its report is written last and says that it is whole."""
     tensors = {}
     for name, layer in quantized_layers(block).items():
-        if trains(layer):
+        if is_trained(layer):
             parts = {part: value for part, value in layer.state_dict().items() if part != "bias"}
             tensors |= {f"{name}.{part}": value.cpu().contiguous() for part, value in parts.items()}
     with atomic_file(folder / f"{number:03d}.safetensors") as temporary:

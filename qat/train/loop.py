@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qat.tracking.record import kl_name
+from qat.train.config import TrainConfig
 from qat.train.state import Progress
 from qat.train.step import Batch, Trainer
 
@@ -22,17 +23,6 @@ MAX_ROLLBACKS = 3
 
 class DivergedError(ValueError):
     """The loss is not finite, or jumped; the state before it is kept."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoopIntervals:
-    """Steps between what a run does besides steps; 0 = only before and after."""
-
-    max_steps: int
-    accumulation_steps: int
-    eval_steps: int
-    log_steps: int
-    save_steps: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +60,7 @@ class Report:
 def train_end_to_end(
     trainer: Trainer,
     batches_from: Callable[[int], Iterator[Batch]],
-    intervals: LoopIntervals,
+    config: TrainConfig,
     hooks: Hooks,
     progress: Progress | None = None,
 ) -> Progress:
@@ -79,7 +69,7 @@ def train_end_to_end(
     Args:
         trainer: Model, layers, optimizer.
         batches_from: Endless micro-batches on the device, from the first of a step on.
-        intervals: How often what happens.
+        config: Says how often what happens.
         hooks: What happens.
         progress: Where an earlier process stopped; None starts a run.
 
@@ -90,7 +80,7 @@ def train_end_to_end(
     while True:
         step = progress.step if progress else 0
         try:
-            return take_steps(trainer, batches_from(step), intervals, hooks, progress)
+            return take_steps(trainer, batches_from(step), config, hooks, progress)
         except DivergedError as error:
             rollbacks += 1
             progress = hooks.restore() if rollbacks <= MAX_ROLLBACKS else None
@@ -103,49 +93,42 @@ def train_end_to_end(
 def take_steps(
     trainer: Trainer,
     batches: Iterator[Batch],
-    intervals: LoopIntervals,
+    config: TrainConfig,
     hooks: Hooks,
     progress: Progress | None,
 ) -> Progress:
     """Take steps to `max_steps`, looking up once in a while.
-
-    Args:
-        trainer: Model, layers, optimizer.
-        batches: Endless micro-batches on the device, from the run's position on.
-        intervals: How often what happens.
-        hooks: What happens.
-        progress: Where an earlier process stopped; None starts a run.
 
     Raises:
         DivergedError: If the loss is not finite or jumped; names the step.
     """
     is_resumed = progress is not None and progress.step > 0
     progress = progress or Progress()
-    bar = tqdm(total=intervals.max_steps, initial=progress.step, desc="train", unit="step")
+    bar = tqdm(total=config.max_steps, initial=progress.step, desc="train", unit="step")
     clock = Clock(progress)
     report = None
     while True:
-        is_last = progress.step == intervals.max_steps
+        is_last = progress.step == config.max_steps
         if not is_resumed:  # a state is saved after the step's evaluation
             clock.pause()
-            if is_last or progress.step == 0 or is_due(progress.step, intervals.eval_steps):
+            if is_last or progress.step == 0 or is_due(progress.step, config.intervals.eval_steps):
                 look(progress, hooks)
-            if progress.step and (is_last or is_due(progress.step, intervals.save_steps)):
+            if progress.step and (is_last or is_due(progress.step, config.intervals.save_steps)):
                 check(progress, *report.values)
-                if intervals.save_steps:
+                if config.intervals.save_steps:
                     hooks.save(progress)
-            clock.go_on()
+            clock.resume()
         if is_last:
             break
         is_resumed = False
         rate, hard_weight = hooks.rate(progress), hooks.hard_weight(progress.step)
-        micro_batches = [next(batches) for _ in range(intervals.accumulation_steps)]
+        micro_batches = [next(batches) for _ in range(config.accumulation_steps)]
         report = Report(*trainer.step(micro_batches, rate, hard_weight))
         progress.step += 1
         progress.tokens_seen += sum(batch.token_ids.numel() for batch in micro_batches)
         progress.seconds = clock.seconds()
         bar.update()
-        if is_due(progress.step, intervals.log_steps) or progress.step == intervals.max_steps:
+        if is_due(progress.step, config.intervals.log_steps) or progress.step == config.max_steps:
             loss, norm = report.values
             check(progress, loss, norm)
             values = clock.log_values(progress, norm, trainer.peak_rate() * rate)
@@ -209,7 +192,7 @@ class Clock:
         """Stop the clock for an evaluation or a save."""
         self.before, self.start = self.seconds(), None
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Start the clock again."""
         self.start = time.perf_counter()
 

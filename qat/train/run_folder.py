@@ -15,9 +15,7 @@ from qat.distill.candidates import draw_negatives, with_negatives
 from qat.distill.objective import make_divergence
 from qat.distill.teacher import TeacherSignal
 from qat.model.surgery import has_low_rank_scales, hold_weights
-from qat.storage.files import write_json
 from qat.tracking.record import (
-    CONFIG,
     SETTINGS,
     config_as_json,
     flat_settings,
@@ -54,16 +52,7 @@ def run_identity(
     device_kind: str,
     dtype: str,
 ) -> dict[str, Any]:
-    """Return what decides a run's numbers: its settings, the student, the caches it reads.
-
-    Args:
-        config: The run's.
-        checkpoint: Hash of the student.
-        cache: Fingerprint of the cache that is learned from.
-        eval_cache: Of the one that measures, if that is another.
-        device_kind: Which `--device auto` stands for: other kernels give other numbers.
-        dtype: Which `--dtype auto` stands for.
-    """
+    """Return what decides a run's numbers: its settings, the student, the caches it reads."""
     flat = flat_settings(config_as_json(config))
     settings = {name: v for name, v in flat.items() if not name.startswith(PLACES)}
     settings |= {"device": device_kind, "dtype": dtype}
@@ -76,13 +65,7 @@ def run_identity(
 def record_of(
     config: TrainConfig, identity: dict[str, Any], latent_start: str | None = None
 ) -> dict[str, Any]:
-    """Return config.json of a run: the command, its whole config, and the identity.
-
-    Args:
-        config: The run's.
-        identity: Of the run.
-        latent_start: What latent weights start from, where there are any.
-    """
+    """Return config.json of a run: the command, its whole config, and the identity."""
     record = {"command": COMMAND, SETTINGS: config_as_json(config), "identity": identity}
     return record if latent_start is None else {**record, "latent_start": latent_start}
 
@@ -112,18 +95,16 @@ def finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
     return read_summary(folder) or None
 
 
-def claim_folder(folder: Path, record: dict[str, Any]) -> None:
-    """Write a run's record before anything that it may resume from."""
-    write_json(folder / CONFIG, record)
-
-
-def first_difference(previous: dict[str, Any], expected: dict[str, Any]) -> tuple[str, Any, Any]:
-    """Return the name and both values of the first field that differs."""
-    flat = [
-        {**d.get("settings", {}), **{k: v for k, v in d.items() if k != "settings"}}
-        for d in (previous, expected)
-    ]
-    name = next(k for k in sorted(flat[0] | flat[1]) if flat[0].get(k) != flat[1].get(k))
+def first_difference(
+    previous: dict[str, Any], expected: dict[str, Any]
+) -> tuple[str | None, Any, Any]:
+    """Return name and both values of the first field, or field of a field, that differs."""
+    flat: list[dict[str, Any]] = [{}, {}]
+    for values, fields in zip(flat, (previous, expected), strict=True):
+        for name, value in fields.items():
+            values.update(value if isinstance(value, dict) else {name: value})
+    names = sorted(flat[0] | flat[1])
+    name = next((name for name in names if flat[0].get(name) != flat[1].get(name)), None)
     return name, flat[0].get(name), flat[1].get(name)
 
 
@@ -131,19 +112,11 @@ def training_batches(
     cache: TeacherCache,
     config: TrainConfig,
     device: torch.device,
-    *,
     start_step: int,
+    *,
     vocab_size: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield micro-batches on the device without end, from the first of a step on.
-
-    Args:
-        cache: Where they are.
-        config: The run's.
-        device: Where they go.
-        start_step: The first step to give.
-        vocab_size: Width of the student's logits; read where negatives are drawn from it.
-    """
+    """Yield micro-batches on the device without end, from the first of a step on."""
     start = start_step * config.accumulation_steps
     batches = shuffled_batches(
         cache, batch_size=config.batch_size, seed=config.seed, start_batch=start
@@ -216,15 +189,7 @@ def make_trainer(
     weight_of: Callable[[str], Tensor | None],
     sync: Callable[[], None],
 ) -> Trainer:
-    """Choose what trains and return what a step works with.
-
-    Args:
-        config: The run's.
-        model: A student on its device.
-        dtype: Compute dtype.
-        weight_of: Full-precision weight of a layer by name, None where unknown.
-        sync: Called once a step.
-    """
+    """Choose what trains and return what a step works with."""
     optim = config.optim
     chosen = choose_trainable(
         model,
@@ -300,14 +265,6 @@ def summary_of(progress: Progress) -> dict[str, Any]:
 
 def copy_results(run: Path, target: Path) -> list[str]:
     """Copy what a run leaves, but for the state to resume from; return the names copied."""
-    target.mkdir(parents=True, exist_ok=True)
-    copied = []
-    for path in sorted(run.iterdir()):
-        if path.name == STATE or path.name.startswith("."):
-            continue
-        if path.is_dir():
-            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copy2(path, target / path.name)
-        copied.append(path.name)
-    return copied
+    shutil.copytree(run, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STATE, ".*"))
+    names = (path.name for path in run.iterdir())
+    return sorted(name for name in names if name != STATE and not name.startswith("."))

@@ -70,7 +70,7 @@ def write_state(folder: Path, progress: Progress, trainer: Trainer) -> None:
         write_json(temporary / "state.json", asdict(progress) | {"sha256": sha256_of_file(path)})
 
 
-def on_cpu(value: Any) -> Any:
+def on_cpu(value: object) -> object:
     """Return nested values with every tensor on the CPU, where any machine can read it."""
     if isinstance(value, dict):
         return {key: on_cpu(item) for key, item in value.items()}
@@ -80,11 +80,7 @@ def on_cpu(value: Any) -> Any:
 
 
 def save(values: dict[str, Any], path: Path) -> None:
-    """Write a state file.
-
-    Raises:
-        OSError: If it cannot be written whole.
-    """
+    """Write a state file."""
     try:
         torch.save(values, path)
     except RuntimeError as error:  # how torch reports a write that failed
@@ -103,11 +99,7 @@ def has_state(folder: Path) -> bool:
 
 @torch.no_grad()
 def read_state(folder: Path, trainer: Trainer) -> Progress:
-    """Put a run's state back into its model, optimizer and random generators.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
+    """Put a run's state back into its model, optimizer and random generators."""
     path = Path(folder) / STATE / "state.pt"
     values: dict[str, Any] = read_json(Path(folder) / STATE / "state.json")
     if sha256_of_file(path) != values.pop("sha256"):

@@ -143,6 +143,39 @@ def set_factor_gradients(layer: FakeQuantWeight, d_scale: Tensor) -> None:
             parameter.grad = gradient
 
 
+def optimizer_step(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    clip_grad_norm: float,
+    rate: float,
+) -> Tensor:
+    """Clip, step at a share of the peak rates, drop the gradients; return their norm.
+
+    A step whose float16 gradient overflowed is left out, and its norm is zero. Below a loss scale
+    of one nothing overflows that is finite: such a gradient is reported as it is.
+    """
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip_grad_norm or float("inf"))
+    for group in optimizer.param_groups:
+        group["lr"] = as_operand(group["peak_lr"] * rate, norm.device)
+    if scaler is None:
+        optimizer.step()
+    else:
+        overflowed = ~torch.isfinite(norm) & (loss_scale(scaler, norm.device) >= 1)
+        scaler.step(optimizer)
+        scaler.update()
+        norm = torch.where(overflowed, torch.zeros_like(norm), norm)
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def loss_scale(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
+    """Return what losses are multiplied with, a scalar on the device."""
+    return scaler.scale(torch.ones((), device=device))
+
+
 @dataclass(slots=True)
 class Trainer:
     """What a step works with."""
@@ -179,37 +212,11 @@ class Trainer:
         with mode(self.model, is_training=True):
             loss = self.accumulate(batches, hard_weight)
         self.pull()
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        limit = self.clip_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = as_operand(group["peak_lr"] * rate, loss.device)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            norm = self.scaled_step(norm)
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = optimizer_step(self.optimizer, self.scaler, self.clip_grad_norm, rate)
         if self.ema is not None:
             self.ema.update()
         self.sync()
         return loss, norm
-
-    def scaled_step(self, norm: Tensor) -> Tensor:
-        """Step unless a float16 gradient overflowed; return the norm, zero where it did.
-
-        Below a scale of one nothing overflows that is finite: such a gradient is told as it is.
-        """
-        scale = self.loss_scale(norm.device)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        overflowed = ~torch.isfinite(norm) & (scale >= 1)
-        return torch.where(overflowed, torch.zeros_like(norm), norm)
-
-    def loss_scale(self, device: torch.device) -> Tensor:
-        """Return what losses are multiplied with, a scalar on the device."""
-        return self.scaler.scale(torch.ones((), device=device))
 
     def form(self) -> None:
         """Hold the weights that this step runs on."""
@@ -225,7 +232,7 @@ class Trainer:
         if hard_weight is not None:
             weight = as_operand(hard_weight, device)
             divergence = partial(with_hard, self.divergence, weight)
-        scale = None if self.scaler is None else self.loss_scale(device)
+        scale = None if self.scaler is None else loss_scale(self.scaler, device)
         if scale is not None:  # within the divergence: gradients of hidden states are float16 too
             divergence = partial(scaled, divergence, scale)
         counts = torch.stack([batch.mask.sum() for batch in batches])

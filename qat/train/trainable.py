@@ -95,28 +95,18 @@ def in_dtype_of_input(_norm: nn.Module, inputs: tuple[Tensor, ...], output: Tens
 
 def trained_layers(model: nn.Module) -> list[FakeQuantWeight]:
     """Return the quantized layers that have something to train."""
-    return [
-        layer
-        for layer in quantized_layers(model).values()
-        if any(parameter.requires_grad for name, parameter in layer.named_parameters())
-    ]
+    return [layer for layer in quantized_layers(model).values() if is_trained(layer)]
 
 
-def count_parameters(chosen: dict[str, list[nn.Parameter]]) -> dict[str, int]:
-    """Return the number of trained numbers by part."""
-    return {part: sum(p.numel() for p in parameters) for part, parameters in chosen.items()}
+def is_trained(layer: FakeQuantWeight) -> bool:
+    """Return whether anything of a layer trains."""
+    return any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def make_optimizer(
     chosen: dict[str, list[nn.Parameter]], rates: dict[str, float], weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """Return AdamW with one group of parameters a part.
-
-    Args:
-        chosen: Parameters by part.
-        rates: Peak learning rate by part.
-        weight_decay: Of latent weights; other parts have none.
-    """
+    """Return AdamW with one group of parameters a part."""
     groups = [
         {
             "params": parameters,

@@ -3,11 +3,11 @@
 import contextlib
 import io
 import json
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 
+from qat.cli.commands import main
 from tests.tiny import tiny_cache, tiny_llama
 
 QUICK = ("--device", "cpu", "--dtype", "fp32")
@@ -29,10 +29,9 @@ def run():
                 words += [flag, *map(str, value)]
             elif value is not None:
                 words += [flag, str(value)]
-        module = import_module(f"qat.cli.{command.replace('-', '_')}")
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = module.main([*words, *(() if "device" in flags else QUICK)])
+            code = main(command, [*words, *(() if "device" in flags else QUICK)])
         lines = out.getvalue().splitlines()
         closing = json.loads(lines[-1]) if lines else None
         return SimpleNamespace(code=code, closing=closing, lines=lines, said=err.getvalue())

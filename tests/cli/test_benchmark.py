@@ -6,7 +6,7 @@ import pytest
 from qat.benchmark.config import BenchmarkConfig
 from qat.cli.command import parse_flags
 from qat.pipelines.batch_probe import describe, measure
-from qat.pipelines.benchmark import command, words
+from qat.pipelines.benchmark import arguments, command
 from qat.runtime.device import Device
 
 SEEDS = (
@@ -24,7 +24,7 @@ QUICK = {"device": "cpu", "dtype": "fp32"}
 def test_the_seeds_words_are_taken(line):
     """And a process that is started by a config gets the same config."""
     config = parse_flags("qat benchmark", BenchmarkConfig, line.split())
-    again = words(config)
+    again = arguments(config)
     assert again[:3] == ["-m", "qat", "benchmark"]
     assert parse_flags("qat benchmark", BenchmarkConfig, again[3:]) == config
     typed = shlex.split(command(config).replace("\\\n", " "))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qat.cache.config import BuildCacheConfig
-from qat.cli.build_cache import main
+from qat.cli.commands import main
 from qat.pipelines.open_cache import open_teacher_cache
 from tests.tiny import save_tiny, tiny_llama, tiny_records, tiny_tokenizer, write_jsonl
 
@@ -45,7 +45,7 @@ def closing(capsys):
 def test_the_closing_line_tells_of_the_cache(sources, tmp_path, capsys):
     """All keys, a folder named by its settings and fingerprint, found again at once."""
     flags = ("--thinking", "both", "--top-k", "8", "--num-negatives", "2")
-    assert main(arguments(sources, tmp_path, *flags)) == 0
+    assert main("build-cache", arguments(sources, tmp_path, *flags)) == 0
     first = closing(capsys)
     assert first.keys() >= KEYS
     folder = Path(first["cache"])
@@ -54,7 +54,7 @@ def test_the_closing_line_tells_of_the_cache(sources, tmp_path, capsys):
     assert name == "animals_chat_think_both_L16_K8_R2"
     assert named_fingerprint == first["fingerprint"] == open_teacher_cache(folder).fingerprint
     assert first["tokens"] == open_teacher_cache(folder).num_sequences * 16
-    assert main(arguments(sources, tmp_path, *flags)) == 0
+    assert main("build-cache", arguments(sources, tmp_path, *flags)) == 0
     again = closing(capsys)
     assert again["fingerprint"] == first["fingerprint"]
     assert again["tokens_per_second"] is None
@@ -73,9 +73,9 @@ def test_the_closing_line_tells_of_the_cache(sources, tmp_path, capsys):
 )
 def test_whatever_decides_the_bytes_is_in_the_fingerprint(sources, tmp_path, flags, capsys):
     """Another setting, another folder."""
-    main(arguments(sources, tmp_path, "--top-k", "8"))
+    main("build-cache", arguments(sources, tmp_path, "--top-k", "8"))
     first = closing(capsys)
-    assert main(arguments(sources, tmp_path, "--top-k", "8", *flags)) == 0
+    assert main("build-cache", arguments(sources, tmp_path, "--top-k", "8", *flags)) == 0
     assert closing(capsys)["cache"] != first["cache"]
 
 
@@ -103,7 +103,7 @@ def test_a_wrong_flag_ends_with_one_line(sources, tmp_path, capsys, flags, said)
     if flags[0] in given:
         place = given.index(flags[0])
         del given[place : place + 2]
-    assert main([*given, *flags]) == 2
+    assert main("build-cache", [*given, *flags]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
     assert said in last
@@ -115,7 +115,7 @@ def test_a_template_without_thinking_is_told_once(sources, tmp_path, capsys):
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     save_tiny(tmp_path / "teacher", tiny_llama(), tiny_tokenizer(template))
     flags = ("--teacher", str(tmp_path / "teacher"), "--thinking", "both", "--top-k", "8")
-    assert main(arguments(sources, tmp_path, *flags)) == 0
+    assert main("build-cache", arguments(sources, tmp_path, *flags)) == 0
     assert capsys.readouterr().err.count("ignores enable_thinking") == 1
 
 

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qat.cli import compare
+from qat.cli.commands import main
 from qat.tracking import sinks
 from qat.tracking.record import RunRecord
 
@@ -11,7 +11,7 @@ from qat.tracking.record import RunRecord
 def test_the_closing_line_holds_numbers_and_paths(tmp_path, capsys):
     """`qat compare` ends with one JSON line; its table goes to standard error."""
     RunRecord(tmp_path / "run").log(1, {"train/loss": 0.5})
-    code = compare.main([str(tmp_path / "run"), "--output", str(tmp_path / "out")])
+    code = main("compare", [str(tmp_path / "run"), "--output", str(tmp_path / "out")])
     out, err = capsys.readouterr()
     closing = json.loads(out)
     assert code == 0
@@ -26,7 +26,7 @@ def test_the_comparison_goes_to_wandb_when_asked(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     RunRecord(tmp_path / "run").log(1, {"train/loss": 0.5})
     arguments = [str(tmp_path / "run"), "--output", str(tmp_path / "out")]
-    assert compare.main([*arguments, "--wandb-project", "tests"]) == 0
+    assert main("compare", [*arguments, "--wandb-project", "tests"]) == 0
     json.loads(capsys.readouterr().out)
     media = [path.name for path in tmp_path.glob("out/wandb/offline-run-*/files/media/**/*")]
     assert any(name.endswith(".table.json") for name in media)
@@ -87,26 +87,26 @@ def test_a_project_gives_the_table_that_its_folders_give(tmp_path, capsys, proje
         track.finish({"bits_per_weight": 2.5})
         folders.append(str(folder))
     here, there = tmp_path / "here", tmp_path / "there"
-    assert compare.main([*folders, "--output", str(here)]) == 0
-    assert compare.main(["--wandb-project", "p", "--output", str(there)]) == 0
+    assert main("compare", [*folders, "--output", str(here)]) == 0
+    assert main("compare", ["--wandb-project", "p", "--output", str(there)]) == 0
     capsys.readouterr()
     assert (there / "compare.md").read_text() == (here / "compare.md").read_text()
     assert (there / "compare.png").read_bytes() == (here / "compare.png").read_bytes()
     words = ["--wandb-project", "p", "--wandb-group", "speedrun", "--output", str(there)]
-    assert compare.main(words) == 0
+    assert main("compare", words) == 0
     assert [run["run"] for run in json.loads(capsys.readouterr().out)["runs"]] == ["run0"]
 
 
 def test_a_project_without_runs_is_told(capsys, project):
     """So are a group without a project and a call without anything."""
     for words in (["--wandb-project", "p"], ["--wandb-group", "g"], []):
-        assert compare.main(words) == 2
+        assert main("compare", words) == 2
         assert "--wandb-project" in capsys.readouterr().err
 
 
 def test_an_absent_run_is_one_line_and_code_2(tmp_path, capsys):
-    """What the user can mend is said in one line, without a traceback."""
-    assert compare.main([str(tmp_path / "absent")]) == 2
+    """What the user can fix is said in one line, without a traceback."""
+    assert main("compare", [str(tmp_path / "absent")]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1

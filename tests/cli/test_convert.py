@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from qat.cli.convert import main
-from qat.cli.export import main as export
+from qat.cli.commands import main
 from qat.model.surgery import layers_of_kind, quantized_layers
 from qat.pipelines.open_checkpoint import load_model
 from tests.tiny import plan_of, save_student, save_tiny, tiny_cache, tiny_llama, tiny_student
@@ -26,9 +25,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def convert(folder, capsys, plan, wanted, output, *flags):
-    command = ["--checkpoint", folder / plan, "--plan", wanted, "--output", output, *flags]
-    code = main([str(part) for part in command])
+def convert(folder, capsys, plan, expected, output, *flags):
+    command = ["--checkpoint", folder / plan, "--plan", expected, "--output", output, *flags]
+    code = main("convert", [str(part) for part in command])
     said = capsys.readouterr()
     return (code, json.loads(said.out) if code == 0 else said.err.splitlines()[-1])
 
@@ -51,7 +50,7 @@ def test_a_student_without_a_home_gets_one(tmp_path, folder, capsys, plan, fit):
     layers = quantized_layers(student)
     assert {name: layer.spec for name, layer in layers.items()} == expected.quantized
     target = ["--checkpoint", str(tmp_path / "a"), "--to", "gguf", "--output", str(tmp_path / "g")]
-    assert export(target) == 0
+    assert main("export", target) == 0
 
 
 def test_layers_that_are_there_already_stay_to_the_bit(tmp_path, folder, capsys):

@@ -2,7 +2,7 @@ import json
 
 import torch
 
-from qat.cli.convert_cache import main
+from qat.cli.commands import main
 from qat.pipelines.open_cache import open_teacher_cache
 
 
@@ -18,7 +18,7 @@ def test_a_cache_of_the_seeds_form_becomes_ours(tmp_path, capsys):
     torch.save(shard, source / "shard_00000.pt")
     (source / "meta.json").write_text('{"vocab_size": 30}')
     for _ in range(2):
-        assert main([str(source), str(target)]) == 0
+        assert main("convert-cache", [str(source), str(target)]) == 0
         said = capsys.readouterr()
         values = json.loads(said.out)
         assert values["content"] == "conditional"
@@ -26,5 +26,5 @@ def test_a_cache_of_the_seeds_form_becomes_ours(tmp_path, capsys):
         assert values["bytes_per_token"] < values["bytes_per_token_before"]
         assert values["fingerprint"] == open_teacher_cache(target).fingerprint
     (source / "meta.json").write_text('{"vocab_size": 31}')
-    assert main([str(source), str(target)]) == 2
+    assert main("convert-cache", [str(source), str(target)]) == 2
     assert "data_revision" in capsys.readouterr().err

@@ -15,14 +15,14 @@ SIZES = {"bits_per_weight", "bits_per_weight_mlp", "bits_per_weight_model"}
 
 def test_the_closing_line_tells_of_the_student(path):
     """All keys of the specification; fewer bits cost distance."""
-    closing, former = path.closing["q2"], path.closing["q4"]
+    closing, previous = path.closing["q2"], path.closing["q4"]
     assert (
         closing.keys()
         >= {"checkpoint", "seconds", "peak_rss_bytes", "kl_nats_lower", "kd_loss"} | SIZES
     )
     assert closing["bits_per_weight_mlp"] == pytest.approx(2.5, abs=0.02)
-    assert all(closing[name] < former[name] for name in SIZES)
-    assert closing["kl_nats_lower"] > former["kl_nats_lower"]
+    assert all(closing[name] < previous[name] for name in SIZES)
+    assert closing["kl_nats_lower"] > previous["kl_nats_lower"]
 
 
 def test_attention_is_kept_to_the_bit(path):

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from qat.cli.doctor import main
+from qat.cli.commands import main
 from qat.pipelines import doctor
 from qat.runtime import packages
 
@@ -16,7 +16,7 @@ def closing_of(capsys):
 
 def test_it_shows_device_memory_and_versions(capsys):
     """A healthy machine: a device with its memory, and each base package's version."""
-    assert main(["--device", "cpu"]) == 0
+    assert main("doctor", ["--device", "cpu"]) == 0
     closing, err = closing_of(capsys)
     assert (closing["device"], closing["kind"]) == ("cpu", "cpu")
     assert closing["memory_bytes"] > 0
@@ -34,7 +34,7 @@ def test_a_mismatch_is_shown_with_its_install_line(capsys, monkeypatch):
             lambda name: None if name in ("wandb", "lz4") else installed(name)
         ),
     )
-    assert main([]) == 0
+    assert main("doctor", []) == 0
     closing, err = closing_of(capsys)
     assert closing["ok"] is False
     assert [entry["install"] for entry in closing["mismatches"]] == [
@@ -48,7 +48,7 @@ def test_torch_is_not_touched_where_it_is_absent(capsys, monkeypatch):
     """Without torch there is a verdict and no device, not an ImportError."""
     monkeypatch.setattr(packages, "installed_version", lambda name: None)
     monkeypatch.setattr(doctor, "look_at_device", lambda name: pytest.fail("torch was asked"))
-    assert main([]) == 0
+    assert main("doctor", []) == 0
     closing, _ = closing_of(capsys)
     assert closing["device"] is None
 
@@ -57,5 +57,5 @@ def test_torch_tpu_without_libtpu_does_not_end_the_process(capsys, monkeypatch):
     """The backend's autoload is turned off before torch is imported."""
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
     monkeypatch.setattr(packages, "autoload_aborts", lambda: True)
-    assert main(["--device", "cpu"]) == 0
+    assert main("doctor", ["--device", "cpu"]) == 0
     assert os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qat.cli.export import main
+from qat.cli.commands import main
 from qat.export.config import ExportConfig
 from tests.tiny import save_student, save_tiny, tiny_llama, tiny_student
 
@@ -21,7 +21,7 @@ def student(tmp_path_factory):
 def test_one_student_goes_into_every_format(tmp_path, student, capsys, to):
     """The deploy pair: exact in all of them, with a report, a card and the student's sizes."""
     output = tmp_path / "out"
-    assert main(["--checkpoint", str(student), "--to", to, "--output", str(output)]) == 0
+    assert main("export", ["--checkpoint", str(student), "--to", to, "--output", str(output)]) == 0
     closing = json.loads(capsys.readouterr().out)
     assert closing["exact"] is True
     assert closing["path"] == str(output)
@@ -36,7 +36,7 @@ def test_a_single_gguf_file_and_its_dense_reference(tmp_path, student, capsys):
     for name, flags in (("packed", ["--head", "q8_0"]), ("dense", ["--dtype", "fp16"])):
         output = tmp_path / f"{name}.gguf"
         command = ["--checkpoint", str(student), "--to", "gguf", "--output", str(output), *flags]
-        assert main(command) == 0
+        assert main("export", command) == 0
         assert json.loads(capsys.readouterr().out)["exact"] is True
         assert output.with_suffix(".md").is_file()
         assert json.loads((tmp_path / "export.json").read_text())["path"] == str(output)
@@ -46,13 +46,15 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path, student, capsys):
     """An output that exists, a format that lacks the grid."""
     flags = ["--checkpoint", str(student), "--to", "gguf", "--output"]
     (tmp_path / "there").mkdir()
-    assert main([*flags, str(tmp_path / "there")]) == 2
+    assert main("export", [*flags, str(tmp_path / "there")]) == 2
     assert capsys.readouterr().err.strip().endswith("exists; remove it or name another")
     text_source = save_tiny(tmp_path / "base", tiny_llama())
     learned = save_student(tmp_path / "learned", tiny_student(), text_source)
     for to in ("gguf", "mlx", "compressed-tensors"):
         output = tmp_path / "out" / to
-        assert main(["--checkpoint", str(learned), "--to", to, "--output", str(output)]) == 2
+        assert (
+            main("export", ["--checkpoint", str(learned), "--to", to, "--output", str(output)]) == 2
+        )
         assert "qat convert --plan" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 

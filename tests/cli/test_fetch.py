@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qat.cli.fetch import main
+from qat.cli.commands import main
 from qat.pipelines.fetch import FetchConfig, fetch
 from qat.pipelines.push import PushConfig, push
 from qat.storage import stores
@@ -47,7 +47,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def stored(here, cache, student):
-    """A store with a cache and a 4-bit student under the seeds' words."""
+    """A store with a cache and a 4-bit student under the seeds' names."""
     push(PushConfig(folder=cache, name="L64"))
     push(PushConfig(folder=student, name="q4_fp32", suffix="tgz"))
     return here
@@ -55,7 +55,7 @@ def stored(here, cache, student):
 
 def run(capsys, *argv):
     """Return exit code, closing values and what was said."""
-    code = main(list(argv))
+    code = main("fetch", list(argv))
     out, err = capsys.readouterr()
     return code, json.loads(out) if out else None, err
 
@@ -123,7 +123,7 @@ def test_urls_of_archives(stored, capsys, ranges):
 
 
 def test_unknown_words_are_told_before_anything_is_fetched(stored, capsys):
-    """The words that there are, and the stores that were asked; nothing is written."""
+    """The names that there are, and the stores that were asked; nothing is written."""
     code, _, said = run(capsys, "L64", "q4_typo")
     assert code == 2
     assert "q4_typo" in said
@@ -184,7 +184,7 @@ def test_the_registry_decides_over_the_store(stored, capsys, cache):
 
 
 def test_a_checkpoint_under_a_caches_name_is_refused(here, student, capsys):
-    """What comes out must be what the word says."""
+    """What comes out must be what the name says."""
     name = "alpaca_chat_think_both_L64_K64_R128"
     pack_folder(student, here / "store" / "qwen3_caches" / f"{name}.tgz")
     code, _, said = run(capsys, "L64")

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from qat.cli.inspect_cache import main
+from qat.cli.commands import main
 from tests.tiny import tiny_cache
 
 
@@ -15,7 +15,11 @@ def test_it_tells_what_the_cache_holds(folder, tmp_path, capsys):
     """Numbers in the closing line, a decoded sample for people, a picture."""
     plot = tmp_path / "a.png"
     assert (
-        main([str(folder), "--teacher", str(folder.parent / "teacher"), "--plot", str(plot)]) == 0
+        main(
+            "inspect-cache",
+            [str(folder), "--teacher", str(folder.parent / "teacher"), "--plot", str(plot)],
+        )
+        == 0
     )
     said = capsys.readouterr()
     values = json.loads(said.out)
@@ -28,7 +32,7 @@ def test_it_tells_what_the_cache_holds(folder, tmp_path, capsys):
 
 def test_without_a_tokenizer_ids_are_shown(folder, capsys):
     """And a sequence that is not there is refused."""
-    assert main([str(folder), "--sequence", "2"]) == 0
+    assert main("inspect-cache", [str(folder), "--sequence", "2"]) == 0
     assert "->" in capsys.readouterr().err
-    assert main([str(folder), "--sequence", "9999"]) == 2
+    assert main("inspect-cache", [str(folder), "--sequence", "9999"]) == 2
     assert "--sequence 9999" in capsys.readouterr().err

@@ -3,7 +3,7 @@ import shlex
 
 import pytest
 
-from qat.cli.log_run import main
+from qat.cli.commands import main
 from qat.pipelines.log_run import train_command
 from qat.reports.compare import read_run
 from qat.reports.log import RUNS_TITLE, add_entry, clock, command_line, read_facts, run_name
@@ -70,7 +70,7 @@ def log(tmp_path):
 
 def run(capsys, folder, log, *argv, name="SR-010", goal="Train MLP layers"):
     words = [folder, "--name", name, "--goal", goal, "--log", log, *argv]
-    code = main([str(word) for word in words])
+    code = main("log-run", [str(word) for word in words])
     out, err = capsys.readouterr()
     return code, json.loads(out) if out else None, err
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qat.cli.parity import main
+from qat.cli.commands import main
 from qat.export.parity_config import ParityConfig
 from qat.export.to_gguf import export_to_gguf
 from qat.export.to_hf import export_to_hf
@@ -26,7 +26,7 @@ def test_an_export_against_its_student(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("the cat sees\n\ntwo small birds\n")
     flags = ["--checkpoint", student, "--export", tmp_path / "out", "--num-new-tokens", 3]
     flags += ["--prompts", tmp_path / "prompts.txt"]
-    assert main([str(flag) for flag in flags]) == 0
+    assert main("parity", [str(flag) for flag in flags]) == 0
     said = capsys.readouterr()
     closing = json.loads(said.out)
     assert closing["runtime"] == "transformers"
@@ -43,7 +43,7 @@ def test_a_cache_tells_the_distance_from_the_teacher(path, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("the cat sees\n")
     flags = ["--checkpoint", path.q2, "--export", tmp_path / "out", "--num-new-tokens", 3]
     flags += ["--prompts", tmp_path / "prompts.txt", "--cache-dir", path.cache]
-    assert main([str(flag) for flag in flags]) == 0
+    assert main("parity", [str(flag) for flag in flags]) == 0
     closing = json.loads(capsys.readouterr().out)
     assert closing["heldout_runtime"]["kd_loss"] == pytest.approx(
         closing["heldout_student"]["kd_loss"], rel=1e-5

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from qat.cli.push import main
+from qat.cli.commands import main
 from qat.storage.archive import extract_archive, sidecar
 from tests.tiny import save_tiny, tiny_cache, tiny_llama
 
@@ -34,13 +34,13 @@ def store(tmp_path, monkeypatch):
 
 
 def run(capsys, *argv):
-    code = main([str(word) for word in argv])
+    code = main("push", [str(word) for word in argv])
     out, err = capsys.readouterr()
     return code, json.loads(out) if out else None, err
 
 
 def test_a_cache_lands_in_its_folder(cache, store, capsys):
-    """With its checksum; nothing is left beside what was pushed."""
+    """With its checksum; nothing is left next to what was pushed."""
     before = sorted(cache.parent.iterdir())
     code, values, _ = run(capsys, cache, "--store", store)
     assert code == 0
@@ -105,7 +105,7 @@ def test_what_is_not_whole_is_not_pushed(cache, student, store, tmp_path, capsys
 
 
 def test_where_to_is_told(cache, store, capsys):
-    """No store, one that is not there, one that takes nothing, a word of the other kind."""
+    """No store, one that is not there, one that takes nothing, a name of the other kind."""
     code, _, said = run(capsys, cache)
     assert code == 2
     assert "give --store" in said

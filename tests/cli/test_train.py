@@ -86,7 +86,7 @@ def test_the_closing_line_tells_of_the_run(trained):
 
 
 def test_a_run_leaves_its_record_and_both_students(trained, path):
-    """Config, every step's row, the best and the last student, a state to go on from."""
+    """Config, every step's row, the best and the last student, a state to resume from."""
     folder, done = trained
     names = {entry.name for entry in folder.iterdir()}
     assert names >= {"config.json", "metrics.jsonl", "summary.json", "best", "final", "state"}
@@ -120,7 +120,7 @@ def test_the_numbers_are_those_of_evaluate(trained, run, path):
 
 
 def test_groups_are_not_written_in_the_seeds_form(trained):
-    """Said in one line; no file of theirs and no word of theirs in the run's record."""
+    """Said in one line; no file of theirs and nothing of theirs in the run's record."""
     folder, done = trained
     lines = [line for line in done.said.splitlines() if "best_state_dict.pt" in line]
     assert len(lines) == 1
@@ -146,9 +146,9 @@ def test_a_run_on_a_file_of_the_seeds_leaves_such_files(run, flags, tmp_path):
         (single, "final", 2e-6),
         (half, "final", 2e-3),
     ):
-        wanted = weights_of(folder / native)
+        expected = weights_of(folder / native)
         student, _ = load_model(folder / name)
-        for layer, weight in wanted.items():
+        for layer, weight in expected.items():
             found = student.get_submodule(layer).fake_quantized_weight()
             assert (found - weight).abs().max() <= tolerance * weight.abs().max(), (name, layer)
     numbers = [v for v in torch.load(folder / half).values() if v.is_floating_point()]
@@ -250,7 +250,7 @@ def test_bfloat16_trains(run, flags, tmp_path):
 
 
 def test_the_layer_by_layer_stage_comes_first(run, flags, tmp_path):
-    """Cut short in it, the run goes on at the block it was at, and ends the same."""
+    """Cut short in it, the run resumes at the block it was at, and ends the same."""
     from qat.train import blockwise
 
     flags = {**flags, "layerwise.sequences": 8, "max_steps": 1}
@@ -361,7 +361,7 @@ def test_a_run_of_other_settings_is_left_alone(refused, flags, trained):
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_later(
     run, refused, flags, trained, tmp_path, limit
 ):
-    """Whatever no longer fits, student or state: with room again the end is the same."""
+    """Whatever no longer fits, student or state: with space again the end is the same."""
     flags = {**flags, **OFTEN}
     with files_of_at_most(limit):
         message = refused("train", output_dir=tmp_path / "run", **flags)

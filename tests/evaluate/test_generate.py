@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from qat.cli.generate import main
+from qat.cli.commands import main
 from qat.evaluate.generate import (
     Decoding,
     answer_file,
@@ -185,10 +185,10 @@ def test_the_command_answers_prompts_and_files(tmp_path, capsys):
     folder = save_tiny(tmp_path / "model", tiny_llama())
     flags = ["--checkpoint", str(folder), "--device", "cpu", "--dtype", "fp32"]
     flags += ["--max-new-tokens", "4"]
-    assert main([*flags, "--prompt", "a cat", "a boat"]) == 0
+    assert main("generate", [*flags, "--prompt", "a cat", "a boat"]) == 0
     closing = json.loads(capsys.readouterr().out)
     assert [pair["prompt"] for pair in closing["answers"]] == ["a cat", "a boat"]
     data, out = write_jsonl(tmp_path / "data.jsonl", rows_with_gap()), tmp_path / "out.jsonl"
-    assert main([*flags, "--data", str(data), "--output", str(out)]) == 0
+    assert main("generate", [*flags, "--data", str(data), "--output", str(out)]) == 0
     assert json.loads(capsys.readouterr().out)["answered"] == 3
     assert outputs(out)[0] == "kept"

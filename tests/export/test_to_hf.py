@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qat.cli.export import main
+from qat.cli.commands import main
 from qat.export import to_hf
 from qat.export.checks import equal_bits
 from qat.export.to_hf import export_to_hf
@@ -139,7 +139,7 @@ def test_the_command_makes_a_folder_that_needs_nothing_else(tmp_path, text_sourc
     native = write_native(tmp_path / "student", text_source)
     shutil.rmtree(text_source)
     flags = ["--checkpoint", str(native), "--to", "hf", "--output", str(tmp_path / "out")]
-    assert main(flags) == 0
+    assert main("export", flags) == 0
     closing = json.loads(capsys.readouterr().out)
     assert closing["exact"] is True
     assert closing["path"] == str(tmp_path / "out")
@@ -151,8 +151,8 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path, text_source, capsys):
     """An output that exists, and a checkpoint that is no student, each in one line."""
     (tmp_path / "out").mkdir()
     flags = ["--checkpoint", str(text_source), "--to", "hf", "--output"]
-    assert main([*flags, str(tmp_path / "out")]) == 2
+    assert main("export", [*flags, str(tmp_path / "out")]) == 2
     assert "exists; remove it" in capsys.readouterr().err
-    assert main([*flags, str(tmp_path / "other")]) == 2
+    assert main("export", [*flags, str(tmp_path / "other")]) == 2
     assert "no quantized layer" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

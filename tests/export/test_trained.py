@@ -5,9 +5,7 @@ import json
 import pytest
 import torch
 
-from qat.cli.export import main as export
-from qat.cli.init_student import main as init_student
-from qat.cli.train import main as train
+from qat.cli.commands import main
 from qat.grids.scalar import fixed_codebook
 from qat.model.surgery import quantized_layers
 from qat.pipelines.open_checkpoint import load_model
@@ -22,7 +20,7 @@ def trained(tmp_path_factory):
     cache = tiny_cache(folder, seq_len=32)
     flags = ["--cache-dir", cache, "--fit", "moments", "--dtype", "fp32", "--device", "cpu"]
     flags += ["--model", folder / "teacher", "--plan", "deploy", "--output", folder / "start"]
-    assert init_student([str(flag) for flag in flags]) == 0
+    assert main("init-student", [str(flag) for flag in flags]) == 0
     flags = ["--checkpoint", folder / "start", "--cache-dir", cache, "--dtype", "fp32"]
     flags += [
         "--output-dir",
@@ -35,7 +33,7 @@ def trained(tmp_path_factory):
         "cpu",
     ]
     flags += ["--batch-size", 2, "--trainable", "weights", "scales", "codebooks"]
-    assert train([str(flag) for flag in flags]) == 0
+    assert main("train", [str(flag) for flag in flags]) == 0
     return folder
 
 
@@ -58,7 +56,7 @@ def test_training_moves_codes_and_keeps_the_grid(trained):
 def test_the_trained_student_is_exported_to_the_bit(trained, tmp_path, capsys, to):
     """No scale is fitted anew on the way."""
     flags = ["--checkpoint", trained / "run" / "final", "--to", to, "--output", tmp_path / "out"]
-    assert export([str(flag) for flag in flags]) == 0
+    assert main("export", [str(flag) for flag in flags]) == 0
     assert json.loads(capsys.readouterr().out)["exact"] is True
 
 

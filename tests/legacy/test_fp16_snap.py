@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qat.cli.snap_fp16 import main
+from qat.cli.commands import main
 from qat.legacy.fp16_snap import snap_student
 from qat.model.checkpoint import CheckpointHeader, bits_per_weight, write_checkpoint
 from qat.model.surgery import quantized_layers
@@ -39,7 +39,7 @@ def made(tmp_path):
 
 
 def run(source, output, *flags):
-    return main(["--checkpoint", str(source), "--output", str(output), *flags])
+    return main("snap-fp16", ["--checkpoint", str(source), "--output", str(output), *flags])
 
 
 @pytest.mark.parametrize("maker", [make_v1, make_v2])
@@ -103,22 +103,22 @@ def test_twice_is_once(made):
     snap_student(student)
     once = weights_of(student)
     report = snap_student(student, bake=True)
-    assert report.num_changed == 0
+    assert report.numbers_changed == 0
     assert all(torch.equal(once[name], weight) for name, weight in weights_of(student).items())
 
 
 def test_overflow_is_refused(tmp_path, made, capsys):
     """A number beyond float16 is named, and nothing is written."""
-    name = next(iter(made.wanted))
+    name = next(iter(made.expected))
     made.state[f"{name}.rank_magnitude"][0] = 1e7
     assert run(made.write(tmp_path / "large"), tmp_path / "out") == 2
     assert f"{name}.scale_a" in capsys.readouterr().err
     student, _ = load_model(made.file)
     student.model.norm.weight.data[0] = 7e4
-    former = weights_of(student)
+    previous = weights_of(student)
     with pytest.raises(ValueError, match=r"model\.norm\.weight holds NaN or values beyond 65504"):
         snap_student(student)
-    assert all(torch.equal(former[name], weight) for name, weight in weights_of(student).items())
+    assert all(torch.equal(previous[name], weight) for name, weight in weights_of(student).items())
     assert not (tmp_path / "out").exists()
 
 
@@ -129,5 +129,5 @@ def test_the_count_is_of_numbers_that_changed():
         tensor.data = tensor.data.half().float()
     student.model.norm.weight.data[:3] = torch.tensor([1 + 2**-13, 1e-9, 1.0])
     report = snap_student(student)
-    assert (report.num_changed, report.num_lost) == (2, 1)
+    assert (report.numbers_changed, report.numbers_lost) == (2, 1)
     assert report.largest_change == 2**-13

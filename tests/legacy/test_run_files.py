@@ -52,7 +52,7 @@ def folder(tmp_path):
 
 
 def test_names_are_those_of_the_seeds(folder):
-    """The preset's name where sizes are a preset's; an earlier end's files give way."""
+    """The preset's name where sizes are a preset's; an earlier end's files are replaced."""
 
     def snap(student):
         snap_student(student, bake=True)
@@ -70,10 +70,10 @@ def test_names_are_those_of_the_seeds(folder):
     assert config["config"] == {"model_id": None}  # as asked for: theirs is at the top
     assert (config["config_preset"], config["model_id"]) == ("q4a4", str(folder / "base"))
     token_ids = torch.arange(12).view(2, 6)
-    wanted = load_model(folder / "final")[0](token_ids).logits
+    expected = load_model(folder / "final")[0](token_ids).logits
     for name in names:
         found = load_model(folder / name)[0](token_ids).logits
-        assert torch.allclose(found, wanted, atol=1e-4 if "fp16" not in name else 0.1)
+        assert torch.allclose(found, expected, atol=1e-4 if "fp16" not in name else 0.1)
 
 
 def test_what_float16_does_not_hold_has_no_file_of_it(folder):

@@ -56,7 +56,7 @@ def test_a_full_disk_ends_in_one_line(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(OSError, match=r"has no room for a \.pt file .* free some space"):
+        with pytest.raises(OSError, match=r"has no space for a \.pt file .* free some space"):
             write_torch_file(tmp_path / "state.pt", {"a": torch.zeros(5000)}.items())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

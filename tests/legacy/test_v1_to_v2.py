@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from qat.cli.convert_v1_to_v2 import main
+from qat.cli.commands import main
 from qat.legacy.v1_to_v2 import remove_floors
 from qat.model.surgery import quantized_layers
 from qat.pipelines.open_checkpoint import load_model
@@ -27,7 +27,9 @@ def product_of(made, name):
 
 
 def run(made, output, *flags):
-    return main(["--v1-checkpoint", str(made.file), "--output", str(output), *flags])
+    return main(
+        "convert-v1-to-v2", ["--v1-checkpoint", str(made.file), "--output", str(output), *flags]
+    )
 
 
 @pytest.mark.parametrize("name", ["v2.pt", "native"])
@@ -39,7 +41,7 @@ def test_weights_above_the_floor_stay(tmp_path, made, capsys, name):
     count = 0
     for layer_name, layer in quantized_layers(student).items():
         product = product_of(made, layer_name)
-        error = (layer.fake_quantized_weight() - made.wanted[layer_name]).abs()
+        error = (layer.fake_quantized_weight() - made.expected[layer_name]).abs()
         assert error[product > 0].max() <= 1e-6
         count += int((product < 1e-8).sum())
     assert closing["floored_weights"] == count
@@ -55,10 +57,10 @@ def test_weights_below_the_floor_are_the_nearest_there_are(made):
     for name, layer in quantized_layers(student).items():
         product = product_of(made, name)
         below = product < 1e-8
-        wanted, found = made.wanted[name], layer.fake_quantized_weight()
-        choices = [(product * value - wanted).abs() for value in layer.codebook.tolist()]
+        expected, found = made.expected[name], layer.fake_quantized_weight()
+        choices = [(product * value - expected).abs() for value in layer.codebook.tolist()]
         best = torch.stack(choices).min(0).values
-        assert torch.allclose((found - wanted).abs()[below], best[below], atol=1e-6)
+        assert torch.allclose((found - expected).abs()[below], best[below], atol=1e-6)
     assert report.num_floored > 0
 
 
@@ -66,7 +68,7 @@ def test_the_written_form_is_the_second(tmp_path, made, capsys):
     """Unit directions, a magnitude a rank, and the latent weights of the first form."""
     assert run(made, tmp_path / "v2.pt") == 0
     state = torch.load(tmp_path / "v2.pt", weights_only=True)
-    for name in made.wanted:
+    for name in made.expected:
         rank = len(state[f"{name}.rank_magnitude"])
         assert torch.allclose(state[f"{name}.scale_A"].norm(dim=0), torch.ones(rank), atol=1e-5)
         assert torch.allclose(state[f"{name}.scale_B"].norm(dim=1), torch.ones(rank), atol=1e-5)

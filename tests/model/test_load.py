@@ -16,7 +16,7 @@ from qat.model.load import (
     model_identity,
     vocabulary_size,
 )
-from qat.pipelines.open_checkpoint import checkpoint_folder, load_model
+from qat.pipelines.open_checkpoint import checkpoint_path, load_model
 from qat.storage.files import previous_folder
 from tests.tiny import (
     TINY_MODELS,
@@ -219,10 +219,10 @@ def test_a_run_stands_for_its_best_student(student, tmp_path):
     """best before final; a run that has only ended stands for its end."""
     run = tmp_path / "run"
     shutil.copytree(student, run / "final")
-    assert checkpoint_folder(run) == run / "final"
+    assert checkpoint_path(run) == run / "final"
     shutil.copytree(student, run / "best")
-    assert checkpoint_folder(run) == run / "best"
-    assert checkpoint_folder(run / "final") == run / "final"
+    assert checkpoint_path(run) == run / "best"
+    assert checkpoint_path(run / "final") == run / "final"
     expected, header = load_model(student)
     assert header is not None
     assert torch.equal(load_model(run)[0](TOKEN_IDS).logits, expected(TOKEN_IDS).logits)
@@ -233,7 +233,7 @@ def test_a_student_hidden_by_a_kill_is_found(student, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(student, run / "best")
     (run / "best").rename(previous_folder(run / "best"))
-    assert checkpoint_folder(run) == run / "best"
+    assert checkpoint_path(run) == run / "best"
 
 
 def test_a_folder_of_neither_is_refused(tmp_path):

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qat.cli.export import main as export
-from qat.cli.init_student import main as init_student
-from qat.cli.parity import main as compare
+from qat.cli.commands import main
 
 pytestmark = pytest.mark.parity
 
@@ -30,20 +28,20 @@ def students(tmp_path_factory):
     (folder / "prompts.txt").write_text("\n".join(text.splitlines()[0] for text in PROMPTS))
     for plan in ("deploy", "gguf:iq4_nl+gguf:q4_0"):
         flags = ["--model", str(MODEL), "--plan", plan, "--output", str(folder / plan)]
-        assert init_student([*flags, "--fit", "moments"]) == 0
+        assert main("init-student", [*flags, "--fit", "moments"]) == 0
     return folder
 
 
 def closing(capsys, command, *flags):
     capsys.readouterr()
-    assert command([str(flag) for flag in flags]) == 0
+    assert main(command, [str(flag) for flag in flags]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def exported(capsys, students, plan, output, *flags):
     """Export and return what its closing line says."""
     checkpoint = ("--checkpoint", students / plan)
-    report = closing(capsys, export, *checkpoint, "--output", output, *flags)
+    report = closing(capsys, "export", *checkpoint, "--output", output, *flags)
     assert report["exact"] is True
     return report
 
@@ -52,7 +50,7 @@ def distance(capsys, students, plan, output):
     """Return what the parity command says of an export."""
     flags = ("--checkpoint", students / plan, "--export", output)
     prompts = ("--prompts", students / "prompts.txt", "--num-new-tokens", 4)
-    return closing(capsys, compare, *flags, *prompts)
+    return closing(capsys, "parity", *flags, *prompts)
 
 
 @pytest.mark.parametrize("target", ["compressed-tensors", "mlx", "hf-quantized"])

@@ -2,8 +2,7 @@ import shutil
 
 import pytest
 
-from qat.cli.fetch import main
-from qat.cli.pack import main as pack_main
+from qat.cli.commands import main
 from qat.storage.archive import sidecar
 from tests.servers import file_server
 from tests.tiny import save_tiny, tiny_cache, tiny_llama
@@ -30,7 +29,7 @@ def packed(cache, tmp_path, work):
     """The packed cache on a server, at an address that does not tell its kind."""
     served = tmp_path / "served"
     served.mkdir()
-    assert pack_main([str(cache), "--output", str(served / "tiny.tar.lz4")]) == 0
+    assert main("pack", [str(cache), "--output", str(served / "tiny.tar.lz4")]) == 0
     return served
 
 
@@ -38,12 +37,12 @@ def test_the_users_own_archive_stays(cache, packed, work):
     """`qat fetch` copied an archive to the path where `qat pack` writes, and then removed it."""
     shutil.copytree(cache, work / "caches" / "tiny")
     own = work / "caches" / "tiny.tar.lz4"
-    assert pack_main(["caches/tiny"]) == 0
+    assert main("pack", ["caches/tiny"]) == 0
     content = own.read_bytes()
     with file_server(packed) as server:
         url = server.url("tiny.tar.lz4")
         for flags in ([], ["--force"]):
-            assert main([url, "--output-dir", "caches", *flags]) == 0
+            assert main("fetch", [url, "--output-dir", "caches", *flags]) == 0
             assert own.read_bytes() == content
             assert sidecar(own).is_file()
 
@@ -54,10 +53,10 @@ def test_somebodys_own_folder_is_not_replaced(cache, packed, work, capsys):
     (work / "caches" / "tiny" / "notes.txt").write_text("mine")
     with file_server(packed) as server:
         url = server.url("tiny.tar.lz4")
-        assert main([url, "--output-dir", "caches"]) == 2
+        assert main("fetch", [url, "--output-dir", "caches"]) == 2
         assert "replace it with --force" in capsys.readouterr().err
         assert (work / "caches" / "tiny" / "notes.txt").read_text() == "mine"
-        assert main([url, "--output-dir", "caches", "--force"]) == 0
+        assert main("fetch", [url, "--output-dir", "caches", "--force"]) == 0
     assert (work / "caches" / "tiny" / "manifest.json").is_file()
 
 
@@ -66,7 +65,7 @@ def test_content_decides_what_an_archive_is(packed, work, capsys, output_dir):
     """A cache at an address that names none was taken for a checkpoint, as caches/tiny.pt."""
     flags = ["--output-dir", output_dir] if output_dir else []
     with file_server(packed) as server:
-        assert main([server.url("tiny.tar.lz4"), *flags]) == 0
+        assert main("fetch", [server.url("tiny.tar.lz4"), *flags]) == 0
     assert '"cache": "caches/tiny"' in capsys.readouterr().out
     assert (work / "caches" / "tiny" / "manifest.json").is_file()
     left = [path.name for path in work.rglob("*") if path.suffix in (".pt", ".part", ".fetching")]
@@ -77,8 +76,8 @@ def test_a_checkpoint_under_a_caches_name_is_still_one(tmp_path, work, capsys):
     """The name is a guess, the content decides, also on the other side."""
     name = "thing_L64_K64_R128"
     save_tiny(tmp_path / "made" / name, tiny_llama())
-    assert pack_main([str(tmp_path / "made" / name)]) == 0
+    assert main("pack", [str(tmp_path / "made" / name)]) == 0
     capsys.readouterr()
-    assert main([str(tmp_path / "made" / f"{name}.tar.lz4")]) == 0
+    assert main("fetch", [str(tmp_path / "made" / f"{name}.tar.lz4")]) == 0
     assert f'"checkpoint": "runs/speedrun/{name}.pt"' in capsys.readouterr().out
     assert (work / "runs" / "speedrun" / f"{name}.pt" / "config.json").is_file()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qat.cli.bench import main
+from qat.cli.commands import main
 from tests.tiny import save_tiny, tiny_llama, tiny_records, write_jsonl
 
 pytestmark = pytest.mark.recipe
@@ -16,7 +16,7 @@ def test_all_ratios_are_measured(tmp_path, capsys):
     data = write_jsonl(tmp_path / "records.jsonl", tiny_records(64))
     flags = ["--model-id", model, "--data", data, "--seq-len", 16, "--tokens-per-step", 64]
     flags += ["--steps", 1, "--repeats", 1, "--num-sequences", 64, "--device", "cpu"]
-    assert main([str(flag) for flag in [*flags, "--dtype", "fp32"]]) == 0
+    assert main("bench", [str(flag) for flag in [*flags, "--dtype", "fp32"]]) == 0
     closing = json.loads(capsys.readouterr().out)
     for key in ("step_time_over_plain", "rate_over_rank_by_rank", "peak_memory_over_plain"):
         assert closing[key] > 0

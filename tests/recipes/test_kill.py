@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qat.cli import convert_q4_to_q2, init_student, train
+from qat.cli.commands import main
 from qat.model.checkpoint import read_checkpoint
 from qat.storage.files import sha256_of_file
 from qat.tracking.record import read_rows
@@ -31,8 +31,8 @@ def flags(tmp_path_factory):
     quick = ["--cache-dir", str(cache), "--fit", "moments", *USUAL]
     q4, q2 = str(folder / "q4"), str(folder / "q2")
     made = [
-        init_student.main(["--model", str(folder / "teacher"), "--output", q4, *quick]),
-        convert_q4_to_q2.main(["--q4-checkpoint", q4, "--output", q2, *quick]),
+        main("init-student", ["--model", str(folder / "teacher"), "--output", q4, *quick]),
+        main("convert-q4-to-q2", ["--q4-checkpoint", q4, "--output", q2, *quick]),
     ]
     assert made == [0, 0]
     return ["--checkpoint", q2, "--cache-dir", str(cache), "--max-steps", str(STEPS)] + [
@@ -76,7 +76,7 @@ def rows_of(folder):
 
 def test_a_killed_run_ends_like_one_that_was_not(flags, tmp_path):
     """Killed twice with SIGKILL: the same rows, the same bytes of both students."""
-    assert train.main([*flags, "--output-dir", str(tmp_path / "straight")]) == 0
+    assert main("train", [*flags, "--output-dir", str(tmp_path / "straight")]) == 0
     folder = tmp_path / "killed"
     for step in (6, 22):
         kill_at(start(flags, folder), folder, step)

@@ -144,8 +144,8 @@ def test_hidden_states_lie_in_a_file(tmp_path):
     assert list((tmp_path / "x").iterdir()) == []
 
 
-def test_room_for_hidden_states_is_taken_at_once(tmp_path):
-    """A mapped file without room killed the process when it was written to."""
+def test_space_for_hidden_states_is_reserved_at_once(tmp_path):
+    """A mapped file without space killed the process when it was written to."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:

@@ -4,12 +4,14 @@ import copy
 import math
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from qat.train.loop import DivergedError, Hooks, LoopIntervals, train_end_to_end
+from qat.train.config import IntervalsConfig, TrainConfig
+from qat.train.loop import DivergedError, Hooks, train_end_to_end
 from qat.train.state import Progress
 
 TOKENS = 12  # of a micro-batch
@@ -64,15 +66,13 @@ class Story:
         self.saved = copy.deepcopy(progress)
 
 
-def intervals(**changes):
-    usual = {
-        "max_steps": 6,
-        "accumulation_steps": 1,
-        "eval_steps": 0,
-        "log_steps": 1,
-        "save_steps": 0,
-    }
-    return LoopIntervals(**{**usual, **changes})
+def intervals(*, max_steps=6, accumulation_steps=1, **changes):
+    return TrainConfig(
+        **dict.fromkeys(("checkpoint", "cache_dir", "output_dir"), Path()),
+        max_steps=max_steps,
+        accumulation_steps=accumulation_steps,
+        intervals=IntervalsConfig(**{"eval_steps": 0, "log_steps": 1, "save_steps": 0, **changes}),
+    )
 
 
 def batches_from(step, accumulation_steps=1):

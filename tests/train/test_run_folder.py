@@ -17,7 +17,6 @@ from qat.train.config import (
 from qat.train.run_folder import (
     check_content,
     check_lengths,
-    claim_folder,
     copy_results,
     finished_run,
     peak_rates,
@@ -96,7 +95,7 @@ def test_a_run_is_found_by_its_identity(tmp_path):
     """Not there, not ended, ended."""
     record = record_of(config(), identity())
     assert finished_run(tmp_path, identity()) is None
-    claim_folder(tmp_path, record)
+    write_json(tmp_path / CONFIG, record)
     assert finished_run(tmp_path, identity()) is None
     write_json(tmp_path / SUMMARY, {"steps": 3})
     assert finished_run(tmp_path, identity()) == {"steps": 3}
@@ -114,7 +113,7 @@ def test_a_run_is_found_by_its_identity(tmp_path):
 )
 def test_another_runs_folder_is_refused(tmp_path, changes, message):
     """With the first setting that differs, before anything is written."""
-    claim_folder(tmp_path, record_of(config(), identity()))
+    write_json(tmp_path / CONFIG, record_of(config(), identity()))
     before = (tmp_path / CONFIG).read_bytes()
     with pytest.raises(ValueError, match=message):
         finished_run(tmp_path, identity(**changes))
@@ -219,7 +218,7 @@ def test_old_students_make_room_for_the_last(tmp_path):
 
 
 def test_results_are_copied_without_the_state(tmp_path):
-    """Onto what a former copy left; what a run goes on from stays where it is."""
+    """Onto what a previous copy left; what a run resumes from stays where it is."""
     run, target = tmp_path / "run", tmp_path / "drive" / "run"
     for name in ("best/student", "state/state.pt", "config.json", ".hidden"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)

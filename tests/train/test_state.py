@@ -9,7 +9,7 @@ from qat.model.surgery import quantized_layers
 from qat.storage.files import previous_folder
 from qat.train.ema import MovingAverage
 from qat.train.state import STATE, Progress, has_state, read_state, write_state
-from qat.train.step import Trainer
+from qat.train.step import Trainer, loss_scale
 from qat.train.trainable import choose_trainable, make_optimizer, trained_layers
 from tests.tiny import tiny_student
 
@@ -138,7 +138,7 @@ def test_the_loss_scale_of_float16_comes_back(tmp_path):
     trainer, other = make_run(), make_run()
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     other.scaler = torch.amp.GradScaler("cpu")
-    trainer.loss_scale(torch.device("cpu"))  # makes it a tensor, as a step does
+    loss_scale(trainer.scaler, torch.device("cpu"))  # makes it a tensor, as a step does
     write_state(tmp_path, Progress(step=1), trainer)
     read_state(tmp_path, other)
     assert other.scaler.get_scale() == 64.0

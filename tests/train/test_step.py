@@ -265,7 +265,7 @@ def test_steps_run_in_bfloat16(family, parts):
 
 
 def test_the_hard_loss_is_added_with_its_weight():
-    """Cross-entropy on the teacher's likeliest token beside the divergence."""
+    """Cross-entropy on the teacher's likeliest token next to the divergence."""
     student = tiny_student()
     trainer = make_trainer(student)
     token_ids, signal = parts_of(batch())

@@ -1,5 +1,7 @@
 """One step is one program: torch_xla's counters tell what was compiled, fetched and left out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,8 +11,8 @@ from qat.model.checkpoint import student_tensors
 from qat.model.surgery import hold_weights, quantized_layers
 from qat.quant.straight_through import SnapBfloat16, SnapFloat16
 from qat.runtime.device import Device
-from qat.train.config import LossConfig, OptimConfig, TrainConfig
-from qat.train.loop import Hooks, LoopIntervals, train_end_to_end
+from qat.train.config import IntervalsConfig, LossConfig, OptimConfig, TrainConfig
+from qat.train.loop import Hooks, train_end_to_end
 from qat.train.run_folder import make_trainer
 from qat.train.state import Progress, read_state, write_state
 from qat.train.step import Batch
@@ -122,15 +124,14 @@ def test_the_loop_fetches_no_more_than_it_logs(tmp_path):
         save=lambda _progress: None,
         restore=lambda: None,
     )
-    habits = LoopIntervals(
-        max_steps=7, accumulation_steps=1, eval_steps=0, log_steps=3, save_steps=3
-    )
+    every = IntervalsConfig(eval_steps=0, log_steps=3, save_steps=3)
+    config = replace(config, max_steps=7, accumulation_steps=1, intervals=every)
 
     def batches_from(first):
         return (batch(device, number) for number in range(first, 100))
 
     fetched = during(
-        "TransferFromDeviceTime", lambda: train_end_to_end(trainer, batches_from, habits, hooks)
+        "TransferFromDeviceTime", lambda: train_end_to_end(trainer, batches_from, config, hooks)
     )
     assert logged == [3, 6, 7]
     assert fetched == len(logged)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from qat.calibrate.statistics import collect_second_moments
+from qat.model.layers import FakeQuantLinear
+from qat.model.surgery import dense_weights, quantized_layers
+from qat.pipelines.fit_layers import FitTask, fit_by_decoder_layers, fit_with_moments
+from qat.quant.fit import fit_weight
+from tests.tiny import plan_of, quantize_plainly, tiny_llama
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(261, (4, 12), generator=generator) for _ in range(4)]
+
+
+def task_of(model, plan="q2a4"):
+    """Return what `quantize_model` fits, checked as it checks."""
+    found = plan_of(model, plan)
+    modules = dense_weights(model, found)
+    task = FitTask(
+        specs=found.quantized, weight_of=lambda name: modules[name].weight, row_weights={}
+    )
+    task.check()
+    return task
+
+
+def moments_of(model):
+    return collect_second_moments(model, dense_weights(model, plan_of(model)), batches())
+
+
+def by_decoder_layers(model):
+    fit_by_decoder_layers(model, task_of(model), batches(), dtype=torch.float32)
+
+
+def test_every_linear_is_replaced_by_its_own_fit():
+    """Weight by weight what `fit_weight` gives, biases kept, everything else untouched."""
+    base = tiny_llama(attention_bias=True)
+    importance = moments_of(base)
+    student = tiny_llama(attention_bias=True)
+    task = task_of(student)
+    fit_with_moments(student, task, importance)
+    layers = quantized_layers(student)
+    assert len(layers) == 14
+    for name in list(layers)[::5]:
+        linear = base.get_submodule(name)
+        expected = fit_weight(linear.weight, task.specs[name], importance=importance[name])
+        assert torch.equal(layers[name].fake_quantized_weight(), expected.dequantize())
+        if linear.bias is not None:
+            assert torch.equal(layers[name].bias, linear.bias)
+    dense = dict(student.named_parameters())
+    for name, parameter in base.named_parameters():
+        if name in dense and "proj" not in name:
+            assert torch.equal(dense[name], parameter)
+    assert not any(parameter.requires_grad for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("make", [quantize_plainly, by_decoder_layers])
+def test_a_weight_that_cannot_be_held_names_its_layer(make):
+    """NaN in one tensor of a model, found before the others are fitted."""
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: the weight holds NaN"):
+        make(*((model, "q2a4") if make is quantize_plainly else (model,)))
+    assert not any(isinstance(module, FakeQuantLinear) for module in model.modules())
