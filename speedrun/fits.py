@@ -37,11 +37,11 @@ class FitsConfig:
     """Text whose first 64 blocks of 64 tokens are measured."""
 
 
-def act(config: FitsConfig) -> dict[str, Any]:
+def measure_fit(config: FitsConfig) -> dict[str, Any]:
     """Load, fit, measure."""
     import torch
 
-    from qat.calibrate.statistics import collect_loss_weights, collect_second_moments
+    from qat.calibrate.statistics import collect_second_moments
     from qat.data.text import text_blocks
     from qat.distill.teacher import top_k_signal
     from qat.evaluate.kl import evaluate_batches
@@ -70,9 +70,7 @@ def act(config: FitsConfig) -> dict[str, Any]:
         signals = [top_k_signal(model(ids).logits[:, :-1], counts, TOP_K) for ids in heldout]
     started, started_cpu = time.perf_counter(), time.process_time()
     if config.fit != "moments":
-        is_guided = config.fit == "guided"
-        weights = collect_loss_weights(model, list(linears), batches) if is_guided else None
-        fit_by_decoder_layers(model, task, batches, token_weights=weights, dtype=device.dtype)
+        fit_by_decoder_layers(model, task, batches, dtype=device.dtype)
     else:
         fit_with_moments(model, task, collect_second_moments(model, linears, batches))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
@@ -93,4 +91,4 @@ def act(config: FitsConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command("python speedrun/fits.py", FitsConfig, act))
+    raise SystemExit(run_command("python speedrun/fits.py", FitsConfig, measure_fit))
