@@ -8,16 +8,15 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from qat.export.gguf_file import ALIGNMENT
+from qat.export.gguf_keys import architecture_of, rope_factors, start_file
 from qat.export.gguf_vocabulary import read_vocabulary
 from qat.export.to_gguf import (
     FILE_NAME,
     ROPE_FACTORS,
     PlannedTensor,
-    architecture_of,
     file_name,
+    main_file_type,
     require_type,
-    rope_factors,
-    start_file,
     tensor_names,
 )
 from qat.grids.blocks import BLOCK_TYPES
@@ -27,16 +26,7 @@ from qat.quant.spec import TensorSpec
 
 
 def planned_file_bytes(config: PreTrainedConfig, plan: QuantPlan, *, text_source: Path) -> int:
-    """Return the bytes of a plan's GGUF file: tensors, keys, tokenizer and padding.
-
-    Args:
-        config: Of the model.
-        plan: The format of every tensor.
-        text_source: Folder of the tokenizer.
-
-    Raises:
-        ValueError: If the family or a format has no place in the file.
-    """
+    """Return the bytes of a plan's GGUF file: tensors, keys, tokenizer and padding."""
     architecture = architecture_of(config)
     names = tensor_names(config, architecture)
     vocabulary = read_vocabulary(load_tokenizer(text_source), config.vocab_size)
@@ -48,7 +38,7 @@ def planned_file_bytes(config: PreTrainedConfig, plan: QuantPlan, *, text_source
     factors = rope_factors(config)
     with TemporaryDirectory() as folder:
         path = Path(folder) / FILE_NAME
-        writer = start_file(path, config, vocabulary, tensors)
+        writer = start_file(path, config, vocabulary, main_file_type(tensors))
         if factors is not None:
             tensors.append(PlannedTensor("", ROPE_FACTORS, "f32"))
             shapes.append(tuple(factors.shape))
@@ -72,9 +62,5 @@ def padded(num_bytes: int) -> int:
 
 
 def planned_type(source: str, spec: TensorSpec) -> str:
-    """Return the type of a tensor in the file.
-
-    Raises:
-        ValueError: If no type holds its format.
-    """
+    """Return the type of a tensor in the file."""
     return require_type(source, spec) if spec.is_quantized else spec.name

@@ -95,7 +95,7 @@ def test_a_value_beyond_the_dtype_is_refused(tmp_path, text_source):
 
 def test_a_changed_bit_fails_the_export(tmp_path, text_source, monkeypatch):
     """What reads back otherwise is never left under the final name."""
-    copy = to_hf.copy_text_files
+    copy = to_hf.add_text_files
 
     def damage(source, target):
         copy(source, target)
@@ -104,7 +104,7 @@ def test_a_changed_bit_fails_the_export(tmp_path, text_source, monkeypatch):
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(to_hf, "copy_text_files", damage)
+    monkeypatch.setattr(to_hf, "add_text_files", damage)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight reads back"):
         export(tiny_student(), tmp_path, text_source)
     assert not (tmp_path / "out").exists()
