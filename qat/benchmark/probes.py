@@ -31,7 +31,7 @@ class Probes:
     """Where results lie."""
     identity: dict[str, Any]
     """All that decides a result but for batch and configuration."""
-    words: Callable[[int, bool], Sequence[str]]
+    arguments: Callable[[int, bool], Sequence[str]]
     """Command line, after python, for a batch size with or without gradient checkpointing."""
     max_seconds: float
 
@@ -45,12 +45,12 @@ class Probes:
         path = self.folder / "probes" / f"{configuration}_{batch}_{fingerprint(identity)}.json"
         if path.is_file():
             return read_json(path)["row"]
-        words = self.words(batch, configuration == "checkpointing")
+        arguments = self.arguments(batch, configuration == "checkpointing")
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"{SCRATCH}*"):  # by a search that was killed
             shutil.rmtree(left)
         try:
-            result = run_fresh(words, self.max_seconds, self.folder)
+            result = run_fresh(arguments, self.max_seconds, self.folder)
         except ValueError as error:
             raise ValueError(f"batch {batch} ({configuration}) failed: {error}") from error
         row = {"configuration": configuration, "batch": batch, **result}
@@ -59,12 +59,12 @@ class Probes:
 
 
 def run_fresh(
-    words: Sequence[str], max_seconds: float | None = None, scratch: Path | None = None
+    arguments: Sequence[str], max_seconds: float | None = None, scratch: Path | None = None
 ) -> dict[str, Any]:
     """Return the closing values of a command in a process of its own.
 
     Args:
-        words: Command line, after python.
+        arguments: Command line, after python.
         max_seconds: Longest that it may take; without end when not given.
         scratch: Folder for its temporary files, which are removed also where it was killed.
 
@@ -77,7 +77,7 @@ def run_fresh(
     with tempfile.TemporaryDirectory(dir=scratch, prefix=SCRATCH) as temporary:
         try:
             done = subprocess.run(
-                [sys.executable, *words],
+                [sys.executable, *arguments],
                 capture_output=True,
                 text=True,
                 timeout=max_seconds,

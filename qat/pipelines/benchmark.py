@@ -83,7 +83,7 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult | dict[str, Any]:
     probes = Probes(
         folder=folder,
         identity=facts["identity"],
-        words=lambda batch, checkpointing: words(
+        arguments=lambda batch, checkpointing: words(
             replace(config, probe=batch, gradient_checkpointing=checkpointing)
         ),
         max_seconds=config.probe_seconds,

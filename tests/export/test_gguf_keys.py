@@ -7,14 +7,9 @@ from qat.export.gguf_file import read_tensor_records
 from qat.export.gguf_keys import rope_factors
 from qat.export.to_gguf import ROPE_FACTORS, export_to_gguf
 from qat.grids.blocks import BLOCK_TYPES
-from tests.tiny import save_tiny, tiny_llama, tiny_student
+from tests.tiny import tiny_student
 
 gguf = pytest.importorskip("gguf")
-
-
-@pytest.fixture(scope="module")
-def text_source(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("base"), tiny_llama())
 
 
 @pytest.mark.parametrize("tied", [True, False])
