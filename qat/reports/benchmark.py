@@ -16,13 +16,8 @@ def results_of(
 ) -> dict[str, Any]:
     """Return closing values: the largest batch of a search, the fastest one, what each held.
 
-    Args:
-        rows: Of all configurations, by batch in each.
-        facts: Of device and model.
-        is_search: Whether the largest that fits was looked for, and its next does not.
-
-    Raises:
-        ValueError: If not one batch fits.
+    Rows are of all configurations, by batch in each. In a search the one after the largest that
+    fits does not. Where not one batch fits, that is an error.
     """
     fitting = [row for row in rows if row["status"] == "OK"]
     if not fitting:

@@ -108,12 +108,7 @@ class Comparison:
 
 
 def compare_runs(folders: Sequence[Path], output: Path) -> Comparison:
-    """Read runs and write compare.md, compare.html and, where there are curves, compare.png.
-
-    Raises:
-        FileNotFoundError: If a path is absent.
-        ValueError: If no path is a run.
-    """
+    """Read runs and write compare.md, compare.html and, where there are curves, compare.png."""
     return write_comparison(*read_runs(folders), output)
 
 

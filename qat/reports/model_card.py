@@ -79,18 +79,15 @@ def write_card(
     dtype: str | None,
     output: Path,
 ) -> Path:
-    """Write the card into an exported folder, or next to a single file under its name.
+    """Write the card into an exported folder, or next to a single file under its name; return it.
 
     Args:
         report: What the export says, with the student's bits per weight.
         header: Of the student; None for a full-precision model.
-        checkpoint: where the student is; a run's summary next to it is quoted.
+        checkpoint: Where the student is; a run's summary next to it is quoted.
         target: The format.
         dtype: Of dense parts, None where not asked for.
         output: Where the export is.
-
-    Returns:
-        Where the card is.
     """
     path = output / CARD_NAME if output.is_dir() else output.with_suffix(".md")
     loaded_from = output / report["file"] if output.is_dir() and "file" in report else output

@@ -35,12 +35,12 @@ def test_packed_folders_load_as_the_student(tmp_path, text_source, family, plan)
     import qat.export.plugin  # noqa: F401 makes the model type known
 
     student = moved_student(family, plan, tied=family != "qwen3", attention_bias=True)
-    wanted = student(TOKEN_IDS).logits
+    expected = student(TOKEN_IDS).logits
     export_to_hf_quantized(
         student, tmp_path / "a", text_source=text_source, plan=plan_of(student, plan).to_dict()
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
-    assert torch.equal(model(TOKEN_IDS).logits, wanted)
+    assert torch.equal(model(TOKEN_IDS).logits, expected)
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
     for name, layer in quantized_layers(student).items():
         found = half.get_submodule(name).weight_on_grid()
