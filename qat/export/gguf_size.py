@@ -8,16 +8,15 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from qat.export.gguf_file import ALIGNMENT
-from qat.export.gguf_keys import architecture_of, rope_factors, start_file
+from qat.export.gguf_keys import rope_factors, start_file
 from qat.export.gguf_vocabulary import read_vocabulary
 from qat.export.to_gguf import (
     FILE_NAME,
     ROPE_FACTORS,
     PlannedTensor,
-    file_name,
+    file_names,
     main_file_type,
     require_type,
-    tensor_names,
 )
 from qat.grids.blocks import BLOCK_TYPES
 from qat.model.load import load_tokenizer
@@ -27,11 +26,10 @@ from qat.quant.spec import TensorSpec
 
 def planned_file_bytes(config: PreTrainedConfig, plan: QuantPlan, *, text_source: Path) -> int:
     """Return the bytes of a plan's GGUF file: tensors, keys, tokenizer and padding."""
-    architecture = architecture_of(config)
-    names = tensor_names(config, architecture)
+    names = file_names(config, plan.specs)
     vocabulary = read_vocabulary(load_tokenizer(text_source), config.vocab_size)
     tensors = [
-        PlannedTensor(source, file_name(names, source, architecture), planned_type(source, spec))
+        PlannedTensor(source, names[source], planned_type(source, spec))
         for source, spec in plan.specs.items()
     ]
     shapes = [plan.shapes[tensor.source] for tensor in tensors]

@@ -1,7 +1,7 @@
 """The runtimes that exported files are run with: each gives the logits of a row of token ids.
 
-Which runtime takes a file is read from the file; one that is not installed or does not load is named
-in an error with the command that installs it.
+Which runtime takes a file is read from the file; one that is not installed or does not load is
+named in an error with the command that installs it.
 """
 
 import ctypes

@@ -4,6 +4,7 @@ No converter and no re-quantization: those fit scales anew and lose up to half o
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,7 +41,7 @@ from qat.quant.spec import TensorSpec, gguf_type_of
 from qat.storage.files import atomic_file
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter, TensorNameMap
+    from gguf import GGUFWriter
 
 FILE_NAME = "model.gguf"  # in a folder
 SUFFIX = ".gguf"
@@ -75,8 +76,7 @@ def export_to_gguf(
             grids that the student was trained on.
         head: Type of embeddings and head: f16, bf16, f32 or q8_0.
     """
-    architecture = architecture_of(student.config)
-    plan = plan_tensors(student, architecture, dtype, head)
+    plan = plan_tensors(student, dtype, head)
     vocabulary = read_vocabulary(load_tokenizer(text_source), student.config.vocab_size)
     file_path = output if output.suffix == SUFFIX else output / FILE_NAME
     require_replaceable(file_path.parent / REPORT_NAME)
@@ -100,17 +100,15 @@ def head_type(dtype: torch.dtype | None, head: str) -> str:
     return head if dtype is None else TYPE_OF_DTYPE[dtype]
 
 
-def plan_tensors(
-    student: nn.Module, architecture: str, dtype: torch.dtype | None, head: str
-) -> list[PlannedTensor]:
+def plan_tensors(student: nn.Module, dtype: torch.dtype | None, head: str) -> list[PlannedTensor]:
     """Return what the file will hold, after refusing what it cannot."""
     layers = quantized_layers(student)
     if not layers and dtype is None:
         raise ValueError("the checkpoint has no quantized layer; give --dtype for a dense file")
-    names = tensor_names(student.config, architecture)
+    tensors = sources(student)
+    names = file_names(student.config, tensors)
     plan = []
-    for source, tensor in sources(student).items():
-        name = file_name(names, source, architecture)
+    for source, tensor in tensors.items():
         layer = layers.get(source.removesuffix(".weight"))
         if layer is None or dtype is not None:
             type_name = dense_type(source, tensor, dtype, head)
@@ -118,23 +116,21 @@ def plan_tensors(
             type_name = require_type(source, layer.spec)
             require_codebook(source, layer)
             require_float16(source, layer)
-        plan.append(PlannedTensor(source, name, type_name))
+        plan.append(PlannedTensor(source, names[source], type_name))
     return plan
 
 
-def tensor_names(config: PreTrainedConfig, architecture: str) -> "TensorNameMap":
-    """Return the `gguf` package's map from a model's names to the file's."""
+def file_names(config: PreTrainedConfig, sources: Iterable[str]) -> dict[str, str]:
+    """Return the name in the file of each of a model's tensors; refuse one without."""
     import gguf
 
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], config.num_hidden_layers)
-
-
-def file_name(names: "TensorNameMap", source: str, architecture: str) -> str:
-    """Return a tensor's name in the file; refuse one without."""
-    name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-    if name is None:
-        raise ValueError(f"{source} has no name in {architecture} files; export --to hf")
-    return name
+    architecture = architecture_of(config)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], config.num_hidden_layers)
+    found = {source: names.get_name(source, (".weight", ".bias")) for source in sources}
+    for source, name in found.items():
+        if name is None:
+            raise ValueError(f"{source} has no name in {architecture} files; export --to hf")
+    return found
 
 
 def sources(student: nn.Module) -> dict[str, Tensor | None]:
