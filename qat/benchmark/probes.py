@@ -36,11 +36,7 @@ class Probes:
     max_seconds: float
 
     def measure(self, configuration: str, batch: int) -> dict[str, Any]:
-        """Return the row of a batch size, from its file where it was measured before.
-
-        Raises:
-            ValueError: If it fails for another reason than memory.
-        """
+        """Return the row of a batch size, from its file where it was measured before."""
         identity = {**self.identity, "configuration": configuration, "batch": batch}
         path = self.folder / "probes" / f"{configuration}_{batch}_{fingerprint(identity)}.json"
         if path.is_file():
@@ -63,13 +59,12 @@ def run_fresh(
 ) -> dict[str, Any]:
     """Return the closing values of a command in a process of its own.
 
+    They are "status" OOM and "why" where memory was too small.
+
     Args:
         arguments: Command line, after python.
         max_seconds: Longest that it may take; without end when not given.
         scratch: Folder for its temporary files, which are removed also where it was killed.
-
-    Returns:
-        Values with "status" OOM and "why" where memory was too small.
 
     Raises:
         ValueError: If it failed otherwise, with the last line of its messages.

@@ -107,11 +107,7 @@ def last_decoder_layer(model: nn.Module) -> str:
 
 
 def linears_by_layer(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the linears of each decoder layer, whose name ends in a number, by their names in it.
-
-    Raises:
-        ValueError: If a linear is in no numbered layer.
-    """
+    """Return the linears of each decoder layer (`layers.3`, say) by their names in it."""
     layers: dict[str, list[str]] = {}
     for name in names:
         match = re.match(r"(.*?\.\d+)\.(.+)", name)
@@ -146,11 +142,7 @@ def open_stream(model: nn.Module, batches: Sequence[Batch], last: str) -> Stream
 
 
 def layer_arguments(model: nn.Module, names: Sequence[str], batch: Tokens) -> LayerArguments:
-    """Return each decoder layer's arguments but the hidden states in a forward pass.
-
-    Raises:
-        ValueError: If the layers do not simply follow each other.
-    """
+    """Return what decoder layers, which follow each other, get in addition to hidden states."""
     seen: LayerArguments = {}
     ends: list[tuple[Tensor, Tensor]] = []
 

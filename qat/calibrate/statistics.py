@@ -90,15 +90,7 @@ class InputStatistics:
 
 
 def input_statistics(name: str, inputs: Iterable[tuple[Tensor, Tensor]]) -> InputStatistics:
-    """Return the statistics of a module's inputs.
-
-    Args:
-        name: Of the module.
-        inputs: Of each batch x_q and x, (B, T, I) each; there is at least one.
-
-    Raises:
-        ValueError: If one is not finite.
-    """
+    """Return the finite statistics of a module's inputs: of each batch x_q and x, (B, T, I)."""
     hessian = drift = None
     num_tokens = 0
     for quantized, dense in inputs:

@@ -103,7 +103,7 @@ def write_folder(
     """Write a folder of packed layers and dense parts, read it back, compare, report.
 
     Args:
-        student: As in every export, like output, text_source and dtype.
+        student: As in every export, like output and text_source.
         output: A folder.
         text_source: A folder.
         dtype: Of the dense parts.
@@ -111,9 +111,6 @@ def write_folder(
         write: Returns what a layer's file entries are, by the last part of their names.
         read: Returns the weight, (O, I) float32, that such entries stand for.
         made_for: Library that the safetensors files name.
-
-    Raises:
-        ValueError: If a dense value is beyond `dtype` or a tensor reads back otherwise.
     """
     from huggingface_hub import save_torch_state_dict
 
