@@ -37,7 +37,7 @@ class FitsConfig:
     """Text whose first 64 blocks of 64 tokens are measured."""
 
 
-def act(config: FitsConfig) -> dict[str, Any]:
+def measure_fit(config: FitsConfig) -> dict[str, Any]:
     """Load, fit, measure."""
     import torch
 
@@ -91,4 +91,4 @@ def act(config: FitsConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command("python speedrun/fits.py", FitsConfig, act))
+    raise SystemExit(run_command("python speedrun/fits.py", FitsConfig, measure_fit))

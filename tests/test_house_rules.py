@@ -37,26 +37,18 @@ DEVICE_WORDS = {"cuda", "mps", "xla", "tpu"}
 MOST_LINES = 60  # of a function
 # Functions that are longer, until they are split: no new entries.
 LONG_FUNCTIONS: set[str] = set()
-MOST_ANY = 50  # parameters typed Any; lower it with their number, 20 is the target
+MOST_ANY = 26  # parameters typed Any; lower it with their number, 20 is the target
 # Module without a test file of its name, and what tests it.
 TESTED_ELSEWHERE = {
-    "benchmark/ratios.py": "benchmark/test_throughput.py",
     "cache/shard.py": "cache/test_read.py",
-    "export/checks.py": "export/test_model_folder.py and test_to_gguf.py",
     "export/ggml.py": "parity/test_ggml_blocks.py",
-    "export/gguf_file.py": "export/test_to_gguf.py",
-    "export/plugin.py": "export/test_model_folder.py",
-    "export/runtimes.py": "export/test_parity.py and parity/test_runtimes.py",
-    "export/to_compressed_tensors.py": "export/test_model_folder.py",
     "export/to_coreml.py": "parity/test_runtimes.py",
-    "export/to_hf_quantized.py": "export/test_model_folder.py",
-    "export/to_mlx.py": "export/test_model_folder.py",
+    "export/to_hf_quantized.py": "export/test_plugin.py",
     "pipelines/batch_probe.py": "cli/test_benchmark.py",
     "pipelines/bench.py": "recipes/test_bench.py",
     "pipelines/open_cache.py": "legacy/test_cache.py",
     "pipelines/students.py": "cli/test_init_student.py",
     "quant/quantized_tensor.py": "quant/test_fit.py",
-    "reports/log.py": "cli/test_log_run.py",
     "train/baselines.py": "recipes/test_bench.py",
     "train/layerwise.py": "train/test_blockwise.py and cli/test_train.py",
 }

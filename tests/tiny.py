@@ -9,6 +9,7 @@ import json
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -133,6 +134,18 @@ def _student(family, plan, tied, changes):
     return quantize_plainly(TINY_MODELS[family](tied=tied, **dict(changes)), plan)
 
 
+def moved_student(family="llama", plan="deploy", **changes):
+    """Return a student whose indices follow latent weights that training moved."""
+    from qat.model.surgery import quantized_layers, thaw_indices
+
+    student = tiny_student(family, plan, **changes)
+    for layer in list(quantized_layers(student).values())[::2]:
+        if not layer.spec.rank:
+            thaw_indices(layer)
+            layer.latent_weight.data += 0.02 * torch.randn_like(layer.latent_weight)
+    return student
+
+
 def quantize_plainly(model, plan: str):
     """Return a model quantized in place, every weight counted alike."""
     from qat.model.surgery import dense_weights
@@ -171,6 +184,15 @@ class LargestTensor(TorchDispatchMode):
                 size = 0 if is_given else tensor.numel() * tensor.element_size()
                 self.num_bytes = max(self.num_bytes, size)
         return made
+
+
+def unpack_words(words, bits, num_inputs):
+    """Return the unsigned codes of 32-bit words, one at a time."""
+    rows = []
+    for row in words.view(torch.int32).numpy().view(np.uint32).tolist():
+        stream = sum(word << (32 * place) for place, word in enumerate(row))
+        rows.append([(stream >> (bits * j)) & (2**bits - 1) for j in range(num_inputs)])
+    return torch.tensor(rows)
 
 
 def save_tiny(folder: Path, model, tokenizer=None) -> Path:

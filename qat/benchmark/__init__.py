@@ -1,4 +1,1 @@
-"""What steps cost: `config`; `ratios` against plain fine-tuning; `max_batch` by `throughput`.
-
-Order: config, ratios, throughput, max_batch, probes, report.
-"""
+"""What steps cost, in order: `config`, `throughput` of a batch, `max_batch`, `probes`."""

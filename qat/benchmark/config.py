@@ -58,7 +58,7 @@ class BenchmarkConfig:
     """Measure training steps by batch size, and find the largest batch that fits.
 
     Every batch runs in a process of its own: steps, one evaluation, one state to resume from.
-    Measured batches are kept, so the same command goes on where it was stopped.
+    Measured batches are kept, so the same command resumes where it was stopped.
     """
 
     cache_dir: Path | None = None

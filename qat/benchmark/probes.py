@@ -31,26 +31,22 @@ class Probes:
     """Where results lie."""
     identity: dict[str, Any]
     """All that decides a result but for batch and configuration."""
-    words: Callable[[int, bool], Sequence[str]]
+    arguments: Callable[[int, bool], Sequence[str]]
     """Command line, after python, for a batch size with or without gradient checkpointing."""
     max_seconds: float
 
     def measure(self, configuration: str, batch: int) -> dict[str, Any]:
-        """Return the row of a batch size, from its file where it was measured before.
-
-        Raises:
-            ValueError: If it fails for another reason than memory.
-        """
+        """Return the row of a batch size, from its file where it was measured before."""
         identity = {**self.identity, "configuration": configuration, "batch": batch}
         path = self.folder / "probes" / f"{configuration}_{batch}_{fingerprint(identity)}.json"
         if path.is_file():
             return read_json(path)["row"]
-        words = self.words(batch, configuration == "checkpointing")
+        arguments = self.arguments(batch, configuration == "checkpointing")
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"{SCRATCH}*"):  # by a search that was killed
             shutil.rmtree(left)
         try:
-            result = run_fresh(words, self.max_seconds, self.folder)
+            result = run_fresh(arguments, self.max_seconds, self.folder)
         except ValueError as error:
             raise ValueError(f"batch {batch} ({configuration}) failed: {error}") from error
         row = {"configuration": configuration, "batch": batch, **result}
@@ -59,17 +55,16 @@ class Probes:
 
 
 def run_fresh(
-    words: Sequence[str], max_seconds: float | None = None, scratch: Path | None = None
+    arguments: Sequence[str], max_seconds: float | None = None, scratch: Path | None = None
 ) -> dict[str, Any]:
     """Return the closing values of a command in a process of its own.
 
+    They are "status" OOM and "why" where memory was too small.
+
     Args:
-        words: Command line, after python.
+        arguments: Command line, after python.
         max_seconds: Longest that it may take; without end when not given.
         scratch: Folder for its temporary files, which are removed also where it was killed.
-
-    Returns:
-        Values with "status" OOM and "why" where memory was too small.
 
     Raises:
         ValueError: If it failed otherwise, with the last line of its messages.
@@ -77,7 +72,7 @@ def run_fresh(
     with tempfile.TemporaryDirectory(dir=scratch, prefix=SCRATCH) as temporary:
         try:
             done = subprocess.run(
-                [sys.executable, *words],
+                [sys.executable, *arguments],
                 capture_output=True,
                 text=True,
                 timeout=max_seconds,

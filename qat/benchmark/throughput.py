@@ -1,21 +1,24 @@
 """What one batch size costs: seconds, memory and the share of the chip's peak that is used.
 
-Shape legend: O out, I in.
+Shape legend: O out, I in; B batch, L tokens, T = L - 1 positions, K tokens of a teacher.
 """
 
 import math
 import re
+import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from qat.benchmark.ratios import time_steps
+from qat.distill.teacher import TeacherSignal
 from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import quantized_layers
 
 WARM_UP_STEPS = 2  # the first makes the optimizer's state, so the second is another graph
+TOP_K = 64  # of a random teacher
 # Dense products, in 10**12 a second, as makers state them; the first name found in a chip's counts.
 PEAK_TFLOPS = {
     "B200": {"bf16": 2250, "fp32": 75},
@@ -31,6 +34,35 @@ PEAK_TFLOPS = {
     "v5e|v5litepod": {"bf16": 197},
     "v4": {"bf16": 275},
 }
+
+
+def random_batch(
+    vocab_size: int, batch_size: int, seq_len: int, device: torch.device
+) -> tuple[Tensor, TeacherSignal]:
+    """Return random tokens and a top-k teacher for them."""
+    generator = torch.Generator().manual_seed(1)
+    token_ids = torch.randint(vocab_size, (batch_size, seq_len), generator=generator)
+    shape = (batch_size, seq_len - 1)
+    signal = TeacherSignal(
+        kind="top-k",
+        log_probs=torch.full((*shape, TOP_K), 0.9 / TOP_K).log(),
+        mask=torch.ones(shape, dtype=torch.bool),
+        token_ids=torch.randint(vocab_size, (*shape, TOP_K), generator=generator),
+        log_tail=torch.full(shape, 0.1).log(),
+    )
+    return token_ids.to(device), signal.to(device)
+
+
+def time_steps(step: Callable[[], object], num_steps: int, wait: Callable[[], None]) -> list[float]:
+    """Return the seconds of each step; `wait` returns when the device has done all its work."""
+    seconds = []
+    for _ in range(num_steps):
+        wait()
+        start = time.perf_counter()
+        step()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def measure_steps(
@@ -74,12 +106,8 @@ def flops_per_token(model: nn.Module, trained: list[FakeQuantLinear]) -> int:
     """
     layers = list(quantized_layers(model).values())
     layers += [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return sum(4 * size(layer) for layer in layers) + sum(2 * size(layer) for layer in trained)
-
-
-def size(layer: nn.Module) -> int:
-    """Return the number of a linear layer's weights."""
-    return layer.in_features * layer.out_features
+    forward, backward = (sum(x.in_features * x.out_features for x in y) for y in (layers, trained))
+    return 4 * forward + 2 * backward
 
 
 def peak_flops(chip: str | None, dtype: str) -> float | None:

@@ -1,1 +1,1 @@
-"""What inputs a layer sees: `statistics` of activations."""
+"""What inputs a layer sees: `statistics` of activations, a walk by `decoder_layers`."""

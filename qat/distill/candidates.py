@@ -73,14 +73,10 @@ def candidate_logits(
     is_known = torch.zeros(*known.shape[:-1], count + 1, dtype=torch.bool, device=known.device)
     is_known = is_known.scatter(-1, place[signal.token_ids], True)[..., :count]  # (N, R)
     rest = (negatives + math.log(vocab_size / count)).masked_fill(is_known, absent)
-    once = known.masked_fill(repeats(signal.token_ids), absent) if is_drawn(signal) else known
+    is_drawn = signal.weights is not None  # a token may be among a position's known ones twice
+    once = known.masked_fill(repeats(signal.token_ids), absent) if is_drawn else known
     both = torch.cat([once, rest], dim=-1)
     return CandidateLogits(known, both.logsumexp(dim=-1, keepdim=True))
-
-
-def is_drawn(signal: TeacherSignal) -> bool:
-    """Return whether a token may be among a position's known ones twice, as draws can be."""
-    return signal.weights is not None
 
 
 def repeats(token_ids: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ with p the teacher and q the student at temperature 1. For a dense teacher there
 sampled one the sum runs over its draws with their weights.
 
 The other divergences compare the same cells: the K tokens and, for a top-k teacher, the rest as one
-more. Every one of them is zero for a perfect student.
+more; a sampled teacher has none. Every one of them is zero for a perfect student.
+
+Student logits are (..., V) in any float dtype, results (...) float32 in nats.
 
 Student logits may be all of them or those of `candidates`, where no signal is dense.
 
@@ -32,13 +34,6 @@ def forward_kl(student_logits: StudentLogits, signal: TeacherSignal) -> Tensor:
     A sampled signal gives an unbiased estimate instead, a conditional one the KL within its K
     tokens.
 
-    Args:
-        student_logits: (..., V), any float dtype; read in float32.
-        signal: The teacher on the same positions.
-
-    Returns:
-        (...), float32.
-
     Source:
         Hinton et al. 2015, arXiv:1503.02531, section 2; one cell for the rest is the coarse-grained
         KL, below the full one by the data-processing inequality (Cover and Thomas, section 2.8).
@@ -63,12 +58,9 @@ def log_outside(log_probs: Tensor) -> Tensor:
 def conditional_kl(
     student_logits: StudentLogits, signal: TeacherSignal, temperature: float
 ) -> Tensor:
-    """Return the KL between both softmaxes over the K known tokens, (...).
+    """Return the KL between both softmaxes over the K known tokens, both divided by temperature.
 
-    Args:
-        student_logits: (..., V), any float dtype.
-        signal: Teacher; log-probabilities up to a constant are enough.
-        temperature: Divides both sides' logits.
+    The teacher's log-probabilities up to a constant are enough.
     """
     chosen = known_logits(student_logits, signal)
     teacher = torch.log_softmax(signal.log_probs / temperature, dim=-1)
@@ -82,11 +74,6 @@ def kd_loss(
     """Return the seeds' distillation loss of each position, (...): T^2 KL within the K tokens.
 
     It says nothing of the mass outside the K tokens: for comparison with older runs only.
-
-    Args:
-        student_logits: (..., V), any float dtype.
-        signal: The teacher on the same positions.
-        temperature: T.
     """
     return conditional_kl(student_logits, signal, temperature) * temperature**2
 
@@ -94,12 +81,8 @@ def kd_loss(
 def cells(student_logits: StudentLogits, signal: TeacherSignal) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of teacher and student on the same cells, (..., C) each.
 
-    Args:
-        student_logits: (..., V), any float dtype.
-        signal: Dense (C = V), top-k (C = K + 1) or conditional (C = K, both normalized over it).
-
-    Raises:
-        ValueError: If the signal is sampled: draws give expectations under the teacher only.
+    C is V for a dense signal, K + 1 for top-k, K for conditional, normalized over them on both
+    sides. Draws of a sampled one give expectations under the teacher only.
     """
     if signal.kind == "sampled":
         raise ValueError(
@@ -130,13 +113,6 @@ def log_mix(left: Tensor, right: Tensor, share: float) -> Tensor:
 def reverse_kl(student_logits: StudentLogits, signal: TeacherSignal) -> Tensor:
     """Return KL(student || teacher) of each position in nats: it seeks the teacher's modes.
 
-    Args:
-        student_logits: (..., V), any float dtype.
-        signal: Dense, top-k or conditional.
-
-    Returns:
-        (...), float32.
-
     Source:
         Gu et al. 2023 (MiniLLM), arXiv:2306.08543, equation 1.
     """
@@ -149,13 +125,8 @@ def jensen_shannon(
 ) -> Tensor:
     """Return the generalized Jensen-Shannon divergence of each position in nats.
 
-    Args:
-        student_logits: (..., V), any float dtype.
-        signal: Dense, top-k or conditional.
-        share: Weight of the teacher in the mixture, between 0 and 1.
-
     Returns:
-        (...), float32: share KL(p || m) + (1 - share) KL(q || m), m = share p + (1 - share) q.
+        share KL(p || m) + (1 - share) KL(q || m), m = share p + (1 - share) q.
 
     Source:
         Agarwal et al. 2023 (GKD), arXiv:2306.13649, section 2.
@@ -169,14 +140,6 @@ def jensen_shannon(
 def skewed_kl(student_logits: StudentLogits, signal: TeacherSignal, share: float = 0.1) -> Tensor:
     """Return KL(teacher || share teacher + (1 - share) student): its gradient is bounded.
 
-    Args:
-        student_logits: (..., V), any float dtype.
-        signal: Dense, top-k or conditional.
-        share: Weight of the teacher in the mixture, between 0 and 1.
-
-    Returns:
-        (...), float32, in nats.
-
     Source:
         Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
     """
@@ -189,13 +152,6 @@ def confidence_kl(student_logits: StudentLogits, signal: TeacherSignal) -> Tenso
 
     Where the teacher is sure the student seeks its mode, elsewhere it covers the spread. The
     confidence is the teacher's expected probability of its own next token, sum p^2.
-
-    Args:
-        student_logits: (..., V), any float dtype.
-        signal: Dense, top-k or conditional.
-
-    Returns:
-        (...), float32, in nats.
 
     Source:
         Du et al. 2024 (BitDistiller), arXiv:2402.10631, section 3.3; there one confidence is taken
@@ -213,8 +169,3 @@ def hard_top1(student_logits: StudentLogits, signal: TeacherSignal) -> Tensor:
     logits = in_float32(student_logits)
     chosen = known_logits(logits, signal).gather(-1, best)
     return (log_partition(logits) - chosen).squeeze(-1)
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of the values that count; zero when none does."""
-    return (values * mask).sum() / mask.sum().clamp_min(1)

@@ -40,15 +40,10 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 def make_divergence(name: str, *, temperature: float = 1.0) -> Divergence:
-    """Return the loss of a position, by name.
+    """Return the loss of a position, by its name in `DIVERGENCES`.
 
-    Args:
-        name: One of `DIVERGENCES`.
-        temperature: Divides both sides' logits; its square multiplies the loss, so that gradients
-            keep their size (Hinton et al. 2015, section 2).
-
-    Raises:
-        ValueError: If the name is unknown.
+    A temperature divides both sides' logits; its square multiplies the loss, so that gradients
+    keep their size (Hinton et al. 2015, section 2).
     """
     if name not in DIVERGENCES:
         raise ValueError(f"loss {name!r} is not one of {', '.join(DIVERGENCES)}")
@@ -64,9 +59,8 @@ def tempered(
 ) -> Tensor:
     """Return a divergence at a temperature, times its square.
 
-    Raises:
-        ValueError: If the teacher is not known on the whole vocabulary: the tail's mass at another
-            temperature cannot be told from its mass at one.
+    The teacher is known on the whole vocabulary: the tail's mass at another temperature cannot be
+    told from its mass at one.
     """
     if signal.kind != "dense":
         raise ValueError(

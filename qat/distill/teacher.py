@@ -1,4 +1,4 @@
-"""The teacher's word on each position, in one form for every source of it.
+"""Teacher log-probabilities on each position, in one form for every source of it.
 
 Shape legend: B batch, T positions, K tokens the teacher is known on, V vocabulary.
 Position t of a block predicts token t + 1, so a block of L tokens has T = L - 1 positions.
@@ -36,7 +36,7 @@ class TeacherSignal:
     """(B, T, K) float32, sampled only: E_p[f] is estimated by sum_k weights_k f(token_k)."""
     negative_ids: Tensor | None = None
     """(B, T, R) int64, the same R tokens at all positions: where a loss without full logits looks
-    at the student beside `token_ids`. None = it looks at the whole vocabulary."""
+    at the student in addition to `token_ids`. None = it looks at the whole vocabulary."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "TeacherSignal":
         """Return the signal with every tensor changed alike."""
@@ -64,27 +64,13 @@ class TeacherSignal:
 
 
 def dense_signal(teacher_logits: Tensor, mask: Tensor) -> TeacherSignal:
-    """Return the full signal of a live teacher.
-
-    Args:
-        teacher_logits: (B, T, V), any float dtype.
-        mask: (B, T) bool.
-    """
+    """Return the full signal of a live teacher's logits, (B, T, V)."""
     log_probs = torch.log_softmax(teacher_logits.float(), dim=-1)
     return TeacherSignal(kind="dense", log_probs=log_probs, mask=mask)
 
 
 def top_k_signal(teacher_logits: Tensor, mask: Tensor, top_k: int) -> TeacherSignal:
-    """Return the `top_k` likeliest tokens with their true log-probabilities and the tail's mass.
-
-    Args:
-        teacher_logits: (B, T, V), any float dtype.
-        mask: (B, T) bool.
-        top_k: K, at most V.
-
-    Raises:
-        ValueError: If `top_k` exceeds the vocabulary.
-    """
+    """Return the K likeliest of V tokens with their true log-probabilities and the tail's mass."""
     vocab_size = teacher_logits.shape[-1]
     if not 1 <= top_k <= vocab_size:
         raise ValueError(f"top-k {top_k} is outside 1..{vocab_size} (the vocabulary); choose less")

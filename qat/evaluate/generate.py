@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from qat.data.chat import turns_of
 from qat.data.records import Record, read_lines
@@ -30,17 +31,13 @@ class Decoding:
 
 
 def generate_texts(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], decoding: Decoding
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], decoding: Decoding
 ) -> Iterator[tuple[int, str]]:
     """Yield (position of the prompt, answer), batch by batch, prompts of similar length together.
 
-    Long prompts go first, so that a batch that does not fit memory fails at once.
-
-    Args:
-        model: Any causal LM with `generate`; left as it was.
-        tokenizer: Its tokenizer.
-        prompts: Texts; a chat template, where used, makes each the user's only turn.
-        decoding: Greedy at temperature 0, else sampling from torch's default generator.
+    Long prompts go first, so that a batch that does not fit memory fails at once. A chat template,
+    where used, makes each prompt the user's only turn. Temperature 0 is greedy, above it samples
+    from torch's default generator.
 
     Raises:
         ValueError: If a prompt and its answer do not fit the model's context.
@@ -57,7 +54,9 @@ def generate_texts(
             bar.update(len(positions))
 
 
-def prompt_token_ids(tokenizer: Any, prompt: str, template: Template) -> list[int]:
+def prompt_token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, template: Template
+) -> list[int]:
     """Return the tokens that the answer follows."""
     if template == "none" or not tokenizer.chat_template:
         return tokenizer(prompt).input_ids
@@ -81,7 +80,10 @@ def require_context(
 
 @torch.no_grad()
 def generate_batch(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], decoding: Decoding
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
 ) -> Tensor:
     """Return the new tokens of a batch, (B, N), padded behind each answer's end.
 
@@ -116,7 +118,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     return input_ids, attention_mask
 
 
-def pad_token_id(model: nn.Module, tokenizer: Any) -> int:
+def pad_token_id(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return a token to pad with; any will do, as the mask hides it."""
     candidates = (
         tokenizer.pad_token_id,
@@ -186,12 +188,7 @@ def prompt_of(row: Record) -> str:
 
 
 def read_rows(path: Path) -> list[Record]:
-    """Return the rows of an instruction file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it has no rows, or one has no instruction.
-    """
+    """Return the rows of an instruction file; refuse one without rows or instructions."""
     if not path.is_file():
         raise FileNotFoundError(f"--data {path} is not a file; give JSON lines with instructions")
     rows = list(read_lines(path))
@@ -207,9 +204,6 @@ def read_part(part: Path, header: dict[str, Any]) -> dict[int, str]:
     """Return the answers gathered so far by row number; begin the file if there is none.
 
     A last line that an interruption cut short is dropped from the file.
-
-    Raises:
-        ValueError: If the file was begun for other rows or settings.
     """
     lines = part.read_text(encoding="utf-8").splitlines(keepends=True) if part.exists() else []
     whole = [line for line in lines if line.endswith("\n")]

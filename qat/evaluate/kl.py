@@ -51,13 +51,7 @@ class LazyTeacher:
 def teacher_of_hidden(
     hidden: Tensor, head: Callable[[Tensor], Tensor], mask: Tensor
 ) -> LazyTeacher:
-    """Return the teacher that has these final hidden states.
-
-    Args:
-        hidden: (B, P, H).
-        head: From hidden states (n, H) to logits (n, V).
-        mask: (B, P) bool; True = the position counts.
-    """
+    """Return the teacher of final hidden states (B, P, H), by a head from (n, H) to (n, V)."""
     flat = hidden.flatten(0, 1)
     return LazyTeacher(mask, lambda rows: head(flat[rows]))
 
@@ -65,14 +59,7 @@ def teacher_of_hidden(
 def live_teacher(
     model: nn.Module, token_ids: Tensor, mask: Tensor, document_ids: Tensor | None = None
 ) -> LazyTeacher:
-    """Return a loaded teacher on a batch.
-
-    Args:
-        model: A causal LM.
-        token_ids: (B, L).
-        mask: (B, P) bool, of the first P positions.
-        document_ids: As in `hidden_states`.
-    """
+    """Return a loaded teacher on a batch (B, L), of which the mask (B, P) counts positions."""
     hidden = hidden_states(model, token_ids, document_ids)[:, : mask.shape[1]]
     return teacher_of_hidden(hidden, lambda rows: logits_of(model, rows), mask)
 
@@ -143,10 +130,8 @@ def positions_of_a_chunk(model: nn.Module, hidden: Tensor) -> int:
 def compare(logits: Tensor, labels: Tensor, signal: TeacherSignal | None) -> Tensor:
     """Return the labels' nats, KL, kd loss and agreement at each position, (4, N).
 
-    Args:
-        logits: The student's, (N, V) float32.
-        labels: The tokens that came, (N,).
-        signal: The teacher on the same positions; without one its three rows are zero.
+    The student's logits are (N, V) float32, the labels the tokens that came, (N,). Without a signal
+    its three rows are zero.
     """
     nll = nn.functional.cross_entropy(logits, labels, reduction="none")
     if signal is None:

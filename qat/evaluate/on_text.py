@@ -52,11 +52,7 @@ def evaluate_on_text(
 
 
 def require_equal_widths(student: int, teacher: int) -> None:
-    """Refuse two vocabularies of different sizes.
-
-    Raises:
-        ValueError: With both.
-    """
+    """Refuse two vocabularies of different sizes."""
     if student != teacher:
         raise ValueError(
             f"--teacher has a vocabulary of {teacher}, the student of {student}; "

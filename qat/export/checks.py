@@ -1,4 +1,4 @@
-"""What every export checks, before it writes and after, and the report beside the file."""
+"""What every export checks, before it writes and after, and the report next to the file."""
 
 from pathlib import Path
 from typing import Any
@@ -48,16 +48,7 @@ def equal_weights(first: Tensor, second: Tensor) -> bool:
 
 
 def require_equal(name: str, found: Tensor, layer: FakeQuantWeight) -> None:
-    """Refuse a weight read back that is not the trained one.
-
-    Args:
-        name: Of the layer.
-        found: (O, I), float32, as the file's format defines it.
-        layer: The trained layer.
-
-    Raises:
-        ValueError: If a bit differs; names the layer and counts the weights.
-    """
+    """Refuse a weight read back, (O, I) float32, of which a bit is not the trained one."""
     with torch.no_grad():
         trained = layer.fake_quantized_weight()
     if not equal_weights(found, trained):
@@ -74,9 +65,22 @@ def require_replaceable(path: Path) -> None:
         raise ValueError(f"{path} exists and is no export's report; export into another folder")
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write the result of a comparison beside what was compared."""
+def write_report(
+    folder: Path, output: Path, *, compared: int, rounded: int, **others: object
+) -> dict[str, Any]:
+    """Write the report of an export into a folder and return it.
+
+    Args:
+        folder: Where the files are.
+        output: Where they will be.
+        compared: Tensors read back, each equal to the student's.
+        rounded: Tensors that their dtype does not hold as trained.
+        others: What else a format tells.
+    """
+    counts = {"tensors_compared": compared, "tensors_rounded": rounded}
+    report = {"path": str(output), "exact": True, **counts, **others}
     write_json(folder / REPORT_NAME, report)
+    return report
 
 
 def bytes_below(path: Path) -> int:

@@ -14,11 +14,7 @@ from qat.grids.blocks import BLOCK_TYPES
 
 
 def open_ggml() -> ctypes.CDLL:
-    """Return libggml's base library.
-
-    Raises:
-        ValueError: If it is not installed.
-    """
+    """Return libggml's base library; refuse where it is not installed."""
     found = find_spec("libggml")
     if found is None:
         raise ValueError("libggml-python is not installed; pip install libggml-python")
@@ -29,13 +25,7 @@ def open_ggml() -> ctypes.CDLL:
 
 
 def quantize_anew(library: ctypes.CDLL, weight: Tensor, type_name: str) -> Tensor:
-    """Return the blocks that C fits to a weight, uint8, flat.
-
-    Args:
-        library: Of `open_ggml`.
-        weight: (O, I) float32, contiguous.
-        type_name: A key of `BLOCK_TYPES`.
-    """
+    """Return the blocks that C fits to a contiguous weight, (O, I) float32, as flat uint8."""
     kind = BLOCK_TYPES[type_name]
     num_bytes = weight.numel() // kind.num_weights * kind.num_bytes
     packed = torch.empty(num_bytes, dtype=torch.uint8)

@@ -32,11 +32,7 @@ class StoredTensor(NamedTuple):
 
 
 def read_tensor_records(path: Path) -> dict[str, StoredTensor]:
-    """Return where each tensor of a GGUF file lies, by name.
-
-    Raises:
-        ValueError: If the file is no GGUF file of this version or has a type unknown here.
-    """
+    """Return where each tensor of a GGUF file lies, by name; refuse other versions and types."""
     names = {kind.number: name for name, kind in BLOCK_TYPES.items()}
     with Path(path).open("rb") as file:
         magic, version = file.read(4), number(file, "<I")

@@ -8,17 +8,15 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from qat.export.gguf_file import ALIGNMENT
+from qat.export.gguf_keys import rope_factors, start_file
 from qat.export.gguf_vocabulary import read_vocabulary
 from qat.export.to_gguf import (
     FILE_NAME,
     ROPE_FACTORS,
     PlannedTensor,
-    architecture_of,
-    file_name,
+    file_names,
+    main_file_type,
     require_type,
-    rope_factors,
-    start_file,
-    tensor_names,
 )
 from qat.grids.blocks import BLOCK_TYPES
 from qat.model.load import load_tokenizer
@@ -27,28 +25,18 @@ from qat.quant.spec import TensorSpec
 
 
 def planned_file_bytes(config: PreTrainedConfig, plan: QuantPlan, *, text_source: Path) -> int:
-    """Return the bytes of a plan's GGUF file: tensors, keys, tokenizer and padding.
-
-    Args:
-        config: Of the model.
-        plan: The format of every tensor.
-        text_source: Folder of the tokenizer.
-
-    Raises:
-        ValueError: If the family or a format has no place in the file.
-    """
-    architecture = architecture_of(config)
-    names = tensor_names(config, architecture)
+    """Return the bytes of a plan's GGUF file: tensors, keys, tokenizer and padding."""
+    names = file_names(config, plan.specs)
     vocabulary = read_vocabulary(load_tokenizer(text_source), config.vocab_size)
     tensors = [
-        PlannedTensor(source, file_name(names, source, architecture), planned_type(source, spec))
+        PlannedTensor(source, names[source], planned_type(source, spec))
         for source, spec in plan.specs.items()
     ]
     shapes = [plan.shapes[tensor.source] for tensor in tensors]
     factors = rope_factors(config)
     with TemporaryDirectory() as folder:
         path = Path(folder) / FILE_NAME
-        writer = start_file(path, config, vocabulary, tensors)
+        writer = start_file(path, config, vocabulary, main_file_type(tensors))
         if factors is not None:
             tensors.append(PlannedTensor("", ROPE_FACTORS, "f32"))
             shapes.append(tuple(factors.shape))
@@ -72,9 +60,5 @@ def padded(num_bytes: int) -> int:
 
 
 def planned_type(source: str, spec: TensorSpec) -> str:
-    """Return the type of a tensor in the file.
-
-    Raises:
-        ValueError: If no type holds its format.
-    """
+    """Return the type of a tensor in the file."""
     return require_type(source, spec) if spec.is_quantized else spec.name

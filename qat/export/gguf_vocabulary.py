@@ -7,9 +7,11 @@ name stands for must cut a probe text alike.
 Source: llama.cpp's llama-vocab.cpp for the splits of each name.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -50,17 +52,10 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Vocabulary:
-    """Return a byte-level BPE tokenizer as GGUF keeps it.
+    """Return a byte-level BPE tokenizer as GGUF keeps it; refuse another kind.
 
-    Args:
-        tokenizer: Of transformers, with a tokenizers backend.
-        vocab_size: Rows of the embedding; ids beyond the tokenizer's become unused tokens.
-
-    Raises:
-        ValueError: If it is of another kind, or no known `pre` splits text as it does.
+    The embedding has `vocab_size` rows; ids beyond the tokenizer's become unused tokens.
     """
-    import json
-
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model["type"] != "BPE" or model.get("byte_fallback") or "ByteLevel" not in str(state):
@@ -72,30 +67,21 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Voca
     if normalizer not in NORMALIZERS:
         raise ValueError(f"the tokenizer's normalizer {normalizer} has no GGUF key; export --to hf")
     tokens, types = list_tokens(state, vocab_size)
-    ids = {
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "unk": tokenizer.unk_token_id,
-        "pad": tokenizer.pad_token_id,
-    }
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     first = tokenizer("a").input_ids[:1]
     return Vocabulary(
         pre=find_pre(tokenizer, ignores_merges=bool(model.get("ignore_merges"))),
         tokens=tokens,
         types=types,
         merges=[m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
-        special_ids={word: index for word, index in ids.items() if index is not None},
+        special_ids={name: index for name, index in ids.items() if index is not None},
         adds_bos=first == [tokenizer.bos_token_id],
         chat_template=tokenizer.chat_template,
     )
 
 
 def list_tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Return the text and the type of every row of the embedding.
-
-    Raises:
-        ValueError: If a token's id is beyond the embedding.
-    """
+    """Return the text and the type of every row of the embedding."""
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [UNUSED] * vocab_size
     entries = {index: (text, NORMAL) for text, index in state["model"]["vocab"].items()}
@@ -113,11 +99,7 @@ def list_tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list
 
 
 def find_pre(tokenizer: PreTrainedTokenizerFast, *, ignores_merges: bool) -> str:
-    """Return the name of the splits that a tokenizer makes.
-
-    Raises:
-        ValueError: If none of the known names splits the probe text alike.
-    """
+    """Return the name of the splits that a tokenizer makes; refuse one that no name stands for."""
     backend = tokenizer.backend_tokenizer.pre_tokenizer
     ends = [end for _, (_, end) in backend.pre_tokenize_str(PROBE)] if backend else None
     for name in SPLITS:
@@ -137,11 +119,7 @@ def probe_ends(name: str) -> list[int]:
     pieces = [PROBE]
     for pattern in SPLITS[name]:
         pieces = [part for piece in pieces for part in split(regex.compile(pattern), piece)]
-    ends, position = [], 0
-    for piece in pieces:
-        position += len(piece)
-        ends.append(position)
-    return ends
+    return list(accumulate(map(len, pieces)))
 
 
 def split(pattern: re.Pattern[str], text: str) -> list[str]:

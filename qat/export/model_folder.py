@@ -14,6 +14,7 @@ from qat.export.checks import (
     require_float16,
     write_report,
 )
+from qat.grids.packing import pack, unpack
 from qat.model.checkpoint import copy_text_files
 from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import quantized_layers
@@ -22,8 +23,8 @@ from qat.storage.files import atomic_folder, read_json, write_json
 SHARD_SIZE = "5GB"  # larger files are refused by some hosts and file systems
 LOSSLESS_ORDER = (torch.bfloat16, torch.float16, torch.float32)
 
-Writer = Callable[[str, FakeQuantWeight], dict[str, Tensor]]
-Reader = Callable[[str, FakeQuantWeight, dict[str, Tensor]], Tensor]
+Writer = Callable[[FakeQuantWeight], dict[str, Tensor]]
+Reader = Callable[[FakeQuantWeight, dict[str, Tensor]], Tensor]
 
 
 def dense_parts(student: nn.Module) -> dict[str, Tensor]:
@@ -70,9 +71,6 @@ def require_integer_grid(
         kinds: Of codebooks that the format has.
         bits: What the format has.
         group_sizes: What the format has; empty for any.
-
-    Raises:
-        ValueError: If so; names the layer, the value and the remedy.
     """
     spec = layer.spec
     convert = "convert it first (`qat convert --plan deploy`) or export --to hf"
@@ -96,67 +94,59 @@ def write_folder(
     output: Path,
     *,
     text_source: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     config_changes: dict[str, Any],
     write: Writer,
     read: Reader,
-    metadata: dict[str, str] | None = None,
+    made_for: str = "pt",
 ) -> dict[str, Any]:
     """Write a folder of packed layers and dense parts, read it back, compare, report.
 
     Args:
-        student: On the CPU, in float32.
-        output: A folder that does not exist; it appears only when written and compared.
-        text_source: Folder of the tokenizer, template and generation files.
+        student: As in every export, like output and text_source.
+        output: A folder.
+        text_source: A folder.
         dtype: Of the dense parts.
         config_changes: Entries of config.json beyond the model's own.
         write: Returns what a layer's file entries are, by the last part of their names.
         read: Returns the weight, (O, I) float32, that such entries stand for.
-        metadata: Of the safetensors files.
-
-    Returns:
-        path, exact, tensors_compared, tensors_rounded, dtype, file_bytes.
-
-    Raises:
-        ValueError: If a dense value is beyond `dtype` or a tensor reads back otherwise.
+        made_for: Library that the safetensors files name.
     """
     from huggingface_hub import save_torch_state_dict
 
-    layers = quantized_layers(student)
-    dense, num_rounded = cast(dense_parts(student), dtype)
+    layers, dense = quantized_layers(student), dense_parts(student)
+    dtype = dtype or lossless_dtype(list(dense.values()))
+    dense, num_rounded = cast(dense, dtype)
     tensors = dict(dense)
     for name, layer in layers.items():
-        tensors |= {f"{name}.{part}": t.contiguous() for part, t in write(name, layer).items()}
+        tensors |= {f"{name}.{part}": t.contiguous() for part, t in write(layer).items()}
     with atomic_folder(output) as temporary:
-        save_torch_state_dict(
-            tensors, temporary, max_shard_size=SHARD_SIZE, metadata=metadata or {"format": "pt"}
-        )
+        metadata = {"format": made_for}
+        save_torch_state_dict(tensors, temporary, max_shard_size=SHARD_SIZE, metadata=metadata)
         student.config.save_pretrained(temporary)
         config = read_json(temporary / "config.json")
         config |= {"dtype": str(dtype).removeprefix("torch."), **config_changes}
         write_json(temporary / "config.json", config)
-        copy_text_files(text_source, temporary)
-        for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors makes its files private
-        num_compared = compare_with_files(layers, dense, temporary, read)
-        report = {
-            "path": str(output),
-            "exact": True,
-            "tensors_compared": num_compared,
-            "tensors_rounded": num_rounded,
-            "dtype": config["dtype"],
-            "file_bytes": bytes_below(temporary),
-        }
-        write_report(temporary, report)
-    return report
+        add_text_files(text_source, temporary)
+        return write_report(
+            temporary,
+            output,
+            compared=compare_with_files(layers, dense, temporary, read),
+            rounded=num_rounded,
+            dtype=config["dtype"],
+            file_bytes=bytes_below(temporary),
+        )
+
+
+def add_text_files(text_source: Path, folder: Path) -> None:
+    """Complete a folder of weights; safetensors makes its files private."""
+    copy_text_files(text_source, folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)
 
 
 def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
-    """Return dense tensors in a dtype and how many of them it rounds.
-
-    Raises:
-        ValueError: If a value is beyond the dtype; names the tensor.
-    """
+    """Return dense tensors in a dtype that reaches all values, and how many of them it rounds."""
     made = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     for name, tensor in made.items():
         if not torch.isfinite(tensor).all():
@@ -167,17 +157,13 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tens
 def compare_with_files(
     layers: dict[str, FakeQuantWeight], dense: dict[str, Tensor], folder: Path, read: Reader
 ) -> int:
-    """Return the number of tensors in a folder's files, each equal to the student's.
-
-    Raises:
-        ValueError: If one is missing or differs; names it.
-    """
+    """Return the number of tensors in a folder's files; refuse one that is not the student's."""
     found = read_tensors(folder)
     for name, layer in layers.items():
         prefix = f"{name}."
         parts = {k.removeprefix(prefix): t for k, t in found.items() if k.startswith(prefix)}
         with torch.no_grad():
-            require_equal(name, read(name, layer, parts), layer)
+            require_equal(name, read(layer, parts), layer)
     for name, tensor in dense.items():
         if name not in found or not torch.equal(found[name], tensor):
             raise ValueError(f"{name} reads back otherwise than it was written; export again")
@@ -203,3 +189,13 @@ def layers_by_grid(
         spec = layer.spec
         grids.setdefault((spec.bits, spec.group_size or layer.in_features), []).append(name)
     return dict(sorted(grids.items(), key=lambda item: -len(item[1])))
+
+
+def pack_words(indices: Tensor, bits: int) -> Tensor:
+    """Return indices as 32-bit words, (O, I * bits / 32) int32; whole words fill a row."""
+    return pack(indices, bits).view(torch.int32).view(indices.shape[0], -1)
+
+
+def unpack_words(words: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """Return uint8 indices of the given shape from 32-bit words."""
+    return unpack(words.contiguous().view(torch.uint8).flatten(), bits, shape)

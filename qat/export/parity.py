@@ -14,19 +14,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-Runtime = Callable[[list[int]], np.ndarray]
+Runtime = Callable[[list[int]], np.ndarray]  # from T token ids to logits, (T, V) float32
 
 
 def compare_with_runtime(
     student: nn.Module, runtime: Runtime, prompts: Sequence[list[int]], *, num_new_tokens: int
 ) -> dict[str, Any]:
-    """Return how far a runtime's logits are from the student's.
-
-    Args:
-        student: On the CPU, in eval mode.
-        runtime: From token ids, T of them, to logits, (T, V).
-        prompts: Token ids of each prompt.
-        num_new_tokens: Of each greedy answer.
+    """Return how far a runtime's logits are from the student's, on the CPU.
 
     Returns:
         max_logit_difference, kl_nats (mean over positions), kl_nats_worst, top1_agreement,
@@ -64,14 +58,7 @@ def answer_greedily(
 def compare_logits(
     expected: Tensor, found: Tensor, num_prompt_tokens: int, answer: list[int]
 ) -> dict[str, Any]:
-    """Return one prompt's row.
-
-    Args:
-        expected: Of the student, (T, V).
-        found: Of the runtime, (T, V).
-        num_prompt_tokens: Tokens before the answer.
-        answer: The student's tokens.
-    """
+    """Return one prompt's row, of the logits (T, V) of student and runtime."""
     target, actual = expected.log_softmax(-1), found.log_softmax(-1)
     kl = (target.exp() * (target - actual)).sum(-1)  # (T,)
     best = found[num_prompt_tokens - 1 :].argmax(-1).tolist()

@@ -113,7 +113,7 @@ class StudentConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], **options: object) -> PreTrainedConfig:
         """Return the base model's config, which keeps the quantization's."""
         values = dict(config_dict)
         values["model_type"] = values.pop(BASE_TYPE_KEY)
@@ -125,7 +125,7 @@ class StudentConfig(PreTrainedConfig):
 class StudentQuantizationConfig(QuantizationConfigMixin):
     """The format of each packed tensor."""
 
-    def __init__(self, plan: dict[str, Any], **_ignored: Any):
+    def __init__(self, plan: dict[str, Any], **_ignored: object):
         self.quant_method = METHOD
         self.plan = plan
 
@@ -145,10 +145,8 @@ class StudentQuantizer(HfQuantizer):
         """Return False: the folder that this was loaded from is the thing to copy."""
         return False
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **options: Any) -> None:
-        if (
-            model.config.tie_word_embeddings
-        ):  # which transformers does after this; plans name it once
+    def _process_model_before_weight_loading(self, model: nn.Module, **options: object) -> None:
+        if model.config.tie_word_embeddings:  # transformers ties after this; plans name it once
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
         plan = plan_from_dict(self.quantization_config.plan, model_tensors(model))
         for name, module in dense_weights(model, plan).items():
@@ -172,11 +170,7 @@ def packed_layer(module: nn.Module, spec: TensorSpec) -> PackedWeight:
 
 
 def refuse_missing(model: nn.Module, files: tuple[str, ...]) -> None:
-    """Refuse files that lack a tensor of a packed layer; transformers would only warn.
-
-    Raises:
-        ValueError: If one is missing; names it.
-    """
+    """Refuse files that lack a tensor of a packed layer; transformers would only warn."""
     found: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as handle:

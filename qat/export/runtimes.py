@@ -1,14 +1,13 @@
 """The runtimes that exported files are run with: each gives the logits of a row of token ids.
 
-A runtime is a callable from token ids, a list of T ints, to logits, (T, V) float32. Which one
-takes a file is read from the file; one that is not installed or does not load is named in an error
-with the command that installs it.
+Which runtime takes a file is read from the file; one that is not installed or does not load is
+named in an error with the command that installs it.
 """
 
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.export.gguf_file import read_tensor_records
+from qat.export.parity import Runtime
 from qat.storage.files import read_json
-
-Runtime = Callable[[list[int]], np.ndarray]
 
 CONTEXT_TOKENS = 512  # of the GGUF runtimes: prompts and answers of a parity check are short
 
@@ -109,11 +107,7 @@ def open_gguf(path: Path) -> tuple[str, Runtime]:
 
 @contextmanager
 def loading(distribution: str) -> Iterator[None]:
-    """Turn what a broken installation raises at import into an error that names the remedy.
-
-    Raises:
-        ValueError: If the libraries of a Python distribution do not load.
-    """
+    """Turn what a broken installation raises at import into an error that names the remedy."""
     try:
         yield
     except (ImportError, OSError, RuntimeError) as error:  # llama.cpp's loader raises all of them
@@ -177,7 +171,7 @@ def quiet_output() -> Iterator[None]:
         os.close(kept)
 
 
-def row_of(pointer: Any, count: int) -> np.ndarray:
+def row_of(pointer: "ctypes._Pointer[ctypes.c_float]", count: int) -> np.ndarray:
     """Return a copy of C floats."""
     address = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))
     return np.ctypeslib.as_array(address, shape=(count,)).copy()

@@ -7,6 +7,7 @@
 Shape legend: O out, I in, G groups of a row.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,17 @@ from qat.export.model_folder import (
     holds,
     layers_by_grid,
     lossless_dtype,
+    pack_words,
     require_integer_grid,
     require_students,
+    unpack_words,
     write_folder,
 )
-from qat.grids.packing import pack, unpack
 from qat.model.layers import FakeQuantLinear, FakeQuantWeight
 from qat.model.surgery import current_indices
 
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 BITS = (2, 4, 8)
-WORD_BITS = 32
 
 
 def export_to_compressed_tensors(
@@ -37,19 +38,6 @@ def export_to_compressed_tensors(
     """Write a student as a folder that compressed-tensors decompresses.
 
     Loaders cast scales to the folder's dtype, so it is one that holds every scale.
-
-    Args:
-        student: On the CPU, in float32.
-        output: A folder that does not exist.
-        text_source: Folder of the tokenizer, template and generation files.
-        dtype: Of dense parts and scales; the smallest that loses nothing when not given.
-
-    Returns:
-        As `write_folder`.
-
-    Raises:
-        ValueError: If a layer is on another grid, a scale does not fit, or a tensor reads back
-            otherwise.
     """
     layers = require_students(student)
     for name, layer in layers.items():
@@ -72,24 +60,19 @@ def export_to_compressed_tensors(
         text_source=text_source,
         dtype=dtype,
         config_changes={"quantization_config": quantization_config(layers)},
-        write=lambda _name, layer: packed_parts(layer, dtype),
-        read=lambda _name, layer, parts: read_weight(layer, parts),
+        write=partial(packed_parts, dtype=dtype),
+        read=read_weight,
     )
 
 
 def quantization_config(layers: dict[str, FakeQuantWeight]) -> dict[str, Any]:
     """Return the block of config.json that says how each linear is packed."""
-    groups = {}
+    groups, integers = {}, {"type": "int", "symmetric": True, "strategy": "group"}
     for index, ((bits, group_size), names) in enumerate(layers_by_grid(layers).items()):
+        last = sorted({name.rpartition(".")[2] for name in names})
         groups[f"group_{index}"] = {
-            "targets": targets(names),
-            "weights": {
-                "num_bits": bits,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group",
-                "group_size": group_size,
-            },
+            "targets": [rf"re:.*\.({'|'.join(last)})$"],
+            "weights": {"num_bits": bits, "group_size": group_size, **integers},
         }
     return {
         "quant_method": "compressed-tensors",
@@ -98,12 +81,6 @@ def quantization_config(layers: dict[str, FakeQuantWeight]) -> dict[str, Any]:
         "ignore": ["lm_head"],
         "config_groups": groups,
     }
-
-
-def targets(names: list[str]) -> list[str]:
-    """Return patterns of the last parts of layers' names."""
-    last = sorted({name.rpartition(".")[2] for name in names})
-    return [rf"re:.*\.({'|'.join(last)})$"]
 
 
 @torch.no_grad()
@@ -123,13 +100,3 @@ def read_weight(layer: FakeQuantWeight, parts: dict[str, Tensor]) -> Tensor:
     codes -= 2 ** (layer.spec.bits - 1)
     scale = parts[SCALE].float()
     return (codes.view(*scale.shape, -1) * scale.unsqueeze(-1)).view(shape)
-
-
-def pack_words(indices: Tensor, bits: int) -> Tensor:
-    """Return indices as 32-bit words, (O, I * bits / 32) int32; whole words fill a row."""
-    return pack(indices, bits).view(torch.int32).view(indices.shape[0], -1)
-
-
-def unpack_words(words: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """Return uint8 indices of the given shape from 32-bit words."""
-    return unpack(words.contiguous().view(torch.uint8).flatten(), bits, shape)

@@ -11,8 +11,9 @@ attention are the runtime's own conversion; the palettes here are what such a co
 Shape legend: O out, I in, G groups of a row, R rank, C codebook values.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import current_indices, stored_parts
 from qat.storage.files import atomic_folder
 
+if TYPE_CHECKING:
+    from coremltools.converters.mil.mil import Var
+
 PACKAGE_NAME = "linears.mlpackage"
 BITS = (2, 3, 4, 6, 8)  # widths of indices that the format has
 FACTORS = ("scale_a", "magnitude", "scale_b")
@@ -36,55 +40,30 @@ def export_to_coreml(
 ) -> dict[str, Any]:
     """Write the quantized linears as an .mlpackage whose palettes read back equal.
 
-    Args:
-        student: On the CPU, in float32.
-        output: A folder that does not exist.
-        text_source: Not used: the program has no text side.
-        dtype: Of palettes, scales and activations: float16 as the Neural Engine has it when not
-            given, or float32, in which the product of scale and palette does not round.
-
-    Returns:
-        path, exact, tensors_compared, tensors_rounded, dtype, file_bytes.
-
-    Raises:
-        ValueError: If coremltools is absent, a layer has no home in the format, or a palette
-            reads back otherwise.
+    The program has no text side. `dtype` is of palettes, scales and activations: float16 as the
+    Neural Engine has it when not given, or float32, in which scale times palette does not round.
     """
     layers = require_students(student)
     dtype = dtype or torch.float16
-    require_coremltools()
+    if find_spec("coremltools") is None:
+        raise ValueError("--to coreml needs coremltools; pip install coremltools")
     for name, layer in layers.items():
         require_palette(name, layer, dtype)
     with atomic_folder(output) as temporary:
         save_program(layers, temporary / PACKAGE_NAME, dtype)
-        num_compared = compare_with_package(layers, temporary / PACKAGE_NAME)
-        report = {
-            "path": str(output),
-            "file": PACKAGE_NAME,
-            "exact": True,
-            "tensors_compared": num_compared,
-            "tensors_rounded": 0,
-            "dtype": str(dtype).removeprefix("torch."),
-            "file_bytes": bytes_below(temporary),
-        }
-        write_report(temporary, report)
-    return report
-
-
-def require_coremltools() -> None:
-    """Refuse early, in one line, where the library is absent."""
-    from importlib.util import find_spec
-
-    if find_spec("coremltools") is None:
-        raise ValueError("--to coreml needs coremltools; pip install coremltools")
+        return write_report(
+            temporary,
+            output,
+            file=PACKAGE_NAME,
+            compared=compare_with_package(layers, temporary / PACKAGE_NAME),
+            rounded=0,
+            dtype=str(dtype).removeprefix("torch."),
+            file_bytes=bytes_below(temporary),
+        )
 
 
 def require_palette(name: str, layer: FakeQuantLinear, dtype: torch.dtype) -> None:
-    """Refuse a layer that the format cannot hold; names it.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Refuse a layer that the format cannot hold."""
     if not isinstance(layer, FakeQuantLinear):
         raise ValueError(f"{name} is a quantized embedding; the program holds linears only")
     spec = layer.spec
@@ -110,9 +89,7 @@ def save_program(layers: dict[str, FakeQuantLinear], path: Path, dtype: torch.dt
     inputs = {f"x_{w}": mil.Builder.TensorSpec(shape=(1, w), dtype=kind) for w in widths}
     with mil.Function(inputs, ct.target.iOS18) as function:
         outputs = [
-            add_linear(
-                mil, file_name(name), layer, function.inputs[f"x_{layer.in_features}"], dtype
-            )
+            add_linear(file_name(name), layer, function.inputs[f"x_{layer.in_features}"], dtype)
             for name, layer in tqdm(layers.items(), desc="coreml", unit="layer")
         ]
         function.set_outputs(outputs)
@@ -136,9 +113,11 @@ def file_name(name: str) -> str:
 
 
 @torch.no_grad()
-def add_linear(mil: Any, name: str, layer: FakeQuantLinear, x: Any, dtype: torch.dtype) -> Any:
+def add_linear(name: str, layer: FakeQuantLinear, x: "Var", dtype: torch.dtype) -> "Var":
     """Add a layer's operations to the program; return its output."""
-    build, palette = mil.Builder, add_palette(mil, name, layer, dtype)
+    from coremltools.converters.mil import mil
+
+    build, palette = mil.Builder, add_palette(name, layer, dtype)
     numpy_dtype = np.float16 if dtype == torch.float16 else np.float32
     if not layer.spec.rank:
         scale = layer.full_scale().numpy().astype(numpy_dtype)  # (O, G)
@@ -146,7 +125,9 @@ def add_linear(mil: Any, name: str, layer: FakeQuantLinear, x: Any, dtype: torch
             data=palette, scale=scale, name=f"{name}_weight"
         )
         return build.linear(x=x, weight=weight, name=name)
-    parts = {n: layer.stored(t).numpy().astype(numpy_dtype) for n, t in factors_of(layer).items()}
+    parts = {
+        n: layer.stored(getattr(layer, n).detach()).numpy().astype(numpy_dtype) for n in FACTORS
+    }
     total = None
     for rank in range(layer.spec.rank):
         # Each factor is kept as it was trained; their product is left to the program.
@@ -158,8 +139,10 @@ def add_linear(mil: Any, name: str, layer: FakeQuantLinear, x: Any, dtype: torch
     return build.identity(x=total, name=name)
 
 
-def add_palette(mil: Any, name: str, layer: FakeQuantLinear, dtype: torch.dtype) -> Any:
+def add_palette(name: str, layer: FakeQuantLinear, dtype: torch.dtype) -> "Var":
     """Add indices and codebook; return the codebook's values in the weight's places, (O, I)."""
+    from coremltools.converters.mil import mil
+
     numpy_dtype = np.float16 if dtype == torch.float16 else np.float32
     kind = mil.types.string_to_builtin(f"uint{layer.spec.bits}")
     indices = current_indices(layer).numpy().astype(mil.types.nptype_from_builtin(kind))
@@ -169,21 +152,9 @@ def add_palette(mil: Any, name: str, layer: FakeQuantLinear, dtype: torch.dtype)
     )
 
 
-def factors_of(layer: FakeQuantLinear) -> dict[str, Tensor]:
-    """Return the low-rank factors of a layer's scales by name."""
-    return {name: getattr(layer, name).detach() for name in FACTORS}
-
-
 @torch.no_grad()
 def compare_with_package(layers: dict[str, FakeQuantLinear], path: Path) -> int:
-    """Read a saved package and compare each layer's weight with the trained one.
-
-    Returns:
-        Number of layers compared.
-
-    Raises:
-        ValueError: If one is missing or differs; names it.
-    """
+    """Return the number of layers in a saved package, each equal to the trained one."""
     constants = read_constants(path)
     for name, layer in layers.items():
         prefix = file_name(name)

@@ -7,12 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.export.checks import require_float16
-from qat.export.model_folder import (
-    dense_parts,
-    lossless_dtype,
-    require_students,
-    write_folder,
-)
+from qat.export.model_folder import require_students, write_folder
 from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import current_indices, stored_parts
 
@@ -25,21 +20,7 @@ def export_to_hf_quantized(
     plan: dict[str, Any],
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Write a student of any plan as packed indices, scales and codebooks.
-
-    Args:
-        student: On the CPU, in float32.
-        output: A folder that does not exist.
-        text_source: Folder of the tokenizer, template and generation files.
-        plan: The format of every tensor, as `QuantPlan.to_dict` has it.
-        dtype: Of dense parts; the smallest that loses nothing when not given.
-
-    Returns:
-        As `write_folder`.
-
-    Raises:
-        ValueError: If a scale does not fit or a tensor reads back otherwise.
-    """
+    """Write a student as packed indices, scales and codebooks; any `QuantPlan.to_dict` will do."""
     from qat.export.plugin import BASE_TYPE_KEY, METHOD, MODEL_TYPE
 
     layers = require_students(student)
@@ -55,10 +36,10 @@ def export_to_hf_quantized(
         student,
         output,
         text_source=text_source,
-        dtype=dtype or lossless_dtype(list(dense_parts(student).values())),
+        dtype=dtype,
         config_changes=changes,
-        write=lambda _name, layer: packed_parts(layer),
-        read=lambda _name, layer, parts: read_weight(layer, parts),
+        write=packed_parts,
+        read=read_weight,
     )
 
 

@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from qat.export.model_folder import (
-    dense_parts,
     layers_by_grid,
-    lossless_dtype,
+    pack_words,
     require_integer_grid,
     require_students,
+    unpack_words,
     write_folder,
 )
-from qat.grids.packing import pack, unpack
 from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import current_indices
 
@@ -37,20 +37,7 @@ GROUP_SIZES = (32, 64, 128)
 def export_to_mlx(
     student: nn.Module, output: Path, *, text_source: Path, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """Write a student as MLX safetensors with its `quantization` block.
-
-    Args:
-        student: On the CPU, in float32.
-        output: A folder that does not exist.
-        text_source: Folder of the tokenizer, template and generation files.
-        dtype: Of dense parts; the smallest that loses nothing when not given.
-
-    Returns:
-        As `write_folder`.
-
-    Raises:
-        ValueError: If a layer is on another grid or a tensor reads back otherwise.
-    """
+    """Write a student as MLX safetensors with its `quantization` block."""
     layers = require_students(student)
     for name, layer in layers.items():
         require_integer_grid(name, layer, kinds=("int", "uint"), bits=BITS, group_sizes=GROUP_SIZES)
@@ -59,19 +46,19 @@ def export_to_mlx(
         student,
         output,
         text_source=text_source,
-        dtype=dtype or lossless_dtype(list(dense_parts(student).values())),
+        dtype=dtype,
         config_changes={
             "quantization": block,
             "quantization_config": block,
             **positions(student.config),
         },
-        write=lambda _name, layer: affine_parts(layer),
-        read=lambda _name, layer, parts: read_weight(layer, parts),
-        metadata={"format": "mlx"},
+        write=affine_parts,
+        read=read_weight,
+        made_for="mlx",
     )
 
 
-def positions(config: Any) -> dict[str, Any]:
+def positions(config: PreTrainedConfig) -> dict[str, Any]:
     """Return how positions turn heads under mlx-lm's keys: it takes 10000 where they are absent."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if "rope_theta" not in rope:
@@ -98,23 +85,16 @@ def affine_parts(layer: FakeQuantWeight) -> dict[str, Tensor]:
     bits, (scale, bias) = layer.spec.bits, layer.expand()
     if bias is None:
         bias = -(2 ** (bits - 1)) * scale
-    words = pack(current_indices(layer), bits).view(torch.int32)
     dtype = torch.float16 if is_exact_in_float16(scale, bias, bits) else torch.float32
     return {
-        WEIGHT: words.view(layer.out_features, -1).view(torch.uint32),
+        WEIGHT: pack_words(current_indices(layer), bits).view(torch.uint32),
         SCALES: scale.to(dtype),
         BIASES: bias.to(dtype),
     }
 
 
 def is_exact_in_float16(scale: Tensor, bias: Tensor, bits: int) -> bool:
-    """Return whether index * scale + bias rounds at no step for any index.
-
-    Args:
-        scale: (O, G), numbers of float16.
-        bias: (O, G).
-        bits: Bits per index.
-    """
+    """Return whether index * scale + bias, (O, G) each, rounds at no step for any index."""
     steps = [index * scale for index in range(2**bits)] + [bias]
     steps += [step + bias for step in steps[:-1]]
     return all(torch.equal(step.half().float(), step) for step in steps)
@@ -123,9 +103,8 @@ def is_exact_in_float16(scale: Tensor, bias: Tensor, bits: int) -> bool:
 def read_weight(layer: FakeQuantWeight, parts: dict[str, Tensor]) -> Tensor:
     """Return the weight, (O, I) float32, computed in the entries' own dtype."""
     shape = (layer.out_features, layer.in_features)
-    words = parts[WEIGHT].contiguous().view(torch.uint8).flatten()
     scale, bias = parts[SCALES].unsqueeze(-1), parts[BIASES].unsqueeze(-1)
-    indices = unpack(words, layer.spec.bits, shape).view(*parts[SCALES].shape, -1)
+    indices = unpack_words(parts[WEIGHT], layer.spec.bits, shape).view(*parts[SCALES].shape, -1)
     return (indices.to(scale.dtype) * scale + bias).view(shape).float()
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from qat.benchmark.config import DEFAULT_LENGTH, DEFAULT_MODEL, BenchmarkConfig
-from qat.benchmark.ratios import random_batch
-from qat.benchmark.throughput import flops_per_token, measure_steps, peak_flops
+from qat.benchmark.throughput import flops_per_token, measure_steps, peak_flops, random_batch
 from qat.cache.read import TeacherCache
 from qat.evaluate.kl import evaluate_batches
 from qat.model.checkpoint import CheckpointHeader

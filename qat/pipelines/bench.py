@@ -9,7 +9,7 @@ from typing import Any
 
 from qat.benchmark.config import BenchConfig
 from qat.benchmark.probes import run_fresh
-from qat.benchmark.ratios import random_batch, time_steps
+from qat.benchmark.throughput import random_batch, time_steps
 from qat.model.load import load_dense
 from qat.pipelines.benchmark import as_arguments
 from qat.reports.log import command_line

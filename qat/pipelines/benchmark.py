@@ -76,7 +76,7 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult | dict[str, Any]:
     probes = Probes(
         folder=folder,
         identity=facts["identity"],
-        words=lambda batch, checkpointing: arguments(
+        arguments=lambda batch, checkpointing: arguments(
             replace(config, probe=batch, gradient_checkpointing=checkpointing)
         ),
         max_seconds=config.probe_seconds,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qat.calibrate.statistics import Batch, walk_decoder_layers
+from qat.calibrate.decoder_layers import walk_decoder_layers
+from qat.calibrate.statistics import Batch
 from qat.model.surgery import put_layer, quantized_layer, release_weights
 from qat.quant.fit import check_weight, fit_weight
 from qat.quant.hessian import fit_with_hessian

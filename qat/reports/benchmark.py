@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qat.reports.compare import Table, markdown_table
-from qat.storage.files import atomic_file, write_text
+from qat.reports.compare import Table, markdown_table, save_figure
+from qat.storage.files import write_text
 
 MB = 10**6
 TITLES = {"baseline": "no gradient checkpointing", "checkpointing": "gradient checkpointing"}
@@ -16,13 +16,8 @@ def results_of(
 ) -> dict[str, Any]:
     """Return closing values: the largest batch of a search, the fastest one, what each held.
 
-    Args:
-        rows: Of all configurations, by batch in each.
-        facts: Of device and model.
-        is_search: Whether the largest that fits was looked for, and its next does not.
-
-    Raises:
-        ValueError: If not one batch fits.
+    Rows are of all configurations, by batch in each. In a search the one after the largest that
+    fits does not. Where not one batch fits, that is an error.
     """
     fitting = [row for row in rows if row["status"] == "OK"]
     if not fitting:
@@ -175,7 +170,6 @@ def finding(name: str, results: dict[str, Any]) -> list[str]:
 
 def draw(rows: Sequence[dict[str, Any]], memory_limit: float | None, path: Path) -> Path:
     """Draw throughput with its spread and memory against batch."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -197,6 +191,4 @@ def draw(rows: Sequence[dict[str, Any]], memory_limit: float | None, path: Path)
     if memory_limit:
         memory.axhline(memory_limit, color="gray", linestyle="--")
     speed.legend()
-    with atomic_file(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary)
-    return path
+    return save_figure(figure, path)

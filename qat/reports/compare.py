@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
@@ -24,6 +24,9 @@ from qat.tracking.record import (
     read_rows,
     read_summary,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KL_CURVES = tuple(f"eval/{name}" for name in KL_NAMES)  # the first one names the best step
 FINAL = ("train/loss", *KL_CURVES, "eval/kd_loss", "eval/perplexity", "eval/top1_agreement")
@@ -108,12 +111,7 @@ class Comparison:
 
 
 def compare_runs(folders: Sequence[Path], output: Path) -> Comparison:
-    """Read runs and write compare.md, compare.html and, where there are curves, compare.png.
-
-    Raises:
-        FileNotFoundError: If a path is absent.
-        ValueError: If no path is a run.
-    """
+    """Read runs and write compare.md, compare.html and, where there are curves, compare.png."""
     return write_comparison(*read_runs(folders), output)
 
 
@@ -222,7 +220,6 @@ def plot_curves(runs: Sequence[Run], path: Path) -> Path | None:
     curves = [key for key in CURVES if any(run.series(key) for run in runs)]
     if not curves:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.6 * len(curves)), layout="constrained")
@@ -243,6 +240,13 @@ def plot_curves(runs: Sequence[Run], path: Path) -> Path | None:
     figure.legend(
         handles, [runs[color].name for color in drawn], loc="outside upper center", ncols=4
     )
+    return save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: Path) -> Path:
+    """Write a figure as PNG, without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     with atomic_file(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
     return path

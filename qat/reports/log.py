@@ -88,22 +88,19 @@ class Facts:
 def command_line(program: str, flags: dict[str, Any], defaults: dict[str, Any]) -> str:
     """Return a command as typed, a flag a line: those that are not as they are by default.
 
-    Args:
-        program: What comes first.
-        flags: Fields with their values, as JSON has them.
-        defaults: The same fields' defaults; those without one are always written.
+    Flags and defaults are fields as JSON has them; those without a default are always written.
     """
-    words = [program]
+    parts = [program]
     for name, value in flags.items():
         if name in defaults and value == defaults[name]:
             continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            parts.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
             values = value if isinstance(value, list | tuple) else [value]
-            words.append(f"--{flag} {shlex.join(str(item) for item in values)}")
-    return " \\\n    ".join(words)
+            parts.append(f"--{flag} {shlex.join(str(item) for item in values)}")
+    return " \\\n    ".join(parts)
 
 
 def run_name(run: Run, header: dict[str, Any]) -> str:
@@ -158,15 +155,10 @@ def record_of(facts: Facts, name: str, instance: str) -> dict[str, Any]:
 
 
 def entry_text(facts: Facts, config: LogRunConfig, plot: str | None) -> str:
-    """Return a run's entry in the log's form.
-
-    Args:
-        facts: Of the run.
-        config: Name, goal, instance, notes.
-        plot: Link to the loss plot; None where there are no curves.
-    """
+    """Return a run's entry in the log's form; `plot` is a link, None where there are no curves."""
     instance = config.instance or instance_of(facts.sessions)
     record = record_of(facts, config.name, instance)
+    last_step = max(facts.run.rows, default=0)
     parts = [
         f"### {facts.date}: {config.name} - {record['run']}",
         f"**Goal**: {config.goal}",
@@ -176,7 +168,7 @@ def entry_text(facts: Facts, config: LogRunConfig, plot: str | None) -> str:
     if facts.command:
         parts.append(f"**Command**:\n```bash\n{facts.command}\n```")
     parts += [
-        f"**Result**: {result_status(facts.run)}",
+        f"**Result**: {'COMPLETE' if facts.run.summary else f'STOPPED at step {last_step}'}",
         markdown_table(result_table(facts.run)),
         *([f"![{config.name}]({plot})"] if plot else []),
         "**Notes**:\n" + "\n".join(f"- {note}" for note in config.notes or ("none",)),
@@ -215,11 +207,6 @@ def config_lines(facts: Facts) -> list[str]:
     return lines + ([f"Commit: {', '.join(commits)}"] if commits else [])
 
 
-def result_status(run: Run) -> str:
-    """Return whether a run has ended."""
-    return "COMPLETE" if run.summary else f"STOPPED at step {max(run.rows, default=0)}"
-
-
 def result_table(run: Run) -> Table:
     """Return first, last and best of each number that a run tells."""
     numbers, rows = numbers_of(run), []
@@ -228,7 +215,8 @@ def result_table(run: Run) -> Table:
         if len(series) > 1:
             rows += [[f"Initial {label}", series[0]], [f"Final {label}", series[-1]]]
             rows += [[f"**Best {label}**", min(series)]]
-            rows += [["Improvement", f"{series[0] - min(series):.4g} ({gain(series):.0%})"]]
+            gain = series[0] - min(series)
+            rows += [["Improvement", f"{gain:.4g} ({gain / series[0] if series[0] else 0:.0%})"]]
         elif (value := final(run, key)) is not None:
             rows.append([label, value])
     seconds = numbers["seconds"] or run.summary.get("seconds")
@@ -237,11 +225,6 @@ def result_table(run: Run) -> Table:
     others += ("bits_per_weight", "bits_per_weight_mlp", "bits_per_weight_model")
     rows += [[key, numbers[key]] for key in others if numbers[key] is not None]
     return Table(["Metric", "Value"], rows)
-
-
-def gain(series: Sequence[float]) -> float:
-    """Return the best value's share below the first one."""
-    return (series[0] - min(series)) / series[0] if series[0] else 0.0
 
 
 def clock(seconds: float | None) -> str:
@@ -256,8 +239,7 @@ def clock(seconds: float | None) -> str:
 def add_entry(log: str, name: str, entry: str) -> str:
     """Return the log with an entry at the end of its runs, or in the place of one of its name.
 
-    Raises:
-        ValueError: If an entry of that name was written by hand, or of another run.
+    An entry of that name that was written by hand, or of another run, is refused.
     """
     start, end = find_runs(log)
     body = log[start:end]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.model.checkpoint import CheckpointHeader
+from qat.reports.compare import Table, markdown_table
 from qat.storage.files import read_json, write_text
 
 CARD_NAME = "README.md"
@@ -79,26 +80,25 @@ def write_card(
     dtype: str | None,
     output: Path,
 ) -> Path:
-    """Write the card into an exported folder, or next to a single file under its name.
+    """Write the card into an exported folder, or next to a single file under its name; return it.
 
     Args:
         report: What the export says, with the student's bits per weight.
         header: Of the student; None for a full-precision model.
-        checkpoint: where the student is; a run's summary next to it is quoted.
+        checkpoint: Where the student is; a run's summary next to it is quoted.
         target: The format.
         dtype: Of dense parts, None where not asked for.
         output: Where the export is.
-
-    Returns:
-        Where the card is.
     """
     path = output / CARD_NAME if output.is_dir() else output.with_suffix(".md")
     loaded_from = output / report["file"] if output.is_dir() and "file" in report else output
+    told = facts(target, header, report, training_of(checkpoint))
+    known = [fact for fact in told.items() if fact[1] is not None]
     sections = [
         front_matter(target, header),
         f"# {output.stem}",
         introduction(target, dtype, header),
-        table(facts(target, header, report, training_of(checkpoint))),
+        markdown_table(Table(["what", "value"], [list(fact) for fact in known])),
         "## How to load it",
         LOADING[target].replace("PATH", str(loaded_from.name)),
     ]
@@ -154,17 +154,6 @@ def facts(
         "cache": header and header.cache_fingerprint,
         "tensors compared with the student": report["tensors_compared"],
     }
-
-
-def table(values: dict[str, Any]) -> str:
-    """Return a table of what is known."""
-    rows = [f"| {name} | {shown(v)} |" for name, v in values.items() if v is not None]
-    return "\n".join(["| what | value |", "|---|---|", *rows])
-
-
-def shown(value: object) -> str:
-    """Return a number with four digits after the point at most."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def training_of(checkpoint: Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def test_for_any_affine_memory_the_answer_is_measured_within_the_budget(fixed, r
     seed=st.integers(0, 2**32),
 )
 def test_the_answer_is_measured_whatever_the_noise(fixed, room, share, told, seed):
-    """Also where the device's word on its memory is wrong by a factor of two."""
+    """Also where what the device says of its memory is wrong by a factor of two."""
     import random
 
     each = LIMIT * (1 - fixed) / room
@@ -82,7 +82,7 @@ def test_there_is_no_cap():
 
 
 def test_memory_that_is_not_told_is_found_by_doubling():
-    """A device without a word on its size."""
+    """A device that does not tell its size."""
     memory = Memory(lambda batch: 1e9 + 50e6 * batch)
     assert largest_batch(memory, None) == 96
     assert memory.is_settled(96)

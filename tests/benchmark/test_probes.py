@@ -41,8 +41,8 @@ def test_too_little_memory_is_no_error(code):
 @pytest.mark.parametrize("code", FAILURES["error"])
 def test_any_other_failure_is_an_error_with_its_text(code):
     """A shape that does not fit is not cured by a smaller batch; nor is a kernel's own memory."""
-    word = code.split("'")[1].removeprefix("error: ") if "'" in code else "exit code"
-    with pytest.raises(ValueError, match=re.escape(word)):
+    message = code.split("'")[1].removeprefix("error: ") if "'" in code else "exit code"
+    with pytest.raises(ValueError, match=re.escape(message)):
         ask(code)
 
 
@@ -66,14 +66,14 @@ def test_what_a_killed_process_wrote_is_removed(tmp_path):
 def probes(tmp_path):
     """Probes whose processes leave a mark each."""
 
-    def words(batch, checkpointing):
+    def arguments(batch, checkpointing):
         return ["-c", f"open({str(tmp_path / 'calls')!r}, 'a').write('{batch} '); {OK}"]
 
     def make(**identity):
         return Probes(
             folder=tmp_path / "out",
             identity={"dtype": "bf16"} | identity,
-            words=words,
+            arguments=arguments,
             max_seconds=60,
         )
 
@@ -94,8 +94,10 @@ def test_a_batch_is_measured_once(probes, tmp_path):
 
 
 def test_a_failure_is_not_kept(tmp_path):
-    """What was mended is measured again."""
-    failing = Probes(folder=tmp_path, identity={}, words=lambda *_: ["-c", "1/0"], max_seconds=60)
+    """What was fixed is measured again."""
+    failing = Probes(
+        folder=tmp_path, identity={}, arguments=lambda *_: ["-c", "1/0"], max_seconds=60
+    )
     with pytest.raises(ValueError, match=r"batch 8 \(baseline\) failed: ZeroDivisionError"):
         failing.measure("baseline", 8)
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ def test_warming_up_is_counted_apart(monkeypatch):
     """A first step of a minute moves no rate."""
     now = [0.0]
     costs = iter([60.0, 2.0, 1.0, 3.0, 1.0])
-    monkeypatch.setattr("qat.benchmark.ratios.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("qat.benchmark.throughput.time.perf_counter", lambda: now[0])
     held = [5]
 
     def step():
@@ -44,7 +44,7 @@ def test_warming_up_is_counted_apart(monkeypatch):
 
 
 def test_a_loss_that_is_no_number_is_told_as_none():
-    """JSON has no word for it."""
+    """JSON cannot write it."""
     row = measure_steps(lambda: torch.tensor(torch.nan), 1, lambda: None, lambda: 0, lambda: None)
     assert row["loss"] is None
 

@@ -28,7 +28,7 @@ def student_logits(seed=1):
 
 
 def signal_of(kind):
-    """Return a teacher's word on N positions; a sampled one has some of its draws twice."""
+    """Return a teacher signal on N positions; a sampled one has some of its draws twice."""
     teacher = 2 * torch.randn(N, V, generator=torch.Generator().manual_seed(2))
     signal = top_k_signal(teacher, torch.ones(N, dtype=torch.bool), K)
     if kind == "top-k":

@@ -8,21 +8,16 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qat.export import gguf_file, to_gguf
-from qat.export.gguf_file import read_bytes, read_tensor_records, read_weight
-from qat.export.to_gguf import ROPE_FACTORS, export_to_gguf, rope_factors, row_order
-from qat.grids.blocks import BLOCK_TYPES
+from qat.export.gguf_file import read_tensor_records, read_weight
+from qat.export.gguf_keys import architecture_of
+from qat.export.to_gguf import export_to_gguf, row_order
 from qat.model.surgery import quantized_layers, thaw_indices
-from tests.tiny import TINY_MODELS, quantize_plainly, save_tiny, tiny_llama, tiny_student
+from tests.tiny import TINY_MODELS, quantize_plainly, tiny_llama, tiny_student
 
 gguf = pytest.importorskip("gguf")
 
 PLAIN = ("gguf:q4_0", "gguf:iq4_nl", "gguf:q8_0")  # the gguf package's reader lacks Q2_0
 MIXED = ("gguf:q2_0", "gguf:q2_0+gguf:q4_0", "deploy", "gguf:q4_0+gguf:q8_0")
-
-
-@pytest.fixture(scope="module")
-def text_source(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("base"), tiny_llama())
 
 
 def export(student, tmp_path, text_source, **options):
@@ -31,7 +26,7 @@ def export(student, tmp_path, text_source, **options):
 
 def names_of(student):
     """Return file names of quantized weights by layer."""
-    kind = gguf.MODEL_ARCH[to_gguf.architecture_of(student.config)]
+    kind = gguf.MODEL_ARCH[architecture_of(student.config)]
     names = gguf.get_tensor_name_map(kind, 2)
     return {
         name: names.get_name(f"{name}.weight", (".weight",)) for name in quantized_layers(student)
@@ -69,59 +64,6 @@ def test_rows_of_llama_heads_are_interleaved():
     assert row_order(config, "model.layers.0.self_attn.v_proj.weight") is None
     config = TINY_MODELS["qwen3"]().config
     assert row_order(config, "model.layers.0.self_attn.q_proj.weight") is None
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_gguf_package_reads_keys_and_tensors(tmp_path, text_source, tied):
-    """All keys that a runtime asks for; a tied head is left out."""
-    student = tiny_student("qwen3", "gguf:q4_0", tied=tied)
-    export(student, tmp_path, text_source, head="q8_0")
-    reader = gguf.GGUFReader(tmp_path / "out.gguf")
-    keys = {name: field.contents() for name, field in reader.fields.items()}
-    config = student.config
-    for key, value in {
-        "general.architecture": "qwen3",
-        "general.file_type": 2,
-        "general.quantization_version": 2,
-        "qwen3.context_length": config.max_position_embeddings,
-        "qwen3.embedding_length": config.hidden_size,
-        "qwen3.block_count": config.num_hidden_layers,
-        "qwen3.feed_forward_length": config.intermediate_size,
-        "qwen3.attention.head_count": 4,
-        "qwen3.attention.head_count_kv": 2,
-        "qwen3.attention.key_length": 16,
-        "qwen3.attention.value_length": 16,
-        "qwen3.rope.dimension_count": 16,
-        "qwen3.rope.freq_base": config.rope_parameters["rope_theta"],
-        "qwen3.vocab_size": config.vocab_size,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.eos_token_id": 258,
-        "tokenizer.ggml.padding_token_id": 256,
-        "tokenizer.ggml.add_bos_token": False,
-    }.items():
-        assert keys[key] == value, key
-    assert keys["qwen3.attention.layer_norm_rms_epsilon"] == pytest.approx(config.rms_norm_eps)
-    assert len(keys["tokenizer.ggml.tokens"]) == config.vocab_size
-    assert "<|im_start|>" in keys["tokenizer.chat_template"]
-    types = {tensor.name: int(tensor.tensor_type) for tensor in reader.tensors}
-    assert ("output.weight" in types) != tied
-    assert types["token_embd.weight"] == BLOCK_TYPES["q8_0"].number
-    assert types["blk.0.attn_q_norm.weight"] == types["output_norm.weight"] == 0
-    assert types["blk.1.ffn_down.weight"] == BLOCK_TYPES["q4_0"].number
-
-
-def test_our_reader_agrees_with_the_package(tmp_path, text_source):
-    """Types, shapes and bytes of every tensor."""
-    export(tiny_student("llama", "gguf:q4_0"), tmp_path, text_source)
-    records = read_tensor_records(tmp_path / "out.gguf")
-    for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors:
-        record = records.pop(tensor.name)
-        assert record.shape == tuple(reversed(tensor.shape.tolist()))
-        assert BLOCK_TYPES[record.type_name].number == tensor.tensor_type
-        found = read_bytes(tmp_path / "out.gguf", record).numpy()
-        assert np.array_equal(found.reshape(-1), tensor.data.view(np.uint8).reshape(-1))
-    assert not records
 
 
 @pytest.mark.parametrize("head", ["f32", "f16", "bf16", "q8_0"])
@@ -198,25 +140,6 @@ def test_qwen2_has_biases_and_its_own_name(tmp_path, text_source):
     assert records["blk.0.ffn_down.weight"].type_name == "q2_0"
 
 
-def test_llama_3_positions_divide_slow_frequencies(tmp_path, text_source):
-    """What transformers computes: our factors divide its plain inverse frequencies."""
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 128,
-    }
-    student = tiny_student("llama", "gguf:q4_0")
-    plain = student.model.rotary_emb.inv_freq.clone()
-    student.config.rope_parameters = rope
-    wanted = type(student.model.rotary_emb)(student.config).inv_freq
-    assert torch.allclose(plain / rope_factors(student.config), wanted, rtol=1e-5)
-    export(student, tmp_path, text_source)
-    assert ROPE_FACTORS in read_tensor_records(tmp_path / "out.gguf")
-
-
 def refused(student, tmp_path, text_source, match, **options):
     """Check that an export is refused with a message and that it wrote nothing."""
     with pytest.raises(ValueError, match=match):
@@ -248,7 +171,7 @@ def test_what_has_no_place_is_refused_before_anything_is_written(tmp_path, text_
 
 
 def test_a_report_that_is_none_of_ours_is_not_overwritten(tmp_path, text_source):
-    """`export.json` of another program beside the file to be."""
+    """`export.json` of another program next to the file to be."""
     (tmp_path / "export.json").write_text('{"mine": 1}')
     with pytest.raises(ValueError, match="is no export's report"):
         export(tiny_student("llama", "gguf:q4_0"), tmp_path, text_source)
@@ -269,16 +192,3 @@ def test_a_changed_bit_fails_the_export(tmp_path, text_source, monkeypatch, name
     monkeypatch.setattr(gguf_file, "read_bytes", damaged)
     monkeypatch.setattr(to_gguf, "read_bytes", damaged)
     refused(tiny_student("llama", "gguf:q4_0"), tmp_path, text_source, "reads back otherwise")
-
-
-def test_a_cut_file_is_no_gguf_file(tmp_path, text_source):
-    """The reader says so instead of giving fewer numbers."""
-    export(tiny_student("llama", "gguf:q4_0"), tmp_path, text_source)
-    path = tmp_path / "out.gguf"
-    last = list(read_tensor_records(path).values())[-1]
-    path.write_bytes(path.read_bytes()[: last.offset + 3])
-    with pytest.raises(ValueError, match="ends before its last tensor"):
-        read_bytes(path, last)
-    path.write_bytes(b"GGML" + path.read_bytes()[4:])
-    with pytest.raises(ValueError, match="no GGUF file of version 3"):
-        read_tensor_records(path)

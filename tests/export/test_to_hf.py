@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qat.cli.commands import main
 from qat.export import to_hf
-from qat.export.checks import equal_bits
 from qat.export.to_hf import export_to_hf
 from qat.model.surgery import quantized_layers, thaw_indices
 from tests.tiny import (
@@ -40,10 +39,10 @@ def export(student, tmp_path, text_source, dtype=torch.float32):
 def test_logits_are_the_students(tmp_path, text_source, family, tied):
     """Plain transformers gives the student's logits to the bit; a tied head stays one tensor."""
     student = tiny_student(family, tied=tied)
-    wanted = student(TOKEN_IDS).logits
+    expected = student(TOKEN_IDS).logits
     report = export(student, tmp_path, text_source)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(model(TOKEN_IDS).logits, wanted)
+    assert torch.equal(model(TOKEN_IDS).logits, expected)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) != tied
     assert report == json.loads((tmp_path / "out" / "export.json").read_text())
@@ -64,11 +63,11 @@ def test_weights_are_the_fake_quantized_ones(tmp_path, text_source, plan):
             layer.latent_weight.data += 0.01 * torch.randn(
                 layer.latent_weight.shape, generator=generator
             )
-    wanted = {name: layer.fake_quantized_weight().detach() for name, layer in layers.items()}
+    expected = {name: layer.fake_quantized_weight().detach() for name, layer in layers.items()}
     biases = {name: layer.bias for name, layer in layers.items() if layer.bias is not None}
     export(student, tmp_path, text_source)
     written = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(written[f"{name}.weight"], weight) for name, weight in wanted.items())
+    assert all(torch.equal(written[f"{name}.weight"], weight) for name, weight in expected.items())
     assert biases
     assert all(torch.equal(written[f"{name}.bias"], bias) for name, bias in biases.items())
 
@@ -76,11 +75,11 @@ def test_weights_are_the_fake_quantized_ones(tmp_path, text_source, plan):
 def test_a_smaller_dtype_says_how_much_it_rounds(tmp_path, text_source):
     """In bfloat16 the file is exact to what was asked, and counts the tensors that lost bits."""
     student = tiny_student()
-    wanted = next(iter(quantized_layers(student).values())).fake_quantized_weight()
+    expected = next(iter(quantized_layers(student).values())).fake_quantized_weight()
     report = export(student, tmp_path, text_source, torch.bfloat16)
     written = load_file(tmp_path / "out" / "model.safetensors")
     name = next(name for name in written if name.endswith("q_proj.weight"))
-    assert torch.equal(written[name], wanted.bfloat16())
+    assert torch.equal(written[name], expected.bfloat16())
     assert report["tensors_rounded"] > 0
 
 
@@ -95,7 +94,7 @@ def test_a_value_beyond_the_dtype_is_refused(tmp_path, text_source):
 
 def test_a_changed_bit_fails_the_export(tmp_path, text_source, monkeypatch):
     """What reads back otherwise is never left under the final name."""
-    copy = to_hf.copy_text_files
+    copy = to_hf.add_text_files
 
     def damage(source, target):
         copy(source, target)
@@ -104,7 +103,7 @@ def test_a_changed_bit_fails_the_export(tmp_path, text_source, monkeypatch):
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(to_hf, "copy_text_files", damage)
+    monkeypatch.setattr(to_hf, "add_text_files", damage)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight reads back"):
         export(tiny_student(), tmp_path, text_source)
     assert not (tmp_path / "out").exists()
@@ -121,13 +120,6 @@ def test_quantized_embeddings_become_dense_tables(tmp_path, text_source, family,
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(model(ids).logits, expected)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-
-
-def test_bits_are_compared_not_values():
-    """Minus zero is not zero, a NaN equals itself, a dtype counts."""
-    assert not equal_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
-    assert equal_bits(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
-    assert not equal_bits(torch.zeros(2), torch.zeros(2, dtype=torch.float16))
 
 
 def write_native(folder, text_source):

@@ -43,12 +43,12 @@ def test_training_moves_codes_and_keeps_the_grid(trained):
     after, _header = load_model(trained / "run" / "final")
     moved = 0
     for name, layer in quantized_layers(after).items():
-        former = start.get_submodule(name)
-        moved += int((layer.indices != former.indices).sum())
+        before = start.get_submodule(name)
+        moved += int((layer.indices != before.indices).sum())
         assert torch.equal(layer.codebook, fixed_codebook("int", layer.spec.bits))
         assert torch.equal(layer.scale.bfloat16().float(), layer.scale)
         assert torch.equal(layer.scale.half().float(), layer.scale)
-        assert not torch.equal(layer.scale, former.scale)
+        assert not torch.equal(layer.scale, before.scale)
     assert moved > 0
 
 

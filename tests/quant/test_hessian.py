@@ -1,9 +1,8 @@
-"""Laws of the fit against H, on random layers whose inputs are correlated."""
+"""Properties of the fit against H, on random layers whose inputs are correlated."""
 
 import pytest
 import torch
 
-from qat.calibrate.statistics import collect_loss_weights, walk_decoder_layers
 from qat.model.surgery import dense_weights, quantized_layers
 from qat.pipelines.fit_layers import FitTask, fit_by_decoder_layers
 from qat.quant import hessian as hessian_fit
@@ -22,7 +21,7 @@ from qat.quant.hessian import (
     refit_scale,
 )
 from qat.quant.spec import TensorSpec, make_spec
-from tests.tiny import TINY_MODELS, plan_of, tiny_llama
+from tests.tiny import TINY_MODELS, plan_of
 
 SPECS = {
     "learned 2": make_spec(bits=2, group_size=16),
@@ -233,79 +232,6 @@ def test_the_target_makes_the_most_of_the_quantized_inputs():
     torch.testing.assert_close(unmoved, weight)
 
 
-@pytest.mark.parametrize("family", TINY_MODELS)
-def test_statistics_are_those_of_the_inputs_really_fed(family):
-    """mean x_q x_q^T and mean (x - x_q) x_q^T, with x_q behind all layers replaced so far."""
-    model, dense = TINY_MODELS[family](), TINY_MODELS[family]()
-    batches = list(torch.randint(0, 256, (6, 12)).split(4))
-    names = list(plan_of(model).quantized)
-    found = {}
-    for group, statistics in walk_decoder_layers(model, names, batches):
-        for name in group:
-            found[name] = statistics
-            weight = model.get_submodule(name).weight
-            weight.data = (weight.data * 8).round() / 8
-    assert list(found) == names
-    inputs, dense_inputs = inputs_of(model, names, batches), inputs_of(dense, names, batches)
-    for name, statistics in found.items():
-        x, wanted = inputs[name], dense_inputs[name]
-        torch.testing.assert_close(statistics.hessian, x.T @ x / len(x), atol=1e-4, rtol=1e-3)
-        drift = (wanted - x).T @ x / len(x)
-        torch.testing.assert_close(statistics.drift, drift, atol=1e-4, rtol=1e-3)
-
-
-def test_weighted_statistics_count_each_token_by_its_weight():
-    """sum w x x^T / sum w; linears of one input take the mean of their shares."""
-    model, dense = tiny_llama(), tiny_llama()
-    batches = list(torch.randint(0, 256, (6, 12)).split(4))
-    names = list(plan_of(model).quantized)
-    weights = {name: [torch.rand(batch.shape) for batch in batches] for name in names}
-    inputs = inputs_of(dense, names, batches)
-    for group, statistics in walk_decoder_layers(model, names, batches, token_weights=weights):
-        share = [torch.cat([batch.flatten() for batch in weights[name]]) for name in group]
-        weight = sum(one / one.sum() for one in share) / len(share)
-        x = inputs[group[0]]
-        expected = (x * weight.unsqueeze(1)).T @ x
-        torch.testing.assert_close(statistics.hessian, expected, atol=1e-5, rtol=1e-3)
-        assert statistics.drift.abs().max() < 1e-5
-
-
-def test_loss_weights_are_squared_gradients_of_drawn_tokens():
-    """Mean over outputs of (d loss / d output)^2, by autograd on an output that is a leaf."""
-    model = tiny_llama().requires_grad_(False)
-    name, ids = "model.layers.1.mlp.up_proj", torch.randint(0, 256, (2, 6))
-    found = collect_loss_weights(model, [name], [ids], seed=3)[name][0]
-    linear, leaf = model.get_submodule(name), []
-
-    def replace(_module, _inputs, output):
-        leaf.append(output.detach().requires_grad_())
-        return leaf[0]
-
-    linear.register_forward_hook(replace)
-    logits = model(ids).logits.flatten(0, 1)
-    generator = torch.Generator().manual_seed(3)
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-    loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, leaf[0])
-    torch.testing.assert_close(found, gradient.square().mean(-1))
-
-
-def inputs_of(model, names, batches) -> dict[str, torch.Tensor]:
-    """Return every linear's inputs, (tokens, I), from plain whole forward passes."""
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _module, args, name=name: seen[name].append(args[0].flatten(0, -2))
-        )
-        for name in names
-    ]
-    for batch in batches:
-        model(batch)
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts) for name, parts in seen.items()}
-
-
 def test_a_model_fitted_by_decoder_layers_is_a_student():
     """Every linear is replaced; nothing is left held."""
     model = TINY_MODELS["llama"]()
@@ -363,12 +289,3 @@ def test_statistics_of_another_layer_are_refused():
     weight, hessian = random_layer()
     with pytest.raises(ValueError, match=r"\(95, 95\).*\(96, 96\)"):
         fit_with_hessian(weight, SPECS["int 2"], hessian[1:, 1:])
-
-
-def test_a_linear_outside_numbered_blocks_is_refused():
-    """The walk needs blocks that follow each other; it says which fit does not."""
-    model = TINY_MODELS["llama"]()
-    with pytest.raises(ValueError, match="--fit moments"):
-        next(walk_decoder_layers(model, ["lm_head"], [torch.zeros(1, 4, dtype=torch.long)]))
-    with pytest.raises(ValueError, match="no tokens"):
-        next(walk_decoder_layers(model, ["model.layers.0.mlp.up_proj"], []))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from qat.distill.kl import forward_kl, masked_mean
+from qat.distill.kl import forward_kl
 from qat.distill.teacher import dense_signal
 from qat.model.surgery import layers_of_kind, quantized_layers
 from qat.train.step import Batch, Trainer, form_weights, pull_gradients
@@ -50,7 +50,7 @@ def reference_gradients(model, signal):
     """Return the gradients that autograd finds through the model's own forward."""
     for layer in quantized_layers(model).values():
         layer.held_weight = None
-    loss = masked_mean(forward_kl(model(IDS).logits[:, :-1], signal), signal.mask)
+    loss = forward_kl(model(IDS).logits[:, :-1], signal)[signal.mask].mean()
     layers = [m for kind in KINDS for m in layers_of_kind(model, kind).values()]
     names = [f"{i}.{n}" for i, m in enumerate(layers) for n in ("latent_weight", "scale")]
     tensors = [getattr(m, n) for m in layers for n in ("latent_weight", "scale")]

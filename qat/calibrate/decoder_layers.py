@@ -1,0 +1,208 @@
+"""One walk through a model, decoder layer by decoder layer, in the order of its forward pass.
+
+It stops before each linear whose turn it is, so that its statistics come from the inputs that the
+layers fitted before it really feed.
+
+Shape legend: B batch, T tokens, D hidden size.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.calibrate.statistics import Batch, InputStatistics, input_statistics
+from qat.model.head import Tokens, hidden_states
+
+LayerArguments = dict[str, dict[str, Any]]  # of a forward pass: by layer name, then by keyword
+
+
+@dataclass(slots=True)
+class Stream:
+    """Hidden states of every batch before a decoder layer, and what else layers are called with."""
+
+    hidden: list[Tensor]  # (B, T, D) each
+    arguments: list[LayerArguments]  # of each batch
+
+    def run(self, name: str, layer: nn.Module, batch: int) -> Tensor:
+        """Return the hidden states after a layer."""
+        return hidden_of(layer(self.hidden[batch], **self.arguments[batch][name]))
+
+    def advance(self, name: str, layer: nn.Module) -> None:
+        """Go past a layer."""
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self.run(name, layer, batch)
+
+
+class StopForward(Exception):  # noqa: N818 no error, a way out
+    """Ends a forward pass where its result is known."""
+
+
+@torch.no_grad()
+def walk_decoder_layers(
+    model: nn.Module,
+    names: Iterable[str],
+    batches: Sequence[Batch],
+    *,
+    head: str | None = None,
+    reference: nn.Module | None = None,
+) -> Iterator[tuple[list[str], InputStatistics]]:
+    """Yield linears that share an input, with its statistics, in the order of the forward pass.
+
+    The caller puts fitted layers in their place before it asks for more; what comes later is fed by
+    them. Only one decoder layer's inputs are held at a time.
+
+    Args:
+        model: Causal LM in eval mode that turns into the quantized one.
+        names: The linears to fit.
+        batches: Token ids, (B, T) each, on the model's device; `Tokens` where documents are packed.
+        head: Name under which the inputs of the head are yielded last; None = not at all.
+        reference: The full-precision model; the model itself as it comes when not given.
+
+    Raises:
+        ValueError: If there is no batch, a statistic is not finite, or the model's decoder layers
+            do not simply follow each other.
+    """
+    if not batches:
+        raise ValueError("calibration has no tokens; give a cache with at least one sequence")
+    linears = linears_by_layer(names)
+    last = list(linears)[-1] if head is None else last_decoder_layer(model)
+    stream = open_stream(model, batches, last)
+    dense = stream if reference is None else open_stream(reference, batches, last)
+    dense = Stream(list(dense.hidden), dense.arguments)
+    for name in stream.arguments[0]:
+        layer = model.get_submodule(name)
+        dense_layer = copy.deepcopy(layer) if reference is None else reference.get_submodule(name)
+        dense_inputs = watch_inputs(dense, name, dense_layer, linears.get(name, []))
+        for group in groups_that_share(dense_inputs):
+            shared = [f"{name}.{linear}" for linear in group]
+            inputs = (
+                (input_of(layer.get_submodule(group[0]), stream.run, name, layer, batch), expected)
+                for batch, expected in enumerate(dense_inputs[group[0]])
+            )
+            yield shared, input_statistics(shared[0], inputs)
+            for linear in group:
+                del dense_inputs[linear]
+        stream.advance(name, layer)
+    if head is not None:
+        norm, dense_norm = (one.get_decoder().norm for one in (model, reference or model))
+        ends = zip(map(norm, stream.hidden), map(dense_norm, dense.hidden), strict=True)
+        yield [head], input_statistics(head, ends)
+
+
+def hidden_of(output: Tensor | tuple) -> Tensor:
+    """Return the hidden states in a decoder layer's output."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def last_decoder_layer(model: nn.Module) -> str:
+    """Return the name of a model's last decoder layer."""
+    last = model.get_decoder().layers[-1]
+    return next(name for name, module in model.named_modules() if module is last)
+
+
+def linears_by_layer(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the linears of each decoder layer (`layers.3`, say) by their names in it."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        match = re.match(r"(.*?\.\d+)\.(.+)", name)
+        if match is None:
+            raise ValueError(
+                f"{name} is in no numbered decoder layer; fit this model with --fit moments"
+            )
+        layers.setdefault(match[1], []).append(match[2])
+    return layers
+
+
+def open_stream(model: nn.Module, batches: Sequence[Batch], last: str) -> Stream:
+    """Return the hidden states before the first decoder layer, and each layer's other arguments.
+
+    Layers up to `last` are seen. Where each sequence is one document, what layers get in addition
+    to hidden states (positions, masks) has no batch axis of its own: one sequence's serves all.
+    """
+    prefix = re.match(r"(.*\.)\d+$", last)[1]
+    names = [f"{prefix}{index}" for index in range(int(last.removeprefix(prefix)) + 1)]
+    first = model.get_submodule(names[0])
+    hidden, arguments, shared = [], [], {}
+    for batch in map(Tokens.of, batches):
+        hidden.append(input_of(first, hidden_states, model, *batch))
+        if batch.document_ids is not None:
+            arguments.append(layer_arguments(model, names, batch))
+            continue
+        length = batch.token_ids.shape[1]
+        if length not in shared:
+            shared[length] = layer_arguments(model, names, Tokens(batch.token_ids[:1]))
+        arguments.append(shared[length])
+    return Stream(hidden, arguments)
+
+
+def layer_arguments(model: nn.Module, names: Sequence[str], batch: Tokens) -> LayerArguments:
+    """Return what decoder layers, which follow each other, get in addition to hidden states."""
+    seen: LayerArguments = {}
+    ends: list[tuple[Tensor, Tensor]] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_layer: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
+            seen[name] = {key: kwargs[key] for key in kwargs if key != "hidden_states"}
+            ends.append((args[0] if args else kwargs["hidden_states"], hidden_of(output)))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name in names:
+            layer = model.get_submodule(name)
+            hooks.enter_context(layer.register_forward_hook(watch(name), with_kwargs=True))
+        hidden_states(model, *batch)
+    for (_, left), (right, _) in zip(ends, ends[1:], strict=False):
+        if not torch.equal(left, right):
+            raise ValueError(
+                f"{type(model).__name__} does more between decoder layers than pass hidden "
+                "states on; fit it with --fit moments"
+            )
+    return seen
+
+
+def input_of(module: nn.Module, call: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """Return the first input of a module in a call, which stops there."""
+    found: list[Tensor] = []
+
+    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise StopForward
+
+    with module.register_forward_pre_hook(hook, with_kwargs=True), suppress(StopForward):
+        call(*arguments)
+    return found[0]
+
+
+def watch_inputs(
+    stream: Stream, name: str, layer: nn.Module, linears: Sequence[str]
+) -> dict[str, list[Tensor]]:
+    """Go past a layer and return each linear's inputs of every batch, in the order of the calls."""
+    inputs: dict[str, list[Tensor]] = {}
+
+    def watch(linear: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple) -> None:
+            inputs.setdefault(linear, []).append(args[0])
+
+        return hook
+
+    with ExitStack() as hooks:
+        for linear in linears:
+            module = layer.get_submodule(linear)
+            hooks.enter_context(module.register_forward_pre_hook(watch(linear)))
+        stream.advance(name, layer)
+    return inputs
+
+
+def groups_that_share(inputs: dict[str, list[Tensor]]) -> list[list[str]]:
+    """Return the linears in groups that read one tensor, in the order of the calls."""
+    groups: dict[int, list[str]] = {}
+    for linear, tensors in inputs.items():
+        groups.setdefault(id(tensors[0]), []).append(linear)
+    return list(groups.values())
