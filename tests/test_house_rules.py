@@ -80,6 +80,7 @@ TESTED_ELSEWHERE = {
     "pipelines/recipe.py": "cli/test_init_student.py",
     "pipelines/snap_fp16.py": "legacy/test_fp16_snap.py",
     "pipelines/students.py": "cli/test_init_student.py",
+    "quant/normal_equations.py": "quant/test_hessian.py and test_hessian_blocks.py",
     "quant/quantized_tensor.py": "quant/test_fit.py",
     "reports/log.py": "cli/test_log_run.py",
     "storage/registry.py": "storage/test_stores.py",

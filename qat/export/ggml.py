@@ -28,13 +28,16 @@ def open_ggml() -> ctypes.CDLL:
     return library
 
 
-def quantize_anew(library: ctypes.CDLL, weight: Tensor, type_name: str) -> Tensor:
+def quantize_anew(
+    library: ctypes.CDLL, weight: Tensor, type_name: str, importance: Tensor | None = None
+) -> Tensor:
     """Return the blocks that C fits to a weight, uint8, flat.
 
     Args:
         library: Of `open_ggml`.
         weight: (O, I) float32, contiguous.
         type_name: A key of `BLOCK_TYPES`.
+        importance: How much each input counts, (I,) float32; types below 3 bits need it.
     """
     kind = BLOCK_TYPES[type_name]
     num_bytes = weight.numel() // kind.num_weights * kind.num_bytes
@@ -46,7 +49,7 @@ def quantize_anew(library: ctypes.CDLL, weight: Tensor, type_name: str) -> Tenso
         ctypes.c_int64(0),
         ctypes.c_int64(weight.shape[0]),
         ctypes.c_int64(weight.shape[1]),
-        None,
+        None if importance is None else ctypes.c_void_p(importance.data_ptr()),
     )
     return packed
 
