@@ -48,6 +48,7 @@ TESTED_ELSEWHERE = {
     "pipelines/bench.py": "recipes/test_bench.py",
     "pipelines/open_cache.py": "legacy/test_cache.py",
     "pipelines/students.py": "cli/test_init_student.py",
+    "quant/normal_equations.py": "quant/test_hessian.py and test_hessian_blocks.py",
     "quant/quantized_tensor.py": "quant/test_fit.py",
     "train/baselines.py": "recipes/test_bench.py",
     "train/layerwise.py": "train/test_blockwise.py and cli/test_train.py",

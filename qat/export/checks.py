@@ -15,7 +15,8 @@ REPORT_NAME = "export.json"
 
 def require_codebook(name: str, layer: FakeQuantWeight) -> None:
     """Refuse a layer whose codebook moved off the values of its grid."""
-    if not torch.equal(layer.codebook.detach(), layer.spec.grid.start_codebook()):
+    expected = layer.spec.grid.start_codebook()
+    if expected is not None and not torch.equal(layer.codebook.detach(), expected):
         raise ValueError(
             f"{name}: its codebook was trained away from the format's values; "
             "train without --trainable codebooks"
@@ -25,10 +26,13 @@ def require_codebook(name: str, layer: FakeQuantWeight) -> None:
 @torch.no_grad()
 def require_float16(name: str, layer: FakeQuantWeight) -> None:
     """Refuse a layer with a scale that float16 does not hold."""
-    scale = layer.full_scale()
-    if not fits_float16(scale) or not torch.equal(scale.half().float(), scale):
-        worst = float(scale.abs().max())
-        raise ValueError(f"{name}: scale {worst:.6g} is outside float16; train with a lower rate")
+    for part in layer.spec.scale.part_shapes((layer.out_features, layer.in_features)):
+        scale = layer.spec.snap_part(part, getattr(layer, part))
+        if not fits_float16(scale) or not torch.equal(scale.half().float(), scale):
+            worst = float(scale.abs().max())
+            raise ValueError(
+                f"{name}: scale {worst:.6g} is outside float16; train with a lower rate"
+            )
 
 
 def equal_bits(first: Tensor, second: Tensor) -> bool:

@@ -24,8 +24,13 @@ def open_ggml() -> ctypes.CDLL:
     return library
 
 
-def quantize_anew(library: ctypes.CDLL, weight: Tensor, type_name: str) -> Tensor:
-    """Return the blocks that C fits to a contiguous weight, (O, I) float32, as flat uint8."""
+def quantize_anew(
+    library: ctypes.CDLL, weight: Tensor, type_name: str, importance: Tensor | None = None
+) -> Tensor:
+    """Return the blocks that C fits to a contiguous weight, (O, I) float32, as flat uint8.
+
+    Types below 3 bits need an importance of each input, (I,) float32.
+    """
     kind = BLOCK_TYPES[type_name]
     num_bytes = weight.numel() // kind.num_weights * kind.num_bytes
     packed = torch.empty(num_bytes, dtype=torch.uint8)
@@ -36,7 +41,7 @@ def quantize_anew(library: ctypes.CDLL, weight: Tensor, type_name: str) -> Tenso
         ctypes.c_int64(0),
         ctypes.c_int64(weight.shape[0]),
         ctypes.c_int64(weight.shape[1]),
-        None,
+        None if importance is None else ctypes.c_void_p(importance.data_ptr()),
     )
     return packed
 

@@ -45,12 +45,14 @@ class PackedWeight(nn.Module):
         indices = torch.zeros(spec.grid.index_shape(self.shape), dtype=spec.grid.index_dtype)
         self.register_buffer("indices", spec.grid.pack(indices))
         for name, shape in spec.part_shapes(self.shape).items():
-            dtype = BITS_DTYPES[spec.stored_dtype]
-            self.register_buffer(name, torch.empty(shape, dtype=dtype))
+            self.register_buffer(name, stored_bits(spec, name, torch.zeros(shape)))
 
     def part(self, name: str) -> Tensor:
         """Return scales or the codebook as float32 numbers."""
-        return getattr(self, name).view(getattr(torch, self.spec.stored_dtype)).float()
+        bits, shape = getattr(self, name), self.spec.part_shapes(self.shape)[name]
+        is_packed = bits.dtype == torch.uint8
+        stored = bits if is_packed else bits.view(getattr(torch, self.spec.stored_dtype))
+        return self.spec.load_part(name, stored, shape)
 
     def weight_on_grid(self) -> Tensor:
         """Return the weight that was trained, (O, I), float32."""
@@ -101,10 +103,10 @@ class PackedHead(nn.Module):
         return nn.functional.linear(x, self.tied[0].weight_on_grid().to(x.dtype))
 
 
-def float_bits(values: Tensor, stored_dtype: str) -> Tensor:
-    """Return stored numbers as the integers of their bits."""
-    stored = values.detach().to(getattr(torch, stored_dtype)).contiguous()
-    return stored.view(BITS_DTYPES[stored_dtype])
+def stored_bits(spec: TensorSpec, name: str, values: Tensor) -> Tensor:
+    """Return a part as integers: packed ones as they are, stored numbers as their bits."""
+    stored = spec.store_part(name, values.detach()).contiguous()
+    return stored if stored.dtype == torch.uint8 else stored.view(BITS_DTYPES[spec.stored_dtype])
 
 
 class StudentConfig(PreTrainedConfig):

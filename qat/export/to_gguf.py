@@ -28,15 +28,15 @@ from qat.export.gguf_vocabulary import read_vocabulary
 from qat.grids.blocks import (
     BLOCK_TYPES,
     DTYPES,
-    pack_blocks,
     pack_dense,
+    pack_parts,
     quantize_q8_0,
     unpack_blocks,
 )
 from qat.grids.scalar import fits_float16
 from qat.model.layers import FakeQuantWeight
 from qat.model.load import load_tokenizer
-from qat.model.surgery import current_indices, quantized_layers
+from qat.model.surgery import quantized_layers, quantized_tensor
 from qat.quant.spec import TensorSpec, gguf_type_of
 from qat.storage.files import atomic_file
 
@@ -226,8 +226,8 @@ def float_tensor(student: nn.Module, tensor: PlannedTensor) -> Tensor:
 def packed_bytes(student: nn.Module, tensor: PlannedTensor) -> Tensor:
     """Return a tensor's bytes, rows in the student's order."""
     if is_packed(student, tensor):
-        layer = student.get_submodule(layer_name(tensor))
-        return pack_blocks(current_indices(layer), *layer.expand(), tensor.type_name)
+        quantized = quantized_tensor(student.get_submodule(layer_name(tensor)))
+        return pack_parts(quantized.indices, quantized.parts, tensor.type_name)
     if tensor.type_name == "q8_0":
         return quantize_q8_0(float_tensor(student, tensor))
     return pack_dense(float_tensor(student, tensor), tensor.type_name)

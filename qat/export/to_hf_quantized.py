@@ -46,10 +46,9 @@ def export_to_hf_quantized(
 @torch.no_grad()
 def packed_parts(layer: FakeQuantWeight) -> dict[str, Tensor]:
     """Return a layer's entries by the last part of their names."""
-    from qat.export.plugin import float_bits
+    from qat.export.plugin import stored_bits
 
-    stored = layer.spec.stored_dtype
-    parts = {n: float_bits(layer.stored(t), stored) for n, t in stored_parts(layer).items()}
+    parts = {n: stored_bits(layer.spec, n, t) for n, t in stored_parts(layer).items()}
     return {"indices": layer.spec.grid.pack(current_indices(layer)), **parts}
 
 

@@ -5,6 +5,7 @@
     IQ4_NL  values[q] * d      the same layout, 16 fixed values
     Q8_0    q * d              32 weights, q in int8
     Q2_0    (q - 1) * d        64 weights, q in 2 bits, four neighbours a byte, the first lowest
+    IQ2_S   d * (s + 1/2) / 4 * point * signs    256 weights, s in 4 bits for each 16, points of 8
 
 d is float16 of either sign and lies in front of the block's q. Packing takes indices into an
 ascending codebook; Q2_0 counts the other way (-2 .. 1 becomes 2 .. -1), so its d is the scale with
@@ -16,6 +17,7 @@ Shape legend: O out, I in, G blocks of a row.
 Source: ggml's ggml-common.h and ggml-quants.c (dequantize_row_*).
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -42,6 +44,7 @@ BLOCK_TYPES = {
     "q8_0": BlockType(8, 32, 34, 7),
     "iq4_nl": BlockType(20, 32, 18, 25),
     "q2_0": BlockType(42, 64, 18, 41),
+    "iq2_s": BlockType(22, 256, 82, 28),
 }
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -83,6 +86,8 @@ def unpack_blocks(packed: Tensor, name: str) -> Tensor:
     num_outputs = packed.shape[0]
     if name in DTYPES:
         return packed.contiguous().view(DTYPES[name]).float()
+    if name in SUPER_PACKERS:
+        return unpack_super_blocks(packed, name)
     blocks = packed.reshape(num_outputs, -1, BLOCK_TYPES[name].num_bytes)
     d = blocks[..., :D_BYTES].contiguous().view(torch.float16).float()  # (O, G, 1)
     body = blocks[..., D_BYTES:]
@@ -99,6 +104,64 @@ def unpack_blocks(packed: Tensor, name: str) -> Tensor:
         q = torch.cat([body & 15, body >> 4], dim=-1)
         values = torch.tensor(IQ4_VALUES)[q.int()].float() if name == "iq4_nl" else q.float() - 8
     return (values * d).view(num_outputs, -1)
+
+
+def pack_parts(indices: Tensor, parts: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the bytes of a weight, (O, bytes of a row), uint8, by the parts that its format has.
+
+    Args:
+        indices: As the type's grid has them.
+        parts: Scales as `part_shapes` of the type's format names them, as stored.
+        name: Any of `BLOCK_TYPES` but the dense ones.
+    """
+    if name in SUPER_PACKERS:
+        return pack_super_blocks(indices, parts, name)
+    return pack_blocks(indices, parts["scale"], parts.get("offset"), name)
+
+
+def pack_super_blocks(indices: Tensor, parts: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the bytes of a weight with super-block scales, (O, bytes of a row), uint8.
+
+    Args:
+        indices: As the type's grid has them.
+        parts: super_scale, numbers of float16, and sub_scale, integers.
+        name: A key of `SUPER_PACKERS`.
+    """
+    num_outputs, num_blocks = parts["super_scale"].shape
+    indices, sub_scale = (
+        t.reshape(num_outputs, num_blocks, -1) for t in (indices, parts["sub_scale"])
+    )
+    d = parts["super_scale"].to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)
+    fields = SUPER_PACKERS[name](indices, sub_scale.to(torch.uint8))
+    return torch.cat([d, *fields], dim=-1).reshape(num_outputs, -1)
+
+
+def iq2_s_fields(indices: Tensor, sub_scale: Tensor) -> list[Tensor]:
+    """Return qs, signs, qh and scales of block_iq2_s, (O, B, bytes) each.
+
+    Args:
+        indices: (O, B, 32): a point of 10 bits, and 8 signs above it.
+        sub_scale: (O, B, 16) uint8.
+    """
+    high = ((indices >> 8) & 3).to(torch.uint8).unflatten(-1, (-1, 4))  # (O, B, 8, 4)
+    pairs = sub_scale.unflatten(-1, (-1, 2))  # (O, B, 8, 2)
+    return [
+        (indices & 255).to(torch.uint8),
+        (indices >> 10).to(torch.uint8),
+        high[..., 0] | (high[..., 1] << 2) | (high[..., 2] << 4) | (high[..., 3] << 6),
+        pairs[..., 0] | (pairs[..., 1] << 4),
+    ]
+
+
+SUPER_PACKERS = {"iq2_s": iq2_s_fields}
+
+
+def unpack_super_blocks(packed: Tensor, name: str) -> Tensor:
+    """Return the weights that bytes stand for, (O, I), float32, as `gguf` reads them."""
+    import gguf
+
+    number = gguf.GGMLQuantizationType(BLOCK_TYPES[name].number)
+    return torch.from_numpy(gguf.quants.dequantize(packed.contiguous().numpy(), number))
 
 
 def quantize_q8_0(weight: Tensor) -> Tensor:

@@ -62,6 +62,9 @@ class ScalarGrid:
         """Number of codebook values."""
         return 2**self.bits
 
+    def check(self, shape: tuple[int, int]) -> None:
+        """Refuse a weight that the grid does not fit; there is none."""
+
     def index_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return the shape of the indices of an (O, I) weight."""
         return shape
@@ -74,11 +77,15 @@ class ScalarGrid:
         """Return the fixed codebook, or for a learned one the integers it is fitted from."""
         return fixed_codebook("int" if self.is_learned else self.kind, self.bits)
 
-    def round(self, normalized: Tensor, codebook: Tensor) -> Tensor:
+    def round(
+        self, normalized: Tensor, codebook: Tensor, _importance: Tensor | None = None
+    ) -> Tensor:
         """Return the indices of the nearest values, uint8, of weights over their scales."""
         return nearest_indices(normalized, codebook)
 
-    def nearest(self, normalized: Tensor, codebook: Tensor) -> Tensor:
+    def nearest(
+        self, normalized: Tensor, codebook: Tensor, _importance: Tensor | None = None
+    ) -> Tensor:
         """Return the nearest values themselves, without indices between."""
         return nearest_values(normalized, codebook)
 

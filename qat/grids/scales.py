@@ -14,7 +14,8 @@ Shape legend: O out, I in, G groups of a row, R rank.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class LowRank(NamedTuple):
 
 Snap = Callable[[Tensor], Tensor]
 Parts = Mapping[str, Tensor]
+NO_INTEGERS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,9 @@ class GroupScale:
     """Whether each group also has an offset: W_hat = scale * value + offset."""
     floor: float | None = None
     """A scale below it counts as it, as in checkpoints of the seeds' first form; None = as is."""
+
+    rank: ClassVar[int] = 0
+    integer_bits: ClassVar[Mapping[str, int]] = NO_INTEGERS  # of parts that files hold as integers
 
     def __post_init__(self) -> None:
         if self.group_size < 0:
@@ -100,6 +105,10 @@ class GroupScale:
             scale = scale.clamp_min(self.floor)
         return scale, snap(parts["offset"]) if self.has_offset else None
 
+    def storable(self, parts: Parts) -> dict[str, Tensor]:
+        """Return scales that training drove to zero or beyond float16, pulled back."""
+        return {"scale": pulled_back(parts["scale"])}
+
 
 @dataclass(frozen=True, slots=True)
 class LowRankScale:
@@ -108,6 +117,10 @@ class LowRankScale:
     rank: int
     floor: float | None = None
     """A scale below it counts as it, as in checkpoints of the seeds' first form; None = as is."""
+
+    group_size: ClassVar[int] = 0
+    has_offset: ClassVar[bool] = False
+    integer_bits: ClassVar[Mapping[str, int]] = NO_INTEGERS
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -160,6 +173,10 @@ class LowRankScale:
             "magnitude": (d_rows * scale_a).sum(0),
             "scale_b": (rows @ d_scale).float(),
         }
+
+    def storable(self, _parts: Parts) -> dict[str, Tensor]:
+        """Return nothing: factors may have any value."""
+        return {}
 
 
 def largest_divisor(number: int, at_most: int) -> int:
@@ -333,6 +350,12 @@ def nearest_stored_scale(fitted: Tensor, former: Tensor, *, is_signed: bool) -> 
 def stored_scale(scale: Tensor) -> Tensor:
     """Return scales on the float16 grid, inside its normal range, each of the sign it had."""
     return snap_float16(scale.abs().clamp(FLOAT16_TINY, FLOAT16_MAX).copysign(scale))
+
+
+def pulled_back(scale: Tensor) -> Tensor:
+    """Return scales of which those at or below zero, or beyond float16, are ones of its range."""
+    is_lost = (scale <= 0) | ~torch.isfinite(scale.half())
+    return stored_scale(scale).where(is_lost, scale)
 
 
 def start_low_rank(scale: Tensor, rank: int) -> LowRank:

@@ -89,7 +89,7 @@ def snap_layer(layer: FakeQuantWeight, report: SnapReport, *, bake: bool) -> Non
 
 def parts_to_snap(layer: FakeQuantWeight, *, bake: bool) -> dict[str, Tensor]:
     """Return what is rounded, by name: scales as the forward uses them, and the codebook."""
-    parts = {name: layer.stored(values) for name, values in stored_parts(layer).items()}
+    parts = {n: layer.spec.snap_part(n, values) for n, values in stored_parts(layer).items()}
     on_grid = all(torch.equal(snap_float16(values), values) for values in parts.values())
     if layer.spec.rank and (bake or not on_grid):
         parts["scale_a"] = parts["scale_a"] * parts["magnitude"]

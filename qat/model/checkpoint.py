@@ -31,6 +31,7 @@ from qat.model.surgery import (
     stored_parts,
 )
 from qat.quant.plan import QuantPlan, TensorInfo, plan_from_dict, tensor_kind
+from qat.quant.spec import TensorSpec
 from qat.storage.files import atomic_folder, read_json, sha256_of_file, write_json
 
 HEADER_NAME = "checkpoint.json"
@@ -95,12 +96,14 @@ def student_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in quantized_layers(model).items():
         tensors[f"{name}.indices"] = layer.spec.grid.pack(current_indices(layer).cpu())
         for part, values in stored_parts(layer).items():
-            tensors[f"{name}.{part}"] = as_stored(values, layer.spec.stored_dtype, name, part)
+            tensors[f"{name}.{part}"] = as_stored(values, layer.spec, name, part)
     return tensors | dense_tensors(model)
 
 
-def as_stored(values: Tensor, dtype: str, name: str, part: str) -> Tensor:
-    """Return scales or a codebook in the dtype that a file holds them in."""
+def as_stored(values: Tensor, spec: TensorSpec, name: str, part: str) -> Tensor:
+    """Return scales or a codebook as a file holds them; refused if that loses them."""
+    dtype = spec.stored_dtype
+    values = values.detach().cpu()
     if dtype == "bfloat16":
         values = snap_bfloat16(values)
     fits = bool(torch.isfinite(values).all()) if dtype == "float32" else fits_float16(values)
@@ -108,7 +111,7 @@ def as_stored(values: Tensor, dtype: str, name: str, part: str) -> Tensor:
         raise ValueError(
             f"{name}.{part} holds NaN or values beyond {dtype}; train with a lower rate"
         )
-    return values.detach().to(getattr(torch, dtype)).cpu().contiguous()
+    return spec.store_part(part, values).contiguous()
 
 
 def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -243,8 +246,9 @@ def fill(model: nn.Module, file: safe_open, dtype: torch.dtype) -> None:
     for name, layer in layers.items():
         shape = (layer.out_features, layer.in_features)
         layer.indices = layer.spec.grid.unpack(take(f"{name}.indices"), shape)
-        for part in stored_parts(layer):
-            put(getattr(layer, part), take(f"{name}.{part}").float(), f"{name}.{part}")
+        for part, empty in stored_parts(layer).items():
+            values = layer.spec.load_part(part, take(f"{name}.{part}"), tuple(empty.shape))
+            put(empty, values, f"{name}.{part}")
     for key, target in dense_targets(model).items():
         put(target, take(key).to(dtype), key)
     if left:

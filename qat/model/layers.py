@@ -34,6 +34,8 @@ class FakeQuantWeight(nn.Module):
         shape = (out_features, in_features)
         for name, part_shape in spec.part_shapes(shape).items():
             self.register_parameter(name, nn.Parameter(torch.empty(part_shape)))
+        if not spec.grid.num_values:
+            self.register_parameter("codebook", None)
         indices = torch.empty(spec.grid.index_shape(shape), dtype=spec.grid.index_dtype)
         self.register_buffer("indices", indices, persistent=True)
         self.register_parameter("latent_weight", None)
@@ -62,6 +64,10 @@ class FakeQuantWeight(nn.Module):
         snap = SNAPS.get(self.spec.stored_dtype)
         return values if snap is None else snap.apply(values)
 
+    def stored_codebook(self) -> Tensor | None:
+        """Return the codebook as a file holds it; None where the grid has none."""
+        return None if self.codebook is None else self.stored(self.codebook)
+
     def expand(self) -> tuple[Tensor, Tensor | None]:
         """Return scales and offsets as stored: (O, G), or (O, I) when low rank."""
         return self.spec.scale.expand(self.parts, self.stored)
@@ -73,7 +79,7 @@ class FakeQuantWeight(nn.Module):
     def fake_quantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return W_hat, (O, I), with gradients to whatever trains."""
         scale, offset = self.expand()
-        codebook, grid = self.stored(self.codebook), self.spec.grid
+        codebook, grid = self.stored_codebook(), self.spec.grid
         if self.held_values is not None and not torch.is_grad_enabled():
             return scale_values(self.held_values, scale, offset, dtype)
         if self.latent_weight is None:

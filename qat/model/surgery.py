@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from qat.grids.scalar import over_scale, times_scale
-from qat.grids.scales import stored_scale
 from qat.model.layers import (
     FakeQuantEmbedding,
     FakeQuantLinear,
@@ -161,7 +160,10 @@ def quantized_layers(model: nn.Module) -> dict[str, FakeQuantWeight]:
 
 def quantized_tensor(layer: FakeQuantWeight) -> QuantizedTensor:
     """Return what a layer holds as its file does: indices as they are, parts as stored."""
-    parts = {name: layer.stored(values.detach()) for name, values in stored_parts(layer).items()}
+    parts = {
+        name: layer.spec.snap_part(name, values.detach())
+        for name, values in stored_parts(layer).items()
+    }
     return QuantizedTensor(layer.spec, current_indices(layer), parts)
 
 
@@ -218,9 +220,11 @@ def hold_values(layer: FakeQuantWeight) -> None:
 
     As float16, which holds every stored codebook value; float32 codebooks are looked up each time.
     """
-    is_fixed = layer.latent_weight is None and not layer.codebook.requires_grad
-    if is_fixed and layer.held_values is None and layer.spec.stored_dtype != "float32":
-        values = layer.spec.grid.look_up(layer.indices, layer.stored(layer.codebook))
+    moves = layer.latent_weight is not None or (
+        layer.codebook is not None and layer.codebook.requires_grad
+    )
+    if not moves and layer.held_values is None and layer.spec.stored_dtype != "float32":
+        values = layer.spec.grid.look_up(layer.indices, layer.stored_codebook())
         layer.held_values = values.to(torch.float16)
 
 
@@ -236,24 +240,29 @@ def thaw_indices(layer: FakeQuantWeight, weight: torch.Tensor | None = None) -> 
         layer: A layer with frozen indices.
         weight: Full-precision weight, (O, I); the cell's own value where not given.
     """
-    grid, scales = layer.spec.grid, layer.expand()
-    codebook = layer.stored(layer.codebook)
-    order = codebook.argsort()
-    layer.codebook.data = layer.codebook.data[order]
-    layer.indices = order.argsort().to(torch.uint8)[layer.indices.int()]
-    codebook = codebook[order]
-    values = codebook[layer.indices.int()]
-    latent = at_values = times_scale(values, *scales)
+    sort_codebook(layer)
+    grid, scales, codebook = layer.spec.grid, layer.expand(), layer.stored_codebook()
+    latent = at_values = times_scale(grid.look_up(layer.indices, codebook), *scales)
     if weight is not None:
-        weight = weight.to(values.device, torch.float32)
+        weight = weight.to(at_values.device, torch.float32)
         normalized = grid.clamp(over_scale(weight, *scales), codebook)
         latent = torch.where(
             torch.isfinite(normalized), times_scale(normalized, *scales), at_values
         )
         moved = grid.round(over_scale(latent, *scales), codebook) != layer.indices
+        moved = moved.repeat_interleave(grid.block_size, dim=1)
         latent = torch.where(moved, at_values, latent)
     layer.latent_weight = nn.Parameter(latent)
     layer.held_values = None
+
+
+def sort_codebook(layer: FakeQuantWeight) -> None:
+    """Put a layer's codebook in ascending order; its frozen indices follow."""
+    if layer.codebook is None:
+        return
+    order = layer.stored(layer.codebook).argsort()
+    layer.codebook.data = layer.codebook.data[order]
+    layer.indices = order.argsort().to(torch.uint8)[layer.indices.int()]
 
 
 @torch.no_grad()
@@ -262,26 +271,24 @@ def freeze_indices(layer: FakeQuantWeight) -> None:
     if layer.latent_weight is None:
         return
     layer.indices = current_indices(layer)
-    layer.codebook.data = layer.codebook.data.sort().values
+    if layer.codebook is not None:
+        layer.codebook.data = layer.codebook.data.sort().values
     layer.latent_weight = None
 
 
 @torch.no_grad()
 def current_indices(layer: FakeQuantWeight) -> torch.Tensor:
-    """Return the indices that the next forward uses, (O, I) uint8, into the sorted codebook."""
+    """Return the indices that the next forward uses, into the sorted codebook if there is one."""
     if layer.latent_weight is None:
         return layer.indices
-    codebook = layer.stored(layer.codebook).sort().values
+    codebook = layer.stored_codebook()
+    codebook = None if codebook is None else codebook.sort().values
     return layer.spec.grid.round(over_scale(layer.latent_weight, *layer.expand()), codebook)
 
 
 @torch.no_grad()
 def keep_scales_storable(model: nn.Module) -> None:
-    """Pull group scales that training drove to zero or beyond float16 back into its range."""
+    """Pull scales that training drove out of what files hold back into its range."""
     for layer in quantized_layers(model).values():
-        if not layer.spec.rank:
-            layer.scale.data.copy_(
-                stored_scale(layer.scale.data).where(
-                    (layer.scale.data <= 0) | ~torch.isfinite(layer.scale.half()), layer.scale.data
-                )
-            )
+        for name, values in layer.spec.scale.storable(layer.parts).items():
+            getattr(layer, name).data.copy_(values)

@@ -30,6 +30,7 @@ from qat.grids.scales import (
     start_low_rank,
     unit_factors,
 )
+from qat.quant.fit_blocks import fit_blocks
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 
@@ -64,6 +65,8 @@ def fit_weight(
     weight = weight.detach().float()
     check_weight(weight, spec)
     importance = floored(importance, weight)
+    if spec.scale.integer_bits:
+        return fit_blocks(weight, spec, importance)
     if spec.has_offset:
         return fit_affine(weight, spec, importance, num_rounds)
     rows = None if row_weights is None else row_weights.to(weight.device).float().unsqueeze(1)

@@ -26,6 +26,20 @@ from torch import Tensor
 from qat.grids.scalar import expand_groups, midpoints, snap_float16, snap_stored
 from qat.grids.scales import nearest_stored_scale
 from qat.quant.fit import away_from_zero, fit_weight
+from qat.quant.hessian_blocks import (
+    descend_blocks,
+    falling_block_order,
+    feed_block_errors,
+    refit_integers,
+)
+from qat.quant.normal_equations import (
+    ROWS_AT_ONCE,
+    group_products,
+    group_sums,
+    quadratic,
+    solve_damped,
+    with_offsets,
+)
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 
@@ -36,8 +50,6 @@ START_ROUNDS = 2  # of the fit by second moments: three more change the end by u
 NUM_SWEEPS = 2  # of scales, codebook and descent after the feedback; two more gain 3%
 COLUMNS_AT_ONCE = 64  # columns whose effect on later ones is applied as one product
 FITTED_ROWS = 32768  # of a fit: bounds its (O, I) temporaries for wide vocabularies
-ROWS_AT_ONCE = 4096  # bounds the (rows, G, G) normal equations
-RIDGE = 1e-6  # of the mean diagonal: keeps nearly collinear groups solvable in float32
 
 
 def fit_with_hessian(
@@ -177,6 +189,9 @@ def feed_errors(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Quan
         start: Gives scales and codebook.
         hessian: Damped, (I, I).
     """
+    if start.spec.grid.block_size > 1:
+        order = falling_block_order(hessian, start.spec.grid.block_size)
+        return feed_block_errors(target, start, feedback_factor(hessian[order][:, order]), order)
     order = falling_order(hessian)
     factor = feedback_factor(hessian[order][:, order])
     work = target[:, order].T.contiguous()  # (I, O)
@@ -203,6 +218,9 @@ def descend(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Quantize
         start: Gives indices, scales and codebook.
         hessian: Damped, (I, I).
     """
+    if start.spec.grid.block_size > 1:
+        order = falling_block_order(hessian, start.spec.grid.block_size)
+        return descend_blocks(target, start, hessian[order][:, order], order)
     order = falling_order(hessian)
     hessian = hessian[order][:, order]
     values = start.dequantize()[:, order].T.contiguous()  # (I, O)
@@ -257,7 +275,10 @@ def refit_scale(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Quan
         start: Gives indices and codebook, and the scales of rows that stay.
         hessian: Damped, (I, I).
     """
-    spec, num_groups = start.spec, start.scale.shape[1]
+    spec = start.spec
+    if spec.scale.integer_bits:
+        return refit_integers(target, start, hessian)
+    num_groups = start.scale.shape[1]
     values = spec.grid.look_up(start.indices, start.codebook)  # (O, I)
     pulled = target @ hessian
     scale = start.scale.clone()
@@ -291,42 +312,6 @@ def stored_solution(solved: Tensor, previous: Tensor, num_groups: int, spec: Ten
     return torch.cat([stored, snap_stored(solved[:, num_groups:], spec.stored_dtype)], dim=1)
 
 
-def group_sums(values: Tensor, num_groups: int) -> Tensor:
-    """Return the sum of each group, (O, G), of (O, I) values."""
-    return values.view(len(values), num_groups, -1).sum(-1)
-
-
-def group_products(
-    values: Tensor, hessian: Tensor, num_groups: int, others: Tensor | None = None
-) -> Tensor:
-    """Return sum over i in g, j in h of c_i H_ij d_j for each row, (O, G, G).
-
-    Args:
-        values: c, (O, I).
-        hessian: (I, I).
-        num_groups: G.
-        others: d, (O, I) or a row for all, (1, I); c itself when not given.
-    """
-    num_rows, num_inputs = values.shape
-    others = values if others is None else others
-    size = num_inputs // num_groups
-    normal = torch.empty(num_rows, num_groups, num_groups, device=values.device)
-    for group in range(num_groups):
-        inside = slice(group * size, (group + 1) * size)
-        pulled = values[:, inside] @ hessian[inside]  # (O, I)
-        normal[:, group] = (pulled * others).view(num_rows, num_groups, size).sum(-1)
-    return normal
-
-
-def with_offsets(normal: Tensor, values: Tensor, hessian: Tensor, num_groups: int) -> Tensor:
-    """Return the normal matrices of scales and offsets together, (O, 2G, 2G)."""
-    ones = torch.ones_like(values[:1])
-    mixed = group_products(values, hessian, num_groups, ones)  # (O, G, G)
-    even = group_products(ones, hessian, num_groups).expand_as(mixed)
-    top = torch.cat([normal, mixed], dim=2)
-    return torch.cat([top, torch.cat([mixed.transpose(1, 2), even], dim=2)], dim=1)
-
-
 def refit_codebook(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
     """Return the least-squares codebook given indices and scales; the former one if no better.
 
@@ -353,22 +338,6 @@ def refit_codebook(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Q
     order = fitted.argsort(stable=True)
     indices = order.argsort().to(torch.uint8)[start.indices.int()]
     return start.replaced(indices=indices, codebook=fitted[order])
-
-
-def solve_damped(normal: Tensor, wanted: Tensor) -> Tensor:
-    """Return x of normal @ x = wanted, (N, D), for (N, D, D) matrices that may be singular."""
-    normal = normal.double()
-    ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    identity = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
-    normal = normal + ridge.view(-1, 1, 1) * identity
-    return torch.linalg.solve(normal, wanted.double().unsqueeze(-1)).squeeze(-1).float()
-
-
-def quadratic(normal: Tensor, wanted: Tensor, x: Tensor) -> Tensor:
-    """Return x^T normal x - 2 wanted^T x over the last axis, in float64."""
-    x = x.double()
-    pulled = (normal.double() @ x.unsqueeze(-1)).squeeze(-1)
-    return ((pulled - 2 * wanted.double()) * x).sum(-1)
 
 
 def full_scale(quantized: QuantizedTensor) -> Tensor:

@@ -26,9 +26,9 @@ class QuantizedTensor:
     """Scales and codebook by name, float32 numbers of the stored dtype."""
 
     @property
-    def codebook(self) -> Tensor:
-        """The codebook, (C,) ascending."""
-        return self.parts["codebook"]
+    def codebook(self) -> Tensor | None:
+        """The codebook, (C,) ascending; None where the grid has none."""
+        return self.parts.get("codebook")
 
     @property
     def scale(self) -> Tensor:

@@ -7,8 +7,8 @@
     f32, f16, bf16    not quantized
 
 A suffix `-bf16` or `-f32` says how scales and codebooks are stored; float16 without one. Names of
-runtimes' formats stand for the grids that their files hold: `gguf:q4_0`, `mlx:4bit-g64`,
-`w4a16-g32` (compressed-tensors), `coreml:lut4`.
+runtimes' formats stand for the grids that their files hold: `gguf:q4_0`, `gguf:iq2_s` (a vector
+grid), `mlx:4bit-g64`, `w4a16-g32` (compressed-tensors), `coreml:lut4`.
 
 Shape legend: O out, I in.
 """
@@ -17,12 +17,18 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from qat.grids.scalar import ScalarGrid
+import torch
+from torch import Tensor
+
+from qat.grids.packing import pack, unpack
+from qat.grids.scalar import ScalarGrid, snap_stored
 from qat.grids.scales import GroupScale, LowRankScale
+from qat.grids.super_blocks import SuperBlockScale
+from qat.grids.vectors import VectorGrid
 
 StoredDtype = Literal["float16", "bfloat16", "float32"]
-Grid = ScalarGrid
-Scale = GroupScale | LowRankScale
+Grid = ScalarGrid | VectorGrid
+Scale = GroupScale | LowRankScale | SuperBlockScale
 
 STORED_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 DENSE_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -63,19 +69,19 @@ class TensorSpec:
         return self.grid is not None
 
     @property
-    def bits(self) -> int:
-        """Bits per index."""
+    def bits(self) -> int | float:
+        """Bits of indices per weight."""
         return self.grid.bits
 
     @property
     def rank(self) -> int:
         """Rank of the scales; 0 = one scale per group."""
-        return self.scale.rank if isinstance(self.scale, LowRankScale) else 0
+        return self.scale.rank
 
     @property
     def group_size(self) -> int:
         """Weights of a row that share a scale; 0 = the whole row, or low-rank scales."""
-        return 0 if self.rank else self.scale.group_size
+        return self.scale.group_size
 
     @property
     def floor(self) -> float | None:
@@ -90,7 +96,7 @@ class TensorSpec:
     @property
     def has_offset(self) -> bool:
         """Whether groups have an offset."""
-        return isinstance(self.scale, GroupScale) and self.scale.has_offset
+        return self.scale.has_offset
 
     @property
     def has_fixed_values(self) -> bool:
@@ -105,10 +111,31 @@ class TensorSpec:
         """
         if self.is_quantized:
             self.scale.check(shape)
+            self.grid.check(shape)
 
     def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of scales and codebook of an (O, I) weight, by name."""
-        return {**self.scale.part_shapes(shape), "codebook": (self.grid.num_values,)}
+        count = self.grid.num_values
+        return {**self.scale.part_shapes(shape), **({"codebook": (count,)} if count else {})}
+
+    def snap_part(self, name: str, values: Tensor) -> Tensor:
+        """Return scales or a codebook as a file holds them, in float32."""
+        if bits := self.scale.integer_bits.get(name):
+            return values.round().clamp(0, 2**bits - 1)
+        return snap_stored(values, self.stored_dtype)
+
+    def store_part(self, name: str, values: Tensor) -> Tensor:
+        """Return scales or a codebook in a file's dtype; small integers packed, flat."""
+        values = self.snap_part(name, values)
+        if bits := self.scale.integer_bits.get(name):
+            return pack(values, bits)
+        return values.to(getattr(torch, self.stored_dtype))
+
+    def load_part(self, name: str, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return what `store_part` was given, as float32 numbers; integers in a shape."""
+        if bits := self.scale.integer_bits.get(name):
+            return unpack(stored, bits, shape).float()
+        return stored.float()
 
     def size_bits(self, shape: tuple[int, ...]) -> int:
         """Return the bits of everything that a tensor ships: indices, scales, codebook."""
@@ -195,6 +222,8 @@ def canonical_name(spec: TensorSpec) -> str:
     """Return the name of a spec in the grammar of this module."""
     if not spec.is_quantized:
         return next(name for name, dtype in DENSE_DTYPES.items() if dtype == spec.stored_dtype)
+    if not spec.grid.num_values:
+        return f"gguf:{spec.grid.kind}{DTYPE_SUFFIXES[spec.stored_dtype]}"
     kind = PREFIXES.get(spec.grid.kind, spec.grid.kind)
     size = f"r{spec.rank}" if spec.rank else f"g{spec.group_size}" if spec.group_size else "row"
     floor = "" if spec.floor is None else f"-floor{spec.floor!r}"
@@ -219,11 +248,16 @@ def named_formats() -> dict[str, TensorSpec]:
         for size in (32, 64, 128):
             formats[f"mlx:{bits}bit-g{size}"] = make_spec(bits, group_size=size, codebook="uint")
     named = {name: replace(spec, name=name) for name, spec in formats.items()}
+    for kind, scale in SUPER_SCALES.items():
+        spec = TensorSpec(grid=VectorGrid(kind), scale=scale)
+        named[spec.name] = spec
     for name, dtype in DENSE_DTYPES.items():
         named[name] = TensorSpec(grid=None, scale=None, stored_dtype=dtype, name=name)
     return named
 
 
+# d * (0.5 + s) / 4, of ggml's dequantize_row_iq2_s.
+SUPER_SCALES = {"iq2_s": SuperBlockScale(16, 256, sub_bits=4, shift=0.5, factor=0.25)}
 FORMATS = named_formats()
 F32, F16 = FORMATS["f32"], FORMATS["f16"]
 
@@ -243,4 +277,6 @@ def gguf_type_of(spec: TensorSpec) -> str | None:
         return None
     if spec.stored_dtype == "float32":
         return None
+    if spec.grid.kind in SUPER_SCALES:
+        return spec.grid.kind
     return GGUF_TYPES.get((spec.grid.kind, spec.bits, spec.group_size))

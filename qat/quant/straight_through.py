@@ -61,7 +61,7 @@ class FakeQuantize(torch.autograd.Function):
         latent: Tensor,
         scale: Tensor,
         offset: Tensor | None,
-        codebook: Tensor,
+        codebook: Tensor | None,
         grid: Grid,
         dtype: torch.dtype,
     ) -> Tensor:
@@ -94,11 +94,11 @@ class Dequantize(torch.autograd.Function):
         indices: Tensor,
         scale: Tensor,
         offset: Tensor | None,
-        codebook: Tensor,
+        codebook: Tensor | None,
         grid: Grid,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Return W_hat, (O, I), from indices (O, I), scales (O, G), a codebook (C,)."""
+        """Return W_hat, (O, I), from indices of blocks, scales (O, G), a codebook (C,)."""
         ctx.save_for_backward(indices, scale, offset, codebook)
         ctx.grid = grid
         num_inputs = indices.shape[1] * grid.block_size
@@ -122,7 +122,7 @@ class Dequantize(torch.autograd.Function):
 def fake_quantize(
     latent: Tensor,
     scale: Tensor,
-    codebook: Tensor,
+    codebook: Tensor | None,
     grid: Grid,
     dtype: torch.dtype = torch.float32,
     *,
@@ -134,18 +134,20 @@ def fake_quantize(
         latent: (O, I), float32.
         scale: (O, G), one per group of I / G weights; G = I for one per weight.
         codebook: (C,), any order: it is sorted here, so that training may move its values.
+            None where the grid has none.
         grid: Rounds.
         dtype: Of the result; the product is rounded to it once.
         offset: (O, G); none when not given.
     """
-    return FakeQuantize.apply(latent, scale, offset, codebook.sort().values, grid, dtype)
+    codebook = None if codebook is None else codebook.sort().values
+    return FakeQuantize.apply(latent, scale, offset, codebook, grid, dtype)
 
 
 def fake_quantize_gradients(
     grid: Grid,
     latent: Tensor,
     scales: tuple[Tensor, Tensor | None],
-    codebook: Tensor,
+    codebook: Tensor | None,
     gradient: Tensor,
     needed: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -155,7 +157,7 @@ def fake_quantize_gradients(
         grid: Rounds.
         latent: (O, I), float32.
         scales: Scale (O, G), and offset (O, G) or None.
-        codebook: (C,), ascending.
+        codebook: (C,), ascending; None where the grid has none.
         gradient: dL/dW_hat, (O, I), any float dtype.
         needed: Which of the four gradients are asked for.
     """
@@ -188,7 +190,7 @@ def dequantize_gradients(
     grid: Grid,
     indices: Tensor,
     scales: tuple[Tensor, Tensor | None],
-    codebook: Tensor,
+    codebook: Tensor | None,
     gradient: Tensor,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -196,9 +198,9 @@ def dequantize_gradients(
 
     Args:
         grid: Looks values up.
-        indices: (O, I), integers.
+        indices: (O, I / block size), integers.
         scales: Scale (O, G), and offset (O, G) or None.
-        codebook: (C,).
+        codebook: (C,); None where the grid has none.
         gradient: dL/dW_hat, (O, I), any float dtype.
         needed: Which of the three gradients are asked for.
     """

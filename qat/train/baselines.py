@@ -25,6 +25,7 @@ from qat.model.surgery import (
     replace_weights,
     swap,
 )
+from qat.quant.fit import fit_weight
 from qat.quant.plan import QuantPlan, parse_plan, tensor_kind
 from qat.quant.spec import TensorSpec
 from qat.train.step import Trainer
@@ -87,6 +88,10 @@ def round_linears(model: nn.Module, plan: QuantPlan) -> None:
 def rounded_layer(name: str, linear: nn.Linear, spec: TensorSpec) -> FakeQuantLinear:
     """Return a layer of evenly spaced values, as far as suits a normal distribution."""
     layer = empty_layer(name, linear, spec).to(linear.weight.device)
+    if not spec.grid.num_values:
+        layer.take(fit_weight(linear.weight, spec))
+        layer.bias = linear.bias
+        return layer
     num_groups = 1 if spec.rank else spec.scale.groups_of(linear.in_features)
     weight = linear.weight.float()
     even = weight.new_ones(linear.in_features)

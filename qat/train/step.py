@@ -102,19 +102,23 @@ def pull_gradients(layers: Iterable[FakeQuantWeight], sums: Gradients | None = N
 def pull_layer(layer: FakeQuantWeight, gradient: Tensor) -> None:
     """Turn a weight's gradient, (O, I), into those of a layer's parameters."""
     grid, (scale, offset) = layer.spec.grid, layer.expand()
-    codebook = layer.stored(layer.codebook.detach())
+    codebook = layer.stored_codebook()
+    needs_codebook = codebook is not None and codebook.requires_grad
+    codebook = None if codebook is None else codebook.detach()
     scales = (scale.detach(), None if offset is None else offset.detach())
     needed = (
         scale.requires_grad,
         offset is not None and offset.requires_grad,
-        layer.codebook.requires_grad,
+        needs_codebook,
     )
     if layer.latent_weight is None:
         d_scale, d_offset, d_codebook = dequantize_gradients(
             grid, layer.indices, scales, codebook, gradient, needed
         )
     else:
-        codebook, order = codebook.sort()
+        order = None
+        if codebook is not None:
+            codebook, order = codebook.sort()
         latent, d_scale, d_offset, d_codebook = fake_quantize_gradients(
             grid,
             layer.latent_weight.detach(),

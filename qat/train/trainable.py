@@ -10,7 +10,7 @@ from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import layers_of_kind, quantized_layers, thaw_indices
 from qat.runtime.device import checkpoint_function, optimizer_settings
 
-DIRECTION_NAMES = ("scale", "offset", "scale_a", "scale_b")
+DIRECTION_NAMES = ("scale", "offset", "super_scale", "sub_scale", "scale_a", "scale_b")
 PART_NAMES = {
     "scales": (*DIRECTION_NAMES, "magnitude"),
     "directions": DIRECTION_NAMES,

@@ -38,13 +38,20 @@ def random_weight(name):
     return indices, scale, fixed_codebook(kind, bits)
 
 
+def random_offset(name, scale):
+    """Return offsets for types that store them."""
+    kind, _bits, _group_size = GRIDS[name]
+    return snap_float16(torch.randn(scale.shape) * 0.05) if kind == "uint" else None
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_c_gives_the_weights_of_training(ggml, name):
     """Scales of either sign, every index."""
     indices, scale, codebook = random_weight(name)
-    packed = pack_blocks(indices, scale, None, name)
+    offset = random_offset(name, scale)
+    packed = pack_blocks(indices, scale, offset, name)
     found = dequantize_blocks(ggml, packed, name, indices.numel()).view(indices.shape)
-    assert torch.equal(found, dequantize(indices, scale, codebook))
+    assert torch.equal(found, dequantize(indices, scale, codebook, offset))
 
 
 def test_our_q8_0_is_that_of_c(ggml):

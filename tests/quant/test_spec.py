@@ -5,15 +5,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.grids.blocks import pack_blocks
+from qat.grids.blocks import pack_parts
 from qat.grids.packing import pack
 from qat.grids.scalar import IQ4_NL, dequantize, fixed_codebook, snap_bfloat16, snap_float16
 from qat.quant.fit import fit_weight
-from qat.quant.spec import FORMATS, GGUF_TYPES, TensorSpec, gguf_type_of, make_spec
+from qat.quant.spec import (
+    FORMATS,
+    GGUF_TYPES,
+    SUPER_SCALES,
+    TensorSpec,
+    gguf_type_of,
+    make_spec,
+)
 from qat.quant.straight_through import SnapBfloat16
 
 GGUF_FORMATS = [name for name in FORMATS if name.startswith("gguf:")]
-SCALAR_FORMATS = [name for name, spec in FORMATS.items() if spec.is_quantized]
+SCALAR_FORMATS = [name for name, spec in FORMATS.items() if spec.grid and spec.grid.num_values]
 
 
 @st.composite
@@ -60,15 +67,15 @@ def test_a_gguf_format_has_the_size_of_its_blocks(name):
     spec = FORMATS[name]
     weight = torch.randn(6, 256)
     quantized = fit_weight(weight, spec, num_rounds=1)
-    parts = quantized.scale, quantized.parts.get("offset")
-    packed = pack_blocks(quantized.indices, *parts, name.removeprefix("gguf:"))
+    packed = pack_parts(quantized.indices, quantized.parts, name.removeprefix("gguf:"))
     assert spec.size_bytes((6, 256)) == packed.nbytes
     assert gguf_type_of(spec) == name.removeprefix("gguf:")
 
 
 def test_every_gguf_type_has_a_name():
     """What the exporter can write can be asked for."""
-    assert sorted(GGUF_TYPES.values()) == sorted(n.removeprefix("gguf:") for n in GGUF_FORMATS)
+    types = sorted([*GGUF_TYPES.values(), *SUPER_SCALES])
+    assert types == sorted(name.removeprefix("gguf:") for name in GGUF_FORMATS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,62 @@
+"""Normal equations of groups' scales against H: one small system a row.
+
+Shape legend: O out, I in, G groups of a row, N systems, D unknowns of a system.
+"""
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-6  # of the mean diagonal: keeps nearly collinear groups solvable in float32
+ROWS_AT_ONCE = 4096  # bounds the (rows, G, G) normal equations
+
+
+def group_sums(values: Tensor, num_groups: int) -> Tensor:
+    """Return the sum of each group, (O, G), of (O, I) values."""
+    return values.view(len(values), num_groups, -1).sum(-1)
+
+
+def group_products(
+    values: Tensor, hessian: Tensor, num_groups: int, others: Tensor | None = None
+) -> Tensor:
+    """Return sum over i in g, j in h of c_i H_ij d_j for each row, (O, G, G).
+
+    Args:
+        values: c, (O, I).
+        hessian: (I, I).
+        num_groups: G.
+        others: d, (O, I) or a row for all, (1, I); c itself when not given.
+    """
+    num_rows, num_inputs = values.shape
+    others = values if others is None else others
+    size = num_inputs // num_groups
+    normal = torch.empty(num_rows, num_groups, num_groups, device=values.device)
+    for group in range(num_groups):
+        inside = slice(group * size, (group + 1) * size)
+        pulled = values[:, inside] @ hessian[inside]  # (O, I)
+        normal[:, group] = (pulled * others).view(num_rows, num_groups, size).sum(-1)
+    return normal
+
+
+def with_offsets(normal: Tensor, values: Tensor, hessian: Tensor, num_groups: int) -> Tensor:
+    """Return the normal matrices of scales and offsets together, (O, 2G, 2G)."""
+    ones = torch.ones_like(values[:1])
+    mixed = group_products(values, hessian, num_groups, ones)  # (O, G, G)
+    even = group_products(ones, hessian, num_groups).expand_as(mixed)
+    top = torch.cat([normal, mixed], dim=2)
+    return torch.cat([top, torch.cat([mixed.transpose(1, 2), even], dim=2)], dim=1)
+
+
+def solve_damped(normal: Tensor, wanted: Tensor) -> Tensor:
+    """Return x of normal @ x = wanted, (N, D), for (N, D, D) matrices that may be singular."""
+    normal = normal.double()
+    ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    identity = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
+    normal = normal + ridge.view(-1, 1, 1) * identity
+    return torch.linalg.solve(normal, wanted.double().unsqueeze(-1)).squeeze(-1).float()
+
+
+def quadratic(normal: Tensor, wanted: Tensor, x: Tensor) -> Tensor:
+    """Return x^T normal x - 2 wanted^T x over the last axis, in float64."""
+    x = x.double()
+    pulled = (normal.double() @ x.unsqueeze(-1)).squeeze(-1)
+    return ((pulled - 2 * wanted.double()) * x).sum(-1)

@@ -1,0 +1,80 @@
+"""The fit of blocks: better than simple ones, and as files hold it."""
+
+import torch
+
+from qat.grids.scalar import ScalarGrid, fits_float16, snap_float16
+from qat.grids.super_blocks import SuperBlockScale
+from qat.quant.fit import fit_weight, floored, weighted_error
+from qat.quant.hessian import fit_with_hessian, hessian_error
+from qat.quant.spec import FORMATS, TensorSpec, make_spec
+from qat.quant.straight_through import fake_quantize
+
+SPEC = FORMATS["gguf:iq2_s"]
+
+
+def test_parts_are_as_files_hold_them():
+    """Integers in range, float16 numbers, indices that are the nearest ones."""
+    weight = torch.randn(8, 512) * 0.02
+    quantized = fit_weight(weight, SPEC)
+    steps, d = quantized.parts["sub_scale"], quantized.parts["super_scale"]
+    assert torch.equal(steps, steps.round())
+    assert steps.min() >= 0
+    assert steps.max() <= 15
+    assert torch.equal(d, snap_float16(d))
+    assert fits_float16(d)
+    scale = quantized.full_scale().repeat_interleave(16, dim=1)
+    assert torch.equal(SPEC.grid.round(weight / scale), quantized.indices)
+
+
+def test_a_file_has_the_bytes_of_its_type():
+    """82 bytes for 256 weights."""
+    assert SPEC.size_bytes((3, 512)) == 3 * 2 * 82
+
+
+def test_weights_on_the_grid_are_found_again():
+    """A weight that the format holds comes back with no more than a hundredth of its power."""
+    quantized = fit_weight(torch.randn(8, 512), SPEC)
+    again = fit_weight(quantized.dequantize(), SPEC)
+    assert weighted_error(quantized.dequantize(), again, torch.ones(512)) < 0.01
+
+
+def test_blocks_beat_scalars_of_as_many_bits():
+    """Even and uneven importances; 2.56 bits against 2.5."""
+    weight = torch.randn(32, 512) * 0.02
+    for importance in (torch.ones(512), torch.randn(512).exp().square()):
+        mass = floored(importance, weight)
+        error = weighted_error(weight, fit_weight(weight, SPEC, importance=importance), mass)
+        scalar = fit_weight(weight, make_spec(2), importance=importance)
+        assert error < 0.75 * weighted_error(weight, scalar, mass)
+
+
+def test_importance_moves_error_to_where_it_counts_less():
+    """Inputs of a large second moment are held more closely."""
+    weight, importance = torch.randn(32, 512), torch.ones(512)
+    importance[::8] = 100.0
+    error = (fit_weight(weight, SPEC, importance=importance).dequantize() - weight).square().mean(0)
+    assert error[::8].mean() < 0.3 * error[1::8].mean()
+
+
+def test_zeros_are_held():
+    """A row of zeros gets scales that round to nearly nothing, and no NaN."""
+    weight = torch.randn(4, 256)
+    weight[1] = 0
+    found = fit_weight(weight, SPEC).dequantize()
+    assert torch.isfinite(found).all()
+    assert found[1].abs().max() < 1e-3
+
+
+def test_scalar_grids_take_super_block_scales():
+    """Fits by importance and by H, and what training sees, with no other change than the spec."""
+    scale = SuperBlockScale(16, 256, sub_bits=6, shift=0.0, factor=1.0)
+    spec = TensorSpec(grid=ScalarGrid(4, "int"), scale=scale, name="int4-super")
+    weight, x = torch.randn(16, 256), torch.randn(1024, 256) @ torch.randn(256, 256) / 16
+    hessian = x.T @ x / 1024
+    plain = fit_weight(weight, spec, importance=hessian.diagonal())
+    full = fit_with_hessian(weight, spec, hessian)
+    assert hessian_error(weight, full, hessian) < 0.8 * hessian_error(weight, plain, hessian)
+    assert weighted_error(weight, plain, hessian.diagonal()) < 0.02
+    assert spec.size_bits((1, 256)) == 256 * 4 + 16 * 6 + 16
+    found = fake_quantize(full.dequantize(), full.full_scale(), full.codebook, spec.grid)
+    assert torch.equal(found, full.dequantize())
