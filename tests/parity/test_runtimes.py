@@ -50,7 +50,7 @@ def run(student, path, num_new_tokens=8):
     [
         "gguf:q4_0",
         "gguf:q4_0, embed=gguf:q4_0",
-        "gguf:q4_1, embed=gguf:q8_0",
+        "gguf:q4_0, embed=gguf:q8_0",
         "gguf:iq4_nl",
         "gguf:q8_0",
         "gguf:iq4_nl+gguf:q4_0",
