@@ -24,32 +24,31 @@ from qat.quant.spec import Grid
 from qat.runtime.device import numbers_at_once
 
 
-class SnapFloat16(torch.autograd.Function):
-    """Float16 rounding whose gradient is the identity."""
+class StraightThrough(torch.autograd.Function):
+    """A rounding whose gradient is the identity."""
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        """Return the gradient unchanged."""
+        return gradient
+
+
+class SnapFloat16(StraightThrough):
+    """Float16 rounding."""
 
     @staticmethod
     def forward(ctx, values: Tensor) -> Tensor:
         """Return the nearest float16 numbers in the input's dtype."""
         return snap_float16(values)
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        """Return the gradient unchanged."""
-        return gradient
 
-
-class SnapBfloat16(torch.autograd.Function):
-    """Rounding to numbers of both 16-bit dtypes, whose gradient is the identity."""
+class SnapBfloat16(StraightThrough):
+    """Rounding to numbers of both 16-bit dtypes."""
 
     @staticmethod
     def forward(ctx, values: Tensor) -> Tensor:
         """Return near numbers of both dtypes in the input's dtype."""
         return snap_bfloat16(values)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        """Return the gradient unchanged."""
-        return gradient
 
 
 class FakeQuantize(torch.autograd.Function):

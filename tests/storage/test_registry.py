@@ -35,8 +35,8 @@ def test_a_broken_registry_is_refused_with_the_name(tmp_path):
     [
         ("https://host/qwen3_caches/x.tgz", "cache"),
         ("gs://bucket/qwen3_runs/a_L64_K64_R128.tgz", "checkpoint"),
-        ("/tmp/a_L64_K64_R128.tar.lz4", "cache"),
-        ("/tmp/student.tgz", "checkpoint"),
+        ("/stores/a_L64_K64_R128.tar.lz4", "cache"),
+        ("/stores/student.tgz", "checkpoint"),
     ],
 )
 def test_an_address_tells_what_it_likely_holds(address, kind):
