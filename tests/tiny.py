@@ -278,3 +278,19 @@ def tiny_cache(folder: Path, teacher=None, **changes) -> Path:
     if changes.get("content") != "hidden":
         settings["top_k"] = 8
     return build_cache(BuildCacheConfig(**{**settings, **changes})).cache
+
+
+def random_tensor(name, *, seed=0, rows=3, blocks=2):
+    """Return a weight of GGUF type `name`: all indices, scales of either sign where there are."""
+    from qat.quant.quantized_tensor import QuantizedTensor
+    from qat.quant.spec import FORMATS
+
+    spec, generator = FORMATS[f"gguf:{name}"], torch.Generator().manual_seed(seed)
+    shape = (rows, blocks * spec.group_size)
+    indices = torch.randint(spec.grid.num_values, shape, generator=generator, dtype=torch.uint8)
+    size = 10.0 ** (seed % 5 - 3)
+    parts = {
+        part: spec.snap_part(part, torch.randn(rows, blocks, generator=generator) * size)
+        for part in spec.scale.part_shapes(shape)
+    }
+    return QuantizedTensor(spec, indices, {**parts, "codebook": spec.grid.start_codebook()})

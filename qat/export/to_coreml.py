@@ -69,8 +69,10 @@ def require_palette(name: str, layer: FakeQuantLinear, dtype: torch.dtype) -> No
     spec = layer.spec
     if dtype == torch.bfloat16:
         raise ValueError("Core ML has no bfloat16; use --dtype fp16 or fp32")
-    if spec.bits not in BITS:
-        raise ValueError(f"{name} has {spec.bits} bits, palettes have {BITS}; export --to hf")
+    if spec.bits not in BITS or spec.grid.num_values != 2**spec.bits:
+        raise ValueError(
+            f"{name} is {spec.name}, palettes have 2**bits values, bits {BITS}; export --to hf"
+        )
     if spec.floor is not None:
         raise ValueError(f"{name} floors its scales; run `qat convert-v1-to-v2` first")
     if spec.stored_dtype == "float32" and dtype != torch.float32:

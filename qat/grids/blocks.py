@@ -3,14 +3,17 @@
     Q4_0    (q - 8) * d        32 weights, q in 4 bits, q of weight j beside that of weight j + 16
     Q4_1    q * d + m          the same layout, m in float16 after d
     IQ4_NL  values[q] * d      the same layout, 16 fixed values
+    Q5_0    (q - 16) * d       32 weights, q in 5 bits; Q5_1 is q * d + m
     Q8_0    q * d              32 weights, q in int8
+    MXFP4   values[q] * 2**e   32 weights, 15 values of E2M1, e + 127 in one byte
+    TQ2_0   (q - 1) * d        256 weights, q in 0 .. 2, d behind them; TQ1_0 holds them in base 3
     Q2_0    (q - 1) * d        64 weights, q in 2 bits, four neighbours a byte, the first lowest
     IQ2_S   d * (s + 1/2) / 4 * point * signs    256 weights, s in 4 bits for each 16, points of 8
 
-d is float16 of either sign and lies in front of the block's q. Packing takes indices into an
-ascending codebook; Q2_0 counts the other way (-2 .. 1 becomes 2 .. -1), so its d is the scale with
-its sign turned. Unpacking follows the types' own definitions and does not read `grids/scalar.py`:
-it checks what packing made.
+d is float16 of either sign and lies in front of the block's q, whose bytes `block_bodies` makes.
+Packing takes indices into an ascending codebook; Q2_0 counts the other way (-2 .. 1 becomes
+2 .. -1), so its d is the scale with its sign turned. Unpacking is that of the `gguf` package, which
+lacks Q2_0, and does not read `grids/scalar.py`: it checks what packing made.
 
 Shape legend: O out, I in, G blocks of a row.
 
@@ -22,6 +25,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from qat.grids.block_bodies import BODIES
+from qat.grids.scalar import exponent_bytes
 
 D_BYTES = 2
 
@@ -41,13 +47,18 @@ BLOCK_TYPES = {
     "bf16": BlockType(30, 1, 2, 32),
     "q4_0": BlockType(2, 32, 18, 2),
     "q4_1": BlockType(3, 32, 20, 3),
+    "q5_0": BlockType(6, 32, 22, 8),
+    "q5_1": BlockType(7, 32, 24, 9),
     "q8_0": BlockType(8, 32, 34, 7),
     "iq4_nl": BlockType(20, 32, 18, 25),
     "q2_0": BlockType(42, 64, 18, 41),
     "iq2_s": BlockType(22, 256, 82, 28),
+    "mxfp4": BlockType(39, 32, 17, 38),
+    "tq1_0": BlockType(34, 256, 54, 36),
+    "tq2_0": BlockType(35, 256, 66, 37),
 }
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+D_LAST = ("tq1_0", "tq2_0")  # whose d lies behind the block's q
 
 
 def pack_blocks(indices: Tensor, scale: Tensor, offset: Tensor | None, name: str) -> Tensor:
@@ -55,25 +66,27 @@ def pack_blocks(indices: Tensor, scale: Tensor, offset: Tensor | None, name: str
 
     Args:
         indices: (O, I) uint8, into the ascending codebook of the type's grid.
-        scale: (O, G), numbers of float16.
-        offset: (O, G), numbers of float16, for q4_1; None for the others.
-        name: q4_0, q4_1, iq4_nl, q8_0 or q2_0.
+        scale: (O, G), numbers of float16; powers of two for mxfp4.
+        offset: (O, G), numbers of float16, for q4_1 and q5_1; None for the others.
+        name: A key of `BODIES`.
     """
     num_outputs, num_inputs = indices.shape
-    kind = BLOCK_TYPES[name]
-    q = indices.view(num_outputs, num_inputs // kind.num_weights, kind.num_weights)  # (O, G, W)
-    if name == "q2_0":
-        q, scale = 3 - q, -scale
-        quarters = q.view(*q.shape[:2], -1, 4)
-        body = sum(quarters[..., place] << (2 * place) for place in range(4))
-    elif name == "q8_0":
-        body = q ^ 128  # index 0 is -128: flipping the top bit makes int8 of it
+    num_weights = BLOCK_TYPES[name].num_weights
+    q = indices.view(num_outputs, num_inputs // num_weights, num_weights)  # (O, G, W)
+    fields = [BODIES[name](q)]
+    if name == "mxfp4":
+        d = exponent_bytes(scale).unsqueeze(-1)
     else:
-        low, high = q.chunk(2, dim=-1)
-        body = low | (high << 4)
-    heads = [scale] if offset is None else [scale, offset]
-    heads = [h.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8) for h in heads]
-    return torch.cat([*heads, body], dim=-1).reshape(num_outputs, -1)
+        d = float16_bytes(-scale if name == "q2_0" else scale)
+    if offset is not None:
+        fields.insert(0, float16_bytes(offset))
+    fields.insert(len(fields) if name in D_LAST else 0, d)
+    return torch.cat(fields, dim=-1).reshape(num_outputs, -1)
+
+
+def float16_bytes(values: Tensor) -> Tensor:
+    """Return numbers of float16 as bytes, (..., 2)."""
+    return values.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)
 
 
 def unpack_blocks(packed: Tensor, name: str) -> Tensor:
@@ -83,27 +96,15 @@ def unpack_blocks(packed: Tensor, name: str) -> Tensor:
         packed: (O, bytes of a row), uint8.
         name: Any of `BLOCK_TYPES`.
     """
-    num_outputs = packed.shape[0]
     if name in DTYPES:
         return packed.contiguous().view(DTYPES[name]).float()
-    if name in SUPER_PACKERS:
-        return unpack_super_blocks(packed, name)
-    blocks = packed.reshape(num_outputs, -1, BLOCK_TYPES[name].num_bytes)
+    if name != "q2_0":
+        return unpack_with_gguf(packed, name)
+    blocks = packed.reshape(len(packed), -1, BLOCK_TYPES[name].num_bytes)
     d = blocks[..., :D_BYTES].contiguous().view(torch.float16).float()  # (O, G, 1)
     body = blocks[..., D_BYTES:]
-    if name == "q2_0":
-        q = torch.stack([(body >> (2 * place)) & 3 for place in range(4)], dim=-1).flatten(2)
-        values = q.float() - 1
-    elif name == "q8_0":
-        values = body.contiguous().view(torch.int8).float()
-    elif name == "q4_1":
-        m, body = body[..., :D_BYTES].contiguous().view(torch.float16).float(), body[..., D_BYTES:]
-        q = torch.cat([body & 15, body >> 4], dim=-1)
-        return (q.float() * d + m).view(num_outputs, -1)
-    else:
-        q = torch.cat([body & 15, body >> 4], dim=-1)
-        values = torch.tensor(IQ4_VALUES)[q.int()].float() if name == "iq4_nl" else q.float() - 8
-    return (values * d).view(num_outputs, -1)
+    q = torch.stack([(body >> (2 * place)) & 3 for place in range(4)], dim=-1).flatten(2)
+    return ((q.float() - 1) * d).view(len(packed), -1)
 
 
 def pack_parts(indices: Tensor, parts: Mapping[str, Tensor], name: str) -> Tensor:
@@ -131,7 +132,7 @@ def pack_super_blocks(indices: Tensor, parts: Mapping[str, Tensor], name: str) -
     indices, sub_scale = (
         t.reshape(num_outputs, num_blocks, -1) for t in (indices, parts["sub_scale"])
     )
-    d = parts["super_scale"].to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)
+    d = float16_bytes(parts["super_scale"])
     fields = SUPER_PACKERS[name](indices, sub_scale.to(torch.uint8))
     return torch.cat([d, *fields], dim=-1).reshape(num_outputs, -1)
 
@@ -156,7 +157,7 @@ def iq2_s_fields(indices: Tensor, sub_scale: Tensor) -> list[Tensor]:
 SUPER_PACKERS = {"iq2_s": iq2_s_fields}
 
 
-def unpack_super_blocks(packed: Tensor, name: str) -> Tensor:
+def unpack_with_gguf(packed: Tensor, name: str) -> Tensor:
     """Return the weights that bytes stand for, (O, I), float32, as `gguf` reads them."""
     import gguf
 

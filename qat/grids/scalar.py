@@ -9,6 +9,7 @@ offset.
 Shape legend: O out, I in, G groups of a row, C = 2**bits codebook values.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,35 +18,47 @@ from torch import Tensor
 
 from qat.grids.packing import pack, unpack
 
-CodebookKind = Literal["learned", "uniform", "balanced", "int", "uint", "iq4_nl"]
+CodebookKind = Literal[
+    "learned", "uniform", "balanced", "int", "uint", "iq4_nl", "mxfp4", "ternary"
+]
 
 FLOAT16_MAX = 65504.0
 COUNTED = 16  # codebook values up to which compares beat a binary search, twice on a CPU
 # Of ggml, kvalues_iq4nl in ggml-common.h.
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# OCP Microscaling Formats 1.0, table 5; its zero of either sign counts once.
+E2M1 = (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6)
+LISTED_VALUES = {"iq4_nl": IQ4_NL, "mxfp4": E2M1, "ternary": (-1, 0, 1)}
+# Bits per index that such a codebook comes with: blocks of TQ1_0 hold 256 weights in 52 bytes.
+LISTED_BITS = {"iq4_nl": (4,), "mxfp4": (4,), "ternary": (2, 1.625)}
 FLOAT16_TINY = 2.0**-14  # least normal float16: below it a scale would lose bits
+POWER_RANGE = (2.0**-24, 2.0**15)  # of powers of two: all that float16 holds
 
 
 @dataclass(frozen=True, slots=True)
 class ScalarGrid:
-    """2**bits values per weight: a codebook fitted per tensor, or one fixed by its kind.
+    """Up to 2**bits values per weight: a codebook fitted per tensor, or fixed by its kind.
 
     Every method takes the codebook, (C,) ascending, as the tensor holds it.
     """
 
-    bits: int
-    """Bits per index; the codebook has 2**bits values."""
+    bits: int | float
+    """Bits per index; the codebook has 2**bits values, 15 where it is mxfp4, 3 where ternary."""
     kind: CodebookKind = "learned"
-    """learned: fitted per tensor. uniform, balanced, int, uint, iq4_nl: fixed."""
+    """learned: fitted per tensor. All others: fixed."""
 
     block_size: ClassVar[int] = 1
     index_dtype: ClassVar[torch.dtype] = torch.uint8
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
+        if self.kind in LISTED_BITS and self.bits not in (allowed := LISTED_BITS[self.kind]):
+            count = len(LISTED_VALUES[self.kind])
+            raise ValueError(
+                f"codebook {self.kind} has {count} values, not 2**{self.bits}; "
+                f"set bits to {allowed[0]}"
+            )
+        if self.kind not in LISTED_BITS and self.bits not in range(2, 9):
             raise ValueError(f"bits {self.bits} is outside 2..8; choose 2 or 4")
-        if self.kind == "iq4_nl" and self.bits != 4:
-            raise ValueError(f"codebook iq4_nl has 16 values, not 2**{self.bits}; set bits to 4")
 
     @property
     def is_learned(self) -> bool:
@@ -60,7 +73,12 @@ class ScalarGrid:
     @property
     def num_values(self) -> int:
         """Number of codebook values."""
-        return 2**self.bits
+        return len(LISTED_VALUES[self.kind]) if self.kind in LISTED_VALUES else 2**self.bits
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of an index where each has its own, as in checkpoints."""
+        return math.ceil(self.bits)
 
     def check(self, shape: tuple[int, int]) -> None:
         """Refuse a weight that the grid does not fit; there is none."""
@@ -71,7 +89,7 @@ class ScalarGrid:
 
     def size_bits(self, shape: tuple[int, int]) -> int:
         """Return the bits of an (O, I) weight's indices, and of a learned codebook in float16."""
-        return shape[0] * shape[1] * self.bits
+        return math.ceil(shape[0] * shape[1] * self.bits)
 
     def start_codebook(self) -> Tensor:
         """Return the fixed codebook, or for a learned one the integers it is fitted from."""
@@ -100,11 +118,11 @@ class ScalarGrid:
 
     def pack(self, indices: Tensor) -> Tensor:
         """Return indices as bytes."""
-        return pack(indices, self.bits)
+        return pack(indices, self.index_bits)
 
     def unpack(self, packed: Tensor, shape: tuple[int, int]) -> Tensor:
         """Return the (O, I) indices that bytes hold."""
-        return unpack(packed, self.bits, shape)
+        return unpack(packed, self.index_bits, shape)
 
 
 def codebook_range(codebook: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,6 +143,25 @@ def snap_float16(values: Tensor) -> Tensor:
 def snap_bfloat16(values: Tensor) -> Tensor:
     """Return near numbers of bfloat16 that float16 holds as well, in the dtype of the input."""
     return values.to(torch.bfloat16).to(torch.float16).to(values.dtype)
+
+
+def nearest_power(values: Tensor) -> Tensor:
+    """Return the nearest powers of two that float16 holds, float32; the least where not positive.
+
+    Half of the mantissa's range is added, and what is left of the mantissa dropped.
+    """
+    bits = values.float().clamp(*POWER_RANGE).view(torch.int32)
+    return ((bits + (1 << 22)) & ~((1 << 23) - 1)).view(torch.float32)
+
+
+def exponent_bytes(powers: Tensor) -> Tensor:
+    """Return powers of two as E8M0, their exponents plus 127, uint8."""
+    return (powers.float().contiguous().view(torch.int32) >> 23).to(torch.uint8)
+
+
+def powers_of(exponents: Tensor) -> Tensor:
+    """Return the powers of two, float32, that E8M0 bytes from 1 to 254 stand for."""
+    return (exponents.int() << 23).view(torch.float32)
 
 
 def snap_stored(values: Tensor, stored_dtype: str) -> Tensor:
@@ -229,16 +266,17 @@ def over_scale(weight: Tensor, scale: Tensor, offset: Tensor | None = None) -> T
     return (grouped / scale.unsqueeze(-1)).view_as(weight)
 
 
-def fixed_codebook(kind: str, bits: int) -> Tensor:
+def fixed_codebook(kind: str, bits: int | float) -> Tensor:
     """Return a codebook that is not fitted, ascending, float32.
 
     Args:
         kind: uniform: 2**bits values evenly on [-1, 1]. balanced: half-integers around zero
             without a zero, such as -1.5, -0.5, 0.5, 1.5. int: -2**(bits-1) .. 2**(bits-1) - 1.
-            uint: 0 .. 2**bits - 1, for scales with an offset. iq4_nl: the 16 values of the GGUF
-            type of that name.
+            uint: 0 .. 2**bits - 1, for scales with an offset. Others: `LISTED_VALUES`.
         bits: Bits per index.
     """
+    if kind in LISTED_VALUES:
+        return torch.tensor(LISTED_VALUES[kind], dtype=torch.float32)
     count = 2**bits
     steps = torch.arange(count, dtype=torch.float32)
     if kind == "uniform":
@@ -249,8 +287,7 @@ def fixed_codebook(kind: str, bits: int) -> Tensor:
         return steps - count // 2
     if kind == "uint":
         return steps
-    if kind == "iq4_nl":
-        return torch.tensor(IQ4_NL, dtype=torch.float32)
     raise ValueError(
-        f"codebook {kind!r} is not fixed; choose uniform, balanced, int, uint or iq4_nl"
+        f"codebook {kind!r} is not fixed; choose uniform, balanced, int, uint or one of "
+        f"{', '.join(LISTED_VALUES)}"
     )

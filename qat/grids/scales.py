@@ -23,10 +23,10 @@ from torch import Tensor
 from qat.grids.scalar import (
     FLOAT16_MAX,
     FLOAT16_TINY,
+    POWER_RANGE,
     fits_float16,
     low_rank_scale,
-    nearest_values,
-    over_scale,
+    nearest_power,
     snap_float16,
     times_scale,
 )
@@ -34,10 +34,9 @@ from qat.runtime.device import seeded
 
 RIDGE = 1e-6  # of the mean diagonal: keeps nearly collinear factors solvable in float32
 # Largest value of the best even grid of 2**bits values for a Gaussian of deviation one, half a step
-# further out on one side as integer grids are (Max 1960, table II).
-GAUSSIAN_REACH = {2: 2.0, 3: 2.3, 4: 2.7, 5: 3.0, 6: 3.3, 7: 3.6, 8: 3.9}
+# further out on one side as integer grids are (Max 1960, table II); 1: three values.
+GAUSSIAN_REACH = {1: 1.2, 2: 2.0, 3: 2.3, 4: 2.7, 5: 3.0, 6: 3.3, 7: 3.6, 8: 3.9}
 SEARCH_FACTORS = (0.75, 1.0, 1.3)
-AFFINE_FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6)
 
 
 class LowRank(NamedTuple):
@@ -50,6 +49,7 @@ class LowRank(NamedTuple):
 
 Snap = Callable[[Tensor], Tensor]
 Parts = Mapping[str, Tensor]
+EXPONENT_BITS = 8
 NO_INTEGERS: Mapping[str, int] = MappingProxyType({})
 
 
@@ -63,6 +63,8 @@ class GroupScale:
     """Whether each group also has an offset: W_hat = scale * value + offset."""
     floor: float | None = None
     """A scale below it counts as it, as in checkpoints of the seeds' first form; None = as is."""
+    is_power: bool = False
+    """Whether a scale is a power of two, of which files hold the exponent in a byte."""
 
     rank: ClassVar[int] = 0
     integer_bits: ClassVar[Mapping[str, int]] = NO_INTEGERS  # of parts that files hold as integers
@@ -96,18 +98,28 @@ class GroupScale:
 
     def size_bits(self, shape: tuple[int, int], stored_bits: int) -> int:
         """Return the bits of an (O, I) weight's scales."""
-        return stored_bits * shape[0] * self.groups_of(shape[1]) * (2 if self.has_offset else 1)
+        scale_bits = EXPONENT_BITS if self.is_power else stored_bits
+        offset_bits = stored_bits if self.has_offset else 0
+        return (scale_bits + offset_bits) * shape[0] * self.groups_of(shape[1])
 
     def expand(self, parts: Parts, snap: Snap) -> tuple[Tensor, Tensor | None]:
         """Return scales and offsets, (O, G) each, as stored; no offsets where there are none."""
-        scale = snap(parts["scale"])
+        scale = straight_to_power(parts["scale"]) if self.is_power else snap(parts["scale"])
         if self.floor is not None:
             scale = scale.clamp_min(self.floor)
         return scale, snap(parts["offset"]) if self.has_offset else None
 
     def storable(self, parts: Parts) -> dict[str, Tensor]:
         """Return scales that training drove to zero or beyond float16, pulled back."""
-        return {"scale": pulled_back(parts["scale"])}
+        scale = parts["scale"]
+        return {"scale": scale.clamp(*POWER_RANGE) if self.is_power else pulled_back(scale)}
+
+    def stored(self, scale: Tensor) -> Tensor:
+        """Return the nearest scales of the form: powers of two, or normal numbers of float16."""
+        return nearest_power(scale) if self.is_power else stored_scale(scale)
+
+
+PLAIN = GroupScale()
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,54 +197,16 @@ def largest_divisor(number: int, at_most: int) -> int:
 
 
 def start_scale(weight: Tensor, importance: Tensor, num_groups: int) -> Tensor:
+    """Return the importance-weighted root mean square of each group, (O, G), as stored."""
+    return stored_scale(root_mean_square(weight, importance, num_groups))
+
+
+def root_mean_square(weight: Tensor, importance: Tensor, num_groups: int) -> Tensor:
     """Return the importance-weighted root mean square of each group, (O, G)."""
     grouped = weight.view(weight.shape[0], num_groups, -1)
     mass = importance.view(1, num_groups, -1)
     mean_square = (grouped.square() * mass).sum(-1) / mass.sum(-1).clamp_min(1e-30)
-    return stored_scale(mean_square.sqrt())
-
-
-def search_scale(
-    weight: Tensor, importance: Tensor, codebook: Tensor, num_groups: int, *, is_signed: bool
-) -> Tensor:
-    """Return the best of several scales for each group, (O, G), given the codebook.
-
-    Most codebooks reach further on one side: where a scale may be negative, its sign decides which
-    side of a group gets the longer arm. Each candidate is refitted before the comparison; the first
-    puts the group's largest weight on the end of that arm, which finds weights that lie on the
-    grid.
-
-    Args:
-        weight: (O, I).
-        importance: (I,).
-        codebook: (C,), ascending.
-        num_groups: G.
-        is_signed: Whether a scale may be negative.
-    """
-    arm = codebook[codebook.abs().argmax()]
-    largest = largest_weight(weight, num_groups) / arm
-    middle = start_scale(weight, importance, num_groups) / arm.abs()
-    middle = middle * GAUSSIAN_REACH[(len(codebook) - 1).bit_length()]
-    candidates = [largest if is_signed else largest.abs()]
-    candidates += [middle * factor for factor in SEARCH_FACTORS]
-    if is_signed:
-        candidates += [middle * -factor for factor in SEARCH_FACTORS]
-    best, least = middle, torch.full_like(middle, torch.inf)
-    for candidate in candidates:
-        scale = stored_scale(candidate)
-        values = nearest_values(over_scale(weight, scale), codebook)
-        scale = fit_group_scale(weight, values, importance, scale, is_signed=is_signed)
-        values = nearest_values(over_scale(weight, scale), codebook)
-        error = group_error(weight, values, scale, importance=importance)
-        best = torch.where(error < least, scale, best)
-        least = torch.minimum(error, least)
-    return best
-
-
-def largest_weight(weight: Tensor, num_groups: int) -> Tensor:
-    """Return the weight of largest size of each group, with its sign, (O, G)."""
-    grouped = weight.view(weight.shape[0], num_groups, -1)
-    return grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    return mean_square.sqrt()
 
 
 def group_error(
@@ -255,8 +229,9 @@ def fit_group_scale(
     former: Tensor,
     *,
     is_signed: bool = False,
+    form: GroupScale = PLAIN,
 ) -> Tensor:
-    """Return the least-squares scale of each group, on the float16 grid.
+    """Return the least-squares scale of each group, as its form stores it.
 
     A group whose best scale is not of the sign allowed keeps its former one: that never raises the
     error above what it was, and no sign flips unnoticed.
@@ -267,6 +242,7 @@ def fit_group_scale(
         importance: (I,).
         former: Scale that the values were chosen with, (O, G).
         is_signed: Whether a scale may be negative.
+        form: Of the scales.
     """
     num_groups = former.shape[1]
     weighted = (values * importance).view(weight.shape[0], num_groups, -1)
@@ -274,40 +250,8 @@ def fit_group_scale(
     grouped_values = values.view(weight.shape[0], num_groups, -1)
     along = (weighted * grouped_weight).sum(-1)
     square = (weighted * grouped_values).sum(-1)
-    return nearest_stored_scale(along / square.clamp_min(1e-30), former, is_signed=is_signed)
-
-
-def search_affine(
-    weight: Tensor, importance: Tensor, codebook: Tensor, num_groups: int
-) -> tuple[Tensor, Tensor]:
-    """Return the best of several scales and offsets for each group, (O, G) each.
-
-    The first candidate spans a group from its least to its largest weight; the others are narrower
-    and clip both ends.
-
-    Args:
-        weight: (O, I).
-        importance: (I,).
-        codebook: (C,): 0 .. C - 1.
-        num_groups: G.
-    """
-    grouped = weight.view(weight.shape[0], num_groups, -1)
-    low, high = grouped.amin(-1), grouped.amax(-1)
-    middle, reach = (high + low) / 2, (high - low) / 2
-    best = (stored_scale(2 * reach / codebook[-1]), snap_float16(low))
-    least = torch.full_like(low, torch.inf)
-    for factor in AFFINE_FACTORS:
-        scale = stored_scale(2 * factor * reach / codebook[-1])
-        candidate = (scale, snap_float16(middle - factor * reach))
-        values = nearest_values(over_scale(weight, *candidate), codebook)
-        candidate = fit_offset(weight, values, importance, candidate)
-        values = nearest_values(over_scale(weight, *candidate), codebook)
-        error = group_error(weight, values, *candidate, importance=importance)
-        best = tuple(
-            torch.where(error < least, new, old) for new, old in zip(candidate, best, strict=True)
-        )
-        least = torch.minimum(error, least)
-    return best
+    fitted = along / square.clamp_min(1e-30)
+    return nearest_stored_scale(fitted, former, is_signed=is_signed, form=form)
 
 
 def fit_offset(
@@ -335,16 +279,25 @@ def fit_offset(
     return scale, snap_float16(torch.where(is_better, mean_w - scale * mean_c, previous[1]))
 
 
-def nearest_stored_scale(fitted: Tensor, former: Tensor, *, is_signed: bool) -> Tensor:
+def nearest_stored_scale(
+    fitted: Tensor, former: Tensor, *, is_signed: bool, form: GroupScale = PLAIN
+) -> Tensor:
     """Return fitted scales as they are stored; the former one where no such scale is near.
 
     Args:
         fitted: (O, G), any numbers.
         former: (O, G), as stored.
         is_signed: Whether a scale may be negative.
+        form: Of the scales.
     """
     allowed = (fitted != 0) if is_signed else (fitted > 0)
-    return stored_scale(torch.where(allowed & torch.isfinite(fitted), fitted, former))
+    return form.stored(torch.where(allowed & torch.isfinite(fitted), fitted, former))
+
+
+def straight_to_power(scale: Tensor) -> Tensor:
+    """Return the nearest powers of two, straight through inside their range."""
+    inside = scale.clamp(*POWER_RANGE)
+    return inside + (nearest_power(inside) - inside).detach()
 
 
 def stored_scale(scale: Tensor) -> Tensor:

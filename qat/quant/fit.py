@@ -25,11 +25,10 @@ from qat.grids.scales import (
     fit_group_scale,
     fit_low_rank,
     fit_offset,
-    search_affine,
-    search_scale,
     start_low_rank,
     unit_factors,
 )
+from qat.grids.search import search_affine, search_scale
 from qat.quant.fit_blocks import fit_blocks
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
@@ -120,9 +119,9 @@ def fit_groups(
     grid = spec.grid
     is_learned = grid.is_learned and codebook is None
     mass = importance if rows is None else importance * rows
-    num_groups = spec.scale.groups_of(weight.shape[1])
+    form = spec.scale
     even = grid.start_codebook().to(weight.device)
-    scale = search_scale(weight, importance, even, num_groups, is_signed=is_signed)
+    scale = search_scale(weight, importance, even, form, is_signed=is_signed)
     if is_learned:
         codebook = learned_codebook(weight, scale, mass, grid.bits)
     elif codebook is None:
@@ -130,11 +129,11 @@ def fit_groups(
     for _ in range(num_rounds):
         indices = grid.round(over_scale(weight, scale), codebook)
         values = look_up(codebook, indices)
-        scale = fit_group_scale(weight, values, importance, scale, is_signed=is_signed)
+        scale = fit_group_scale(weight, values, importance, scale, is_signed=is_signed, form=form)
         if is_learned:
             full = expand_groups(scale, weight.shape[1])
             codebook = update_codebook(weight, indices, full, mass, codebook)
-    scale = snap_stored(scale, spec.stored_dtype)
+    scale = spec.snap_part("scale", scale)
     indices = grid.round(over_scale(weight, scale), codebook)
     return QuantizedTensor(spec, indices, {"scale": scale, "codebook": codebook})
 

@@ -34,6 +34,7 @@ from qat.quant.hessian_blocks import (
 )
 from qat.quant.normal_equations import (
     ROWS_AT_ONCE,
+    descend_scales,
     group_products,
     group_sums,
     quadratic,
@@ -291,8 +292,11 @@ def refit_scale(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Quan
             normal = with_offsets(normal, values[rows], hessian, num_groups)  # (o, 2G, 2G)
             aim = torch.cat([aim, group_sums(pulled[rows], num_groups)], dim=1)
             previous = torch.cat([previous, offset[rows]], dim=1)
-        solved = solve_damped(normal, aim)
-        fitted = stored_solution(solved, previous, num_groups, spec)
+        if spec.scale.is_power:
+            fitted = descend_scales(normal, aim, previous, spec.scale.stored)
+        else:
+            solved = solve_damped(normal, aim)
+            fitted = stored_solution(solved, previous, num_groups, spec)
         better = quadratic(normal, aim, fitted) < quadratic(normal, aim, previous)
         chosen = torch.where(better.unsqueeze(1), fitted, previous)
         scale[rows] = chosen[:, :num_groups]

@@ -3,6 +3,8 @@
 Shape legend: O out, I in, G groups of a row, N systems, D unknowns of a system.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,20 @@ def solve_damped(normal: Tensor, wanted: Tensor) -> Tensor:
     identity = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
     normal = normal + ridge.view(-1, 1, 1) * identity
     return torch.linalg.solve(normal, wanted.double().unsqueeze(-1)).squeeze(-1).float()
+
+
+def descend_scales(
+    normal: Tensor, wanted: Tensor, scale: Tensor, stored: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return positive scales (N, G) after one pass, each the best stored one given all others."""
+    scale = scale.clone()
+    slope = torch.einsum("nij,nj->ni", normal, scale) - wanted
+    for group in range(scale.shape[1]):
+        previous = scale[:, group].clone()
+        best = previous - slope[:, group] / normal[:, group, group].clamp_min(1e-30)
+        scale[:, group] = torch.where(best > 0, stored(best), previous)
+        slope += normal[:, :, group] * (scale[:, group] - previous).unsqueeze(1)
+    return scale
 
 
 def quadratic(normal: Tensor, wanted: Tensor, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
     lut2-g32    a codebook of 2**2 values fitted per tensor, a scale for each 32 weights of a row
     lut2-r8     the same with scales of rank 8; lut2-row: one scale for the whole row
     int4-g32    integers -8 .. 7, scales of either sign; uniform, balanced, iq4_nl likewise
+    mxfp44-g32  the 15 values of E2M1 times a power of two; ternary2-g256: -1, 0, 1 times a scale
     affine4-g64 integers 0 .. 15 with a scale and an offset for each group
     f32, f16, bf16    not quantized
 
@@ -21,7 +22,14 @@ import torch
 from torch import Tensor
 
 from qat.grids.packing import pack, unpack
-from qat.grids.scalar import ScalarGrid, snap_stored
+from qat.grids.scalar import (
+    LISTED_VALUES,
+    ScalarGrid,
+    exponent_bytes,
+    nearest_power,
+    powers_of,
+    snap_stored,
+)
 from qat.grids.scales import GroupScale, LowRankScale
 from qat.grids.super_blocks import SuperBlockScale
 from qat.grids.vectors import VectorGrid
@@ -34,10 +42,10 @@ STORED_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 DENSE_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 DTYPE_SUFFIXES = {"float16": "", "bfloat16": "-bf16", "float32": "-f32"}
 PREFIXES = {"learned": "lut", "uint": "affine"}  # of codebooks named otherwise than by their kind
-RUNTIME_CODEBOOKS = ("int", "uint", "iq4_nl")  # whose values files of runtimes cannot change
+RUNTIME_CODEBOOKS = ("int", "uint", *LISTED_VALUES)  # whose values files of runtimes cannot change
 
 _NAME = re.compile(
-    r"(?P<kind>lut|int|affine|uniform|balanced|iq4_nl)(?P<bits>[2-8])"
+    rf"(?P<kind>lut|int|affine|uniform|balanced|{'|'.join(LISTED_VALUES)})(?P<bits>[2-8]|1\.625)"
     r"-(?:g(?P<group>[1-9]\d*)|r(?P<rank>[1-9]\d*)|(?P<row>row))"
     r"(?:-floor(?P<floor>[\d.e-]+?))?(?P<dtype>-bf16|-f32)?"
 )
@@ -118,10 +126,16 @@ class TensorSpec:
         count = self.grid.num_values
         return {**self.scale.part_shapes(shape), **({"codebook": (count,)} if count else {})}
 
+    def is_power(self, name: str) -> bool:
+        """Whether scales or a codebook are powers of two, of which files hold exponents."""
+        return name == "scale" and self.scale.is_power
+
     def snap_part(self, name: str, values: Tensor) -> Tensor:
         """Return scales or a codebook as a file holds them, in float32."""
         if bits := self.scale.integer_bits.get(name):
             return values.round().clamp(0, 2**bits - 1)
+        if self.is_power(name):
+            return nearest_power(values)
         return snap_stored(values, self.stored_dtype)
 
     def store_part(self, name: str, values: Tensor) -> Tensor:
@@ -129,12 +143,16 @@ class TensorSpec:
         values = self.snap_part(name, values)
         if bits := self.scale.integer_bits.get(name):
             return pack(values, bits)
+        if self.is_power(name):
+            return exponent_bytes(values)
         return values.to(getattr(torch, self.stored_dtype))
 
     def load_part(self, name: str, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return what `store_part` was given, as float32 numbers; integers in a shape."""
         if bits := self.scale.integer_bits.get(name):
             return unpack(stored, bits, shape).float()
+        if self.is_power(name):
+            return powers_of(stored)
         return stored.float()
 
     def size_bits(self, shape: tuple[int, ...]) -> int:
@@ -186,16 +204,19 @@ class TensorSpec:
             )
         kind = {"lut": "learned", "affine": "uint"}.get(match["kind"], match["kind"])
         floor = float(match["floor"]) if match["floor"] else None
-        if match["rank"]:
-            scale: Scale = LowRankScale(int(match["rank"]), floor)
-        else:
-            scale = GroupScale(int(match["group"] or 0), kind == "uint", floor)
         stored = next(d for d, suffix in DTYPE_SUFFIXES.items() if suffix == (match["dtype"] or ""))
-        return cls(grid=ScalarGrid(int(match["bits"]), kind), scale=scale, stored_dtype=stored)
+        return make_spec(
+            float(match["bits"]) if "." in match["bits"] else int(match["bits"]),
+            group_size=int(match["group"] or 0),
+            rank=int(match["rank"] or 0),
+            codebook=kind,
+            stored_dtype=stored,
+            floor=floor,
+        )
 
 
 def make_spec(
-    bits: int,
+    bits: int | float,
     *,
     group_size: int = 32,
     rank: int = 0,
@@ -209,11 +230,11 @@ def make_spec(
         bits: Bits per index.
         group_size: Weights of a row that share a scale; 0 = the whole row. Not used with a rank.
         rank: Rank of low-rank scales; 0 = one scale per group.
-        codebook: As in `ScalarGrid.kind`; uint comes with offsets.
+        codebook: As in `ScalarGrid.kind`; uint comes with offsets, mxfp4 with powers of two.
         stored_dtype: Of scales and codebook.
         floor: As in `GroupScale.floor`.
     """
-    group = GroupScale(group_size, codebook == "uint", floor)
+    group = GroupScale(group_size, codebook == "uint", floor, codebook == "mxfp4")
     scale = LowRankScale(rank, floor) if rank else group
     return TensorSpec(grid=ScalarGrid(bits, codebook), scale=scale, stored_dtype=stored_dtype)
 
@@ -239,6 +260,11 @@ def named_formats() -> dict[str, TensorSpec]:
         "gguf:iq4_nl": make_spec(4, codebook="iq4_nl"),
         "gguf:q8_0": make_spec(8, codebook="int"),
         "gguf:q4_1": make_spec(4, codebook="uint"),
+        "gguf:q5_0": make_spec(5, codebook="int"),
+        "gguf:q5_1": make_spec(5, codebook="uint"),
+        "gguf:mxfp4": make_spec(4, codebook="mxfp4"),
+        "gguf:tq1_0": make_spec(1.625, group_size=256, codebook="ternary"),
+        "gguf:tq2_0": make_spec(2, group_size=256, codebook="ternary"),
         "w4a16-g32": make_spec(4, codebook="int", **both),
         "w2a16-g64": make_spec(2, group_size=64, codebook="int", **both),
         "coreml:lut4": make_spec(4, group_size=0),
@@ -268,6 +294,11 @@ GGUF_TYPES = {
     ("int", 8, 32): "q8_0",
     ("iq4_nl", 4, 32): "iq4_nl",
     ("uint", 4, 32): "q4_1",
+    ("int", 5, 32): "q5_0",
+    ("uint", 5, 32): "q5_1",
+    ("mxfp4", 4, 32): "mxfp4",
+    ("ternary", 1.625, 256): "tq1_0",
+    ("ternary", 2, 256): "tq2_0",
 }
 
 

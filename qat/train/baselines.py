@@ -95,7 +95,7 @@ def rounded_layer(name: str, linear: nn.Linear, spec: TensorSpec) -> FakeQuantLi
     num_groups = 1 if spec.rank else spec.scale.groups_of(linear.in_features)
     weight = linear.weight.float()
     even = weight.new_ones(linear.in_features)
-    reach = GAUSSIAN_REACH[spec.bits] * start_scale(weight, even, num_groups)
+    reach = GAUSSIAN_REACH[int(spec.bits)] * start_scale(weight, even, num_groups)
     layer.codebook.copy_(torch.linspace(-1, 1, len(layer.codebook)))
     layer.indices.copy_(nearest_indices(over_scale(weight, reach), layer.codebook))
     if spec.rank:

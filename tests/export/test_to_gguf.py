@@ -16,7 +16,14 @@ from tests.tiny import TINY_MODELS, quantize_plainly, tiny_llama, tiny_student
 
 gguf = pytest.importorskip("gguf")
 
-PLAIN = ("gguf:q4_0", "gguf:iq4_nl", "gguf:q8_0")  # the gguf package's reader lacks Q2_0
+PLAIN = (
+    "gguf:q4_0",
+    "gguf:iq4_nl",
+    "gguf:q8_0",
+    "gguf:q5_0",
+    "gguf:q5_1",
+    "gguf:mxfp4",
+)  # the gguf package's reader lacks Q2_0
 MIXED = ("gguf:q2_0", "gguf:q2_0+gguf:q4_0", "deploy", "gguf:q4_0+gguf:q8_0")
 
 

@@ -9,60 +9,77 @@ from hypothesis import strategies as st
 
 from qat.grids.blocks import (
     BLOCK_TYPES,
-    IQ4_VALUES,
-    pack_blocks,
     pack_dense,
+    pack_parts,
     quantize_q8_0,
     unpack_blocks,
 )
-from qat.grids.scalar import dequantize, fixed_codebook, snap_float16
 from qat.quant.spec import FORMATS, GGUF_TYPES, gguf_type_of, make_spec
+from tests.tiny import random_tensor
 
-GRIDS = {name: grid for grid, name in GGUF_TYPES.items()}
+TYPES = sorted(GGUF_TYPES.values())
+MAGNITUDES = (0, 0.5, 1, 1.5, 2, 3, 4, 6)  # of E2M1
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-def random_weight(name, seed, rows=3, blocks=2):
-    """Return random indices, scales of either sign, offsets or None, and the codebook."""
-    kind, bits, group_size = GRIDS[name]
-    generator = torch.Generator().manual_seed(seed)
-    shape = (rows, blocks * group_size)
-    indices = torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8)
-    size = 10.0 ** (seed % 5 - 3)
-    scale = snap_float16(torch.randn(rows, blocks, generator=generator) * size)
-    offset = snap_float16(torch.randn(rows, blocks, generator=generator) * size)
-    return indices, scale, offset if kind == "uint" else None, fixed_codebook(kind, bits)
+def ternary_at(body, j, name):
+    """Return weight j of a block of TQ1_0 or TQ2_0 over its scale."""
+    if name == "tq2_0":
+        half, rest = divmod(j, 128)
+        place, byte = divmod(rest, 32)
+        return (body[32 * half + byte] >> (2 * place) & 3) - 1
+    start, first, width = next(s for s in ((240, 48, 4), (160, 32, 16), (0, 0, 32)) if j >= s[0])
+    place, byte = divmod(j - start, width)
+    return ((body[first + byte] * 3**place & 255) * 3 >> 8) - 1
+
+
+def value_at(body, j, name):
+    """Return weight j of a block over its scale, from the bytes next to its scales."""
+    if name in ("tq1_0", "tq2_0"):
+        return ternary_at(body, j, name)
+    if name == "q8_0":
+        return body[j] - 256 if body[j] > 127 else body[j]
+    if name == "q2_0":
+        return (body[j // 4] >> (2 * (j % 4)) & 3) - 1
+    bits = body[4:] if name in ("q5_0", "q5_1") else body
+    q = bits[j] & 15 if j < 16 else bits[j - 16] >> 4
+    if name in ("q5_0", "q5_1"):
+        q |= (struct.unpack_from("<I", body)[0] >> j & 1) << 4
+    if name == "mxfp4":
+        return MAGNITUDES[q & 7] * (-1 if q & 8 else 1)
+    offsets = {"q4_0": -8, "q5_0": -16}
+    return IQ4_VALUES[q] if name == "iq4_nl" else q + offsets.get(name, 0)
 
 
 def weight_by_definition(data, name):
     """Return a row's weights by the type's definition, one at a time from its bytes."""
     kind, weights = BLOCK_TYPES[name], []
     for start in range(0, len(data), kind.num_bytes):
-        (d,) = struct.unpack_from("<e", data, start)
-        m = struct.unpack_from("<e", data, start + 2)[0] if name == "q4_1" else None
-        body = data[start + (2 if m is None else 4) : start + kind.num_bytes]
-        for j in range(kind.num_weights):
-            if name == "q8_0":
-                value = body[j] - 256 if body[j] > 127 else body[j]
-            elif name == "q2_0":
-                value = (body[j // 4] >> (2 * (j % 4)) & 3) - 1
-            else:
-                q = body[j] & 15 if j < 16 else body[j - 16] >> 4
-                value = {"iq4_nl": IQ4_VALUES[q], "q4_1": q}.get(name, q - 8)
-            # torch rounds the sum to float32 once; so does a double sum of exact products
-            weights.append(float(torch.tensor(value * d)) + (m or 0.0))
+        block, m = data[start : start + kind.num_bytes], 0.0
+        if name == "mxfp4":
+            d, body = 2.0 ** (block[0] - 127), block[1:]
+        elif name in ("tq1_0", "tq2_0"):
+            (d,), body = struct.unpack("<e", block[-2:]), block[:-2]
+        elif name in ("q4_1", "q5_1"):
+            (d, m), body = struct.unpack_from("<ee", block), block[4:]
+        else:
+            (d,), body = struct.unpack_from("<e", block), block[2:]
+        # torch rounds the sum to float32 once; so does a double sum of exact products
+        values = (value_at(body, j, name) * d for j in range(kind.num_weights))
+        weights += [float(torch.tensor(value)) + m for value in values]
     return weights
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", TYPES)
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 999))
 def test_blocks_hold_the_weights_of_training(name, seed):
     """Training's weight = unpacked = the definition's double loop, scales of either sign."""
-    indices, scale, offset, codebook = random_weight(name, seed)
-    trained = dequantize(indices, scale, codebook, offset)
-    packed = pack_blocks(indices, scale, offset, name)
+    quantized = random_tensor(name, seed=seed)
+    trained = quantized.dequantize()
+    packed = pack_parts(quantized.indices, quantized.parts, name)
     assert packed.shape[1] * BLOCK_TYPES[name].num_weights == (
-        indices.shape[1] * BLOCK_TYPES[name].num_bytes
+        trained.shape[1] * BLOCK_TYPES[name].num_bytes
     )
     assert torch.equal(unpack_blocks(packed, name), trained)
     rows = [weight_by_definition(bytes(row.tolist()), name) for row in packed]
@@ -100,7 +117,7 @@ def test_weights_that_lie_on_q8_0_are_kept():
 
 def test_formats_by_name_have_their_blocks():
     """`gguf:X` trains on the grid of type X, and the deploy pair's layers have types as well."""
-    for name in ("q4_0", "q2_0", "iq4_nl", "q8_0", "q4_1"):
+    for name in TYPES:
         assert gguf_type_of(FORMATS[f"gguf:{name}"]) == name
     assert gguf_type_of(FORMATS["w4a16-g32"]) == "q4_0"
     assert gguf_type_of(FORMATS["w2a16-g64"]) == "q2_0"
@@ -114,6 +131,7 @@ def test_formats_by_name_have_their_blocks():
         make_spec(bits=4, codebook="int", rank=2),
         make_spec(bits=4, codebook="int", stored_dtype="float32"),
         make_spec(bits=4, codebook="int", floor=1e-8),
+        make_spec(bits=4, group_size=64, codebook="mxfp4"),
     ],
 )
 def test_other_grids_have_no_type(spec):

@@ -6,12 +6,15 @@ from hypothesis import strategies as st
 from qat.grids.scalar import (
     dequantize,
     expand_groups,
+    exponent_bytes,
     fits_float16,
     fixed_codebook,
     low_rank_scale,
     midpoints,
     nearest_indices,
+    nearest_power,
     nearest_values,
+    powers_of,
     snap_float16,
 )
 
@@ -76,6 +79,18 @@ def test_snapping_twice_changes_nothing_more():
     assert torch.equal(snapped, values.half().float())
 
 
+@settings(max_examples=100, deadline=None)
+@given(value=st.floats(2.0**-30, 2.0**20, width=32))
+def test_the_nearest_power_of_two_is_one_of_float16(value):
+    """Against trying all of them; a byte holds it."""
+    powers = torch.tensor([2.0**exponent for exponent in range(-24, 16)])
+    found = nearest_power(torch.tensor([value]))
+    assert (found - value).abs() == (powers - value).abs().min()
+    assert torch.equal(found.half().float(), found)
+    assert torch.equal(powers_of(exponent_bytes(found)), found)
+    assert nearest_power(torch.tensor([-value, 0.0])).tolist() == [2.0**-24] * 2
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -70000.0])
 def test_what_float16_cannot_hold_is_seen(value):
     """NaN, infinity and values beyond the range are told from values at its end."""
@@ -130,5 +145,8 @@ def test_the_words_for_fixed_codebooks():
     assert fixed_codebook("int", 2).tolist() == [-2, -1, 0, 1]
     assert fixed_codebook("balanced", 2).tolist() == [-1.5, -0.5, 0.5, 1.5]
     assert fixed_codebook("uniform", 2)[[0, -1]].tolist() == [-1, 1]
+    assert fixed_codebook("ternary", 1.625).tolist() == [-1, 0, 1]
+    e2m1 = {sign * 2.0**e * m for sign in (1, -1) for e in (0, 1, 2) for m in (1, 1.5)}
+    assert set(fixed_codebook("mxfp4", 4).tolist()) == e2m1 | {0.0, 0.5, -0.5}
     with pytest.raises(ValueError, match="codebook 'learned' is not fixed; choose uniform"):
         fixed_codebook("learned", 2)

@@ -23,6 +23,8 @@ SPECS = {
     "balanced rank": make_spec(bits=2, rank=3, codebook="balanced"),
     "int": make_spec(bits=2, group_size=8, codebook="int"),
     "affine": make_spec(bits=3, group_size=8, codebook="uint"),
+    "mxfp4": make_spec(bits=4, group_size=8, codebook="mxfp4"),
+    "ternary": make_spec(bits=2, group_size=16, codebook="ternary"),
 }
 
 
@@ -68,7 +70,7 @@ def test_no_update_raises_the_error(bits, groups, seed):
 @pytest.mark.parametrize("name", SPECS)
 def test_more_rounds_are_never_worse(name):
     """The fit goes downhill for every kind of scale and codebook."""
-    weight, importance = heavy(24, 32), random(32, seed=5).exp()
+    weight, importance = heavy(64, 64), random(64, seed=5).exp()
     errors = [
         weighted_error(
             weight,

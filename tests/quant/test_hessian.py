@@ -32,6 +32,8 @@ SPECS = {
     "row scale": make_spec(bits=2, group_size=0),
     "low rank": make_spec(bits=2, rank=4),
     "affine": make_spec(bits=3, group_size=16, codebook="uint"),
+    "mxfp4": make_spec(bits=4, group_size=16, codebook="mxfp4"),
+    "ternary": make_spec(bits=2, group_size=48, codebook="ternary"),
 }
 
 

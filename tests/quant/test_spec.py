@@ -1,5 +1,7 @@
 """Formats of one tensor: their names, their sizes, the values they hold."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,16 @@ from hypothesis import strategies as st
 
 from qat.grids.blocks import pack_parts
 from qat.grids.packing import pack
-from qat.grids.scalar import IQ4_NL, dequantize, fixed_codebook, snap_bfloat16, snap_float16
+from qat.grids.scalar import (
+    IQ4_NL,
+    LISTED_BITS,
+    CodebookKind,
+    dequantize,
+    fixed_codebook,
+    nearest_power,
+    snap_bfloat16,
+    snap_float16,
+)
 from qat.quant.fit import fit_weight
 from qat.quant.spec import (
     FORMATS,
@@ -18,6 +29,7 @@ from qat.quant.spec import (
     make_spec,
 )
 from qat.quant.straight_through import SnapBfloat16
+from tests.tiny import random_tensor
 
 GGUF_FORMATS = [name for name in FORMATS if name.startswith("gguf:")]
 SCALAR_FORMATS = [name for name, spec in FORMATS.items() if spec.grid and spec.grid.num_values]
@@ -26,10 +38,10 @@ SCALAR_FORMATS = [name for name, spec in FORMATS.items() if spec.grid and spec.g
 @st.composite
 def specs(draw) -> TensorSpec:
     """Draw a spec of any grid, scales and dtype."""
-    kind = draw(st.sampled_from(["learned", "uniform", "balanced", "int", "uint", "iq4_nl"]))
+    kind = draw(st.sampled_from([*get_args(CodebookKind)]))
     rank = 0 if kind == "uint" else draw(st.integers(0, 64))
     return make_spec(
-        4 if kind == "iq4_nl" else draw(st.integers(2, 8)),
+        draw(st.sampled_from(LISTED_BITS.get(kind, range(2, 9)))),
         group_size=draw(st.integers(0, 256)),
         rank=rank,
         codebook=kind,
@@ -144,7 +156,26 @@ def test_iq4_nl_has_the_values_of_its_type():
         make_spec(bits=2, codebook="iq4_nl")
 
 
-@pytest.mark.parametrize("name", ["gguf:q4_0", "gguf:q2_0", "gguf:iq4_nl"])
+def test_powers_of_two_take_a_byte_each_in_files():
+    """Of any scale that training leaves, the nearest; codebook and offset stay float16."""
+    spec, scale = FORMATS["gguf:mxfp4"], torch.randn(6, 4).exp() * 0.01
+    stored = spec.store_part("scale", scale)
+    assert (stored.dtype, stored.shape) == (torch.uint8, (6, 4))
+    assert torch.equal(spec.load_part("scale", stored, (6, 4)), spec.snap_part("scale", scale))
+    assert (spec.snap_part("scale", scale) / scale - 1).abs().max() < 0.34
+    codebook = spec.grid.start_codebook()
+    assert torch.equal(spec.snap_part("codebook", codebook), codebook)
+
+
+@pytest.mark.parametrize("name", ["gguf:tq1_0", "gguf:q5_1", "gguf:mxfp4"])
+def test_rows_that_are_no_whole_blocks_are_refused(name):
+    """With the block, the row and a size that fits."""
+    block = FORMATS[name].group_size
+    with pytest.raises(ValueError, match=f"group size {block} .* a row of {block + 16} weights"):
+        FORMATS[name].check((4, block + 16))
+
+
+@pytest.mark.parametrize("name", ["gguf:q4_0", "gguf:q2_0", "gguf:iq4_nl", "gguf:q5_0"])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_weights_on_the_grid_are_found_again(name, sign):
     """A fit to weights that lie on a format's grid, scales of either sign, loses nothing."""
@@ -155,6 +186,14 @@ def test_weights_on_the_grid_are_found_again(name, sign):
     scale = sign * snap_float16(torch.rand(6, 128 // spec.group_size) + 0.1)
     weight = dequantize(indices, scale, codebook)
     assert torch.equal(fit_weight(weight, spec).dequantize(), weight)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "tq1_0", "tq2_0"])
+def test_weights_on_a_symmetric_grid_are_found_again(name):
+    """Every value of it in each group, at powers of two."""
+    on_grid = random_tensor(name, seed=3, rows=6)
+    weight = on_grid.replaced(scale=nearest_power(on_grid.scale.abs())).dequantize()
+    assert torch.equal(fit_weight(weight, on_grid.spec).dequantize(), weight)
 
 
 @pytest.mark.parametrize("name", SCALAR_FORMATS)
