@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from qat.grids.blocks import BLOCK_TYPES
+from qat.quant.fit import fit_weight
+from qat.quant.spec import FORMATS
 
 
 def open_ggml() -> ctypes.CDLL:
@@ -57,3 +59,33 @@ def dequantize_blocks(
         ctypes.c_int64(num_weights),
     )
     return found
+
+
+def random_importance(kind: str, num_inputs: int) -> Tensor:
+    """Return how much each input counts, (I,): even, uniform between bounds, or steep."""
+    return {
+        "even": torch.ones(num_inputs),
+        "uniform": torch.rand(num_inputs) * 2 + 0.1,
+        "steep": torch.randn(num_inputs).exp().square(),
+    }[kind]
+
+
+def errors_of_both(
+    library: ctypes.CDLL, weight: Tensor, type_name: str, importance: Tensor
+) -> tuple[float, float]:
+    """Return the weighted squared errors of our fit and of C's, over the weights' own.
+
+    Args:
+        library: libggml.
+        weight: (O, I), float32.
+        type_name: Of GGUF.
+        importance: (I,), that both weigh by.
+    """
+    packed = quantize_anew(library, weight, type_name, importance)
+    theirs = dequantize_blocks(library, packed, type_name, weight.numel()).view_as(weight)
+    ours = fit_weight(weight, FORMATS[f"gguf:{type_name}"], importance=importance).dequantize()
+    power = (weight.square() * importance).sum()
+    ours, theirs = (
+        float(((found - weight).square() * importance).sum() / power) for found in (ours, theirs)
+    )
+    return ours, theirs

@@ -9,14 +9,13 @@ import torch
 from qat.export.ggml import dequantize_blocks, open_ggml, quantize_anew
 from qat.export.gguf_file import read_tensor_records
 from qat.export.to_gguf import export_to_gguf
-from qat.grids.blocks import BLOCK_TYPES, pack_blocks, quantize_q8_0
-from qat.grids.scalar import dequantize, fixed_codebook, snap_float16
+from qat.grids.blocks import BLOCK_TYPES, pack_parts, quantize_q8_0
 from qat.quant.spec import GGUF_TYPES
-from tests.tiny import save_tiny, tiny_llama, tiny_student
+from tests.tiny import random_tensor, save_tiny, tiny_llama, tiny_student
 
 pytestmark = pytest.mark.parity
 
-GRIDS = {name: grid for grid, name in GGUF_TYPES.items()}
+TYPES = sorted(GGUF_TYPES.values())
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +30,13 @@ def ggml():
     return library
 
 
-def random_weight(name):
-    kind, bits, group_size = GRIDS[name]
-    indices = torch.randint(2**bits, (16, 8 * group_size), dtype=torch.uint8)
-    scale = snap_float16(torch.randn(16, 8) * 0.05)
-    return indices, scale, fixed_codebook(kind, bits)
-
-
-def random_offset(name, scale):
-    """Return offsets for types that store them."""
-    kind, _bits, _group_size = GRIDS[name]
-    return snap_float16(torch.randn(scale.shape) * 0.05) if kind == "uint" else None
-
-
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", TYPES)
 def test_c_gives_the_weights_of_training(ggml, name):
     """Scales of either sign, every index."""
-    indices, scale, codebook = random_weight(name)
-    offset = random_offset(name, scale)
-    packed = pack_blocks(indices, scale, offset, name)
-    found = dequantize_blocks(ggml, packed, name, indices.numel()).view(indices.shape)
-    assert torch.equal(found, dequantize(indices, scale, codebook, offset))
+    quantized = random_tensor(name, rows=16, blocks=8)
+    packed = pack_parts(quantized.indices, quantized.parts, name)
+    found = dequantize_blocks(ggml, packed, name, quantized.indices.numel())
+    assert torch.equal(found.view(16, -1), quantized.dequantize())
 
 
 def test_our_q8_0_is_that_of_c(ggml):
@@ -65,14 +50,15 @@ def test_our_q8_0_is_that_of_c(ggml):
 @pytest.mark.parametrize("name", ["q4_0", "q2_0", "iq4_nl"])
 def test_a_converter_that_fits_anew_loses_what_was_trained(ggml, name):
     """Why blocks are written directly: the same weights through C's quantizer are others."""
-    indices, scale, codebook = random_weight(name)
-    weight = dequantize(indices, scale, codebook)
+    weight = random_tensor(name, seed=3, rows=16, blocks=8).dequantize()
     packed = quantize_anew(ggml, weight, name)
     found = dequantize_blocks(ggml, packed, name, weight.numel()).view_as(weight)
     assert (found - weight).norm() > 0.001 * weight.norm()
 
 
-@pytest.mark.parametrize("plan", ["gguf:q2_0+gguf:q4_0", "gguf:iq4_nl+gguf:q8_0"])
+@pytest.mark.parametrize(
+    "plan", ["gguf:q2_0+gguf:q4_0", "gguf:iq4_nl+gguf:q8_0", "gguf:mxfp4+gguf:q5_1"]
+)
 def test_c_reads_our_files(ggml, tmp_path, plan):
     """Header, keys, tensor types and sizes, Q2_0 among them."""
     text_source = save_tiny(tmp_path / "base", tiny_llama())
