@@ -7,10 +7,10 @@
     Q2_0    (q - 1) * d        64 weights, q in 2 bits, four neighbours a byte, the first lowest
     IQ2_S   d * (s + 1/2) / 4 * point * signs    256 weights, s in 4 bits for each 16, points of 8
 
-d is float16 of either sign and lies in front of the block's q. Packing takes indices into an
-ascending codebook; Q2_0 counts the other way (-2 .. 1 becomes 2 .. -1), so its d is the scale with
-its sign turned. Unpacking follows the types' own definitions and does not read `grids/scalar.py`:
-it checks what packing made.
+K-types and IQ4_XS are in `grids/k_blocks.py`. d is float16 of either sign and lies in front of the
+block's q. Packing takes indices into an ascending codebook; Q2_0 counts the other way (-2 .. 1
+becomes 2 .. -1), so its d is the scale with its sign turned. Unpacking follows the types' own
+definitions and does not read `grids/scalar.py`: it checks what packing made.
 
 Shape legend: O out, I in, G blocks of a row.
 
@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from qat.grids.k_blocks import K_FIELDS, pack_k_blocks
 
 D_BYTES = 2
 
@@ -45,6 +47,12 @@ BLOCK_TYPES = {
     "iq4_nl": BlockType(20, 32, 18, 25),
     "q2_0": BlockType(42, 64, 18, 41),
     "iq2_s": BlockType(22, 256, 82, 28),
+    "q2_k": BlockType(10, 256, 84, 10),
+    "q3_k": BlockType(11, 256, 110, 11),
+    "q4_k": BlockType(12, 256, 144, 14),
+    "q5_k": BlockType(13, 256, 176, 16),
+    "q6_k": BlockType(14, 256, 210, 18),
+    "iq4_xs": BlockType(23, 256, 136, 30),
 }
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -86,7 +94,7 @@ def unpack_blocks(packed: Tensor, name: str) -> Tensor:
     num_outputs = packed.shape[0]
     if name in DTYPES:
         return packed.contiguous().view(DTYPES[name]).float()
-    if name in SUPER_PACKERS:
+    if name in SUPER_PACKERS or name in K_FIELDS:
         return unpack_super_blocks(packed, name)
     blocks = packed.reshape(num_outputs, -1, BLOCK_TYPES[name].num_bytes)
     d = blocks[..., :D_BYTES].contiguous().view(torch.float16).float()  # (O, G, 1)
@@ -114,6 +122,8 @@ def pack_parts(indices: Tensor, parts: Mapping[str, Tensor], name: str) -> Tenso
         parts: Scales as `part_shapes` of the type's format names them, as stored.
         name: Any of `BLOCK_TYPES` but the dense ones.
     """
+    if name in K_FIELDS:
+        return pack_k_blocks(indices, parts, name)
     if name in SUPER_PACKERS:
         return pack_super_blocks(indices, parts, name)
     return pack_blocks(indices, parts["scale"], parts.get("offset"), name)
