@@ -53,7 +53,8 @@ def dequantize_blocks(
 ) -> Tensor:
     """Return what C makes of blocks, (num_weights,) float32."""
     packed, found = packed.contiguous(), torch.empty(num_weights)
-    getattr(library, f"dequantize_row_{type_name}")(
+    name = type_name.replace("_k", "_K")
+    getattr(library, f"dequantize_row_{name}")(
         ctypes.c_void_p(packed.data_ptr()),
         ctypes.c_void_p(found.data_ptr()),
         ctypes.c_int64(num_weights),

@@ -73,6 +73,10 @@ def require_palette(name: str, layer: FakeQuantLinear, dtype: torch.dtype) -> No
         raise ValueError(
             f"{name} is {spec.name}, palettes have 2**bits values, bits {BITS}; export --to hf"
         )
+    if spec.scale.integer_bits or spec.has_offset:
+        raise ValueError(
+            f"{name} is {spec.name}, palettes have one float16 scale; export --to gguf"
+        )
     if spec.floor is not None:
         raise ValueError(f"{name} floors its scales; run `qat convert-v1-to-v2` first")
     if spec.stored_dtype == "float32" and dtype != torch.float32:

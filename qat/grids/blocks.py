@@ -10,10 +10,11 @@
     Q2_0    (q - 1) * d        64 weights, q in 2 bits, four neighbours a byte, the first lowest
     IQ2_S   d * (s + 1/2) / 4 * point * signs    256 weights, s in 4 bits for each 16, points of 8
 
-d is float16 of either sign and lies in front of the block's q, whose bytes `block_bodies` makes.
-Packing takes indices into an ascending codebook; Q2_0 counts the other way (-2 .. 1 becomes
-2 .. -1), so its d is the scale with its sign turned. Unpacking is that of the `gguf` package, which
-lacks Q2_0, and does not read `grids/scalar.py`: it checks what packing made.
+K-types and IQ4_XS are in `grids/k_blocks.py`. d is float16 of either sign and lies in front of the
+block's q, whose bytes `block_bodies` makes. Packing takes indices into an ascending codebook; Q2_0
+counts the other way (-2 .. 1 becomes 2 .. -1), so its d is the scale with its sign turned. Unpacking
+is that of the `gguf` package, which lacks Q2_0, and does not read `grids/scalar.py`: it checks what
+packing made.
 
 Shape legend: O out, I in, G blocks of a row.
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from qat.grids.block_bodies import BODIES
+from qat.grids.k_blocks import K_FIELDS, pack_k_blocks
 from qat.grids.scalar import exponent_bytes
 
 D_BYTES = 2
@@ -56,6 +58,12 @@ BLOCK_TYPES = {
     "mxfp4": BlockType(39, 32, 17, 38),
     "tq1_0": BlockType(34, 256, 54, 36),
     "tq2_0": BlockType(35, 256, 66, 37),
+    "q2_k": BlockType(10, 256, 84, 10),
+    "q3_k": BlockType(11, 256, 110, 11),
+    "q4_k": BlockType(12, 256, 144, 14),
+    "q5_k": BlockType(13, 256, 176, 16),
+    "q6_k": BlockType(14, 256, 210, 18),
+    "iq4_xs": BlockType(23, 256, 136, 30),
 }
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 D_LAST = ("tq1_0", "tq2_0")  # whose d lies behind the block's q
@@ -115,6 +123,8 @@ def pack_parts(indices: Tensor, parts: Mapping[str, Tensor], name: str) -> Tenso
         parts: Scales as `part_shapes` of the type's format names them, as stored.
         name: Any of `BLOCK_TYPES` but the dense ones.
     """
+    if name in K_FIELDS:
+        return pack_k_blocks(indices, parts, name)
     if name in SUPER_PACKERS:
         return pack_super_blocks(indices, parts, name)
     return pack_blocks(indices, parts["scale"], parts.get("offset"), name)

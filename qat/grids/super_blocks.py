@@ -1,12 +1,15 @@
 """Super-block scales: a float16 scale for many weights, a small integer for each few of them.
 
     scale[o, s] = super_scale[o, s's super-block] * (sub_scale[o, s] + shift) * factor
+    offset[o, s] = -super_offset[o, s's super-block] * sub_offset[o, s]        in some formats
 
-as in GGUF's K- and I-types. `sub_scale` is a float while it trains and counts as the nearest
-integer of its range.  The product of 11, `bits + 1` and a few more significant bits is exact in
-float32, in any order.
+as in GGUF's K- and I-types. Sub-scales and sub-offsets are floats while they train and count as the
+nearest integers of their range. The product of 11, `bits + 1` and a few more significant bits is
+exact in float32, in any order, and so is its product with a grid value: only adding the offset
+rounds, once, as in ggml's d * sc * q - dmin * m.
 
-Shape legend: O out, I in, S sub-blocks of a row, B super-blocks of a row.
+Shape legend: O out, I in, S sub-blocks of a row, B super-blocks of a row; twice as many of each
+where scales and offsets stand joined, offsets last.
 """
 
 from collections.abc import Mapping
@@ -16,30 +19,34 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qat.grids.scales import Parts, Snap, pulled_back, stored_scale
+from qat.grids.scalar import FLOAT16_MAX, snap_float16
+from qat.grids.scales import Parts, Snap
 
+SUPER_TINY = 2.0**-24  # least float16: integers up to 128 leave super-scales below its normal ones
+PAIRS = (("super_scale", "sub_scale"), ("super_offset", "sub_offset"))  # float16 and integer parts
 # Places of the largest sub-scale of a super-block, as shares of the range: ggml takes the top only.
 TOP_SHARES = tuple(1.1 - 0.05 * step for step in range(12))
 
 
 @dataclass(frozen=True, slots=True)
 class SuperBlockScale:
-    """Positive scales of sub-blocks, each a small integer times the scale of a super-block."""
+    """Scales of sub-blocks, each a small integer times the scale of a super-block."""
 
     sub_block: int
     """Weights that share a sub-scale."""
     super_block: int
     """Weights that share a float16 scale."""
     sub_bits: int
-    """Bits of a sub-scale."""
-    shift: float
-    """Added to a sub-scale."""
-    factor: float
+    """Bits of a sub-scale, and of a sub-offset."""
+    shift: float = 0.0
+    """Added to a sub-scale; below zero where scales may have either sign."""
+    factor: float = 1.0
     """That the product is multiplied by."""
+    has_offset: bool = False
+    """Whether sub-blocks have an offset too, never above zero."""
 
     rank: ClassVar[int] = 0
     floor: ClassVar[None] = None
-    has_offset: ClassVar[bool] = False
 
     @property
     def group_size(self) -> int:
@@ -47,14 +54,29 @@ class SuperBlockScale:
         return self.sub_block
 
     @property
+    def per_super(self) -> int:
+        """Sub-blocks of a super-block."""
+        return self.super_block // self.sub_block
+
+    @property
     def top(self) -> int:
         """Largest sub-scale."""
         return 2**self.sub_bits - 1
 
     @property
+    def is_signed(self) -> bool:
+        """Whether scales may have either sign."""
+        return self.shift < 0
+
+    @property
     def integer_bits(self) -> Mapping[str, int]:
         """Bits of the parts that files hold as integers."""
-        return {"sub_scale": self.sub_bits}
+        return {lower: self.sub_bits for _, lower in self.pairs}
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Names of the parts: super-scales and their integers, then those of offsets."""
+        return PAIRS if self.has_offset else PAIRS[:1]
 
     def groups_of(self, num_inputs: int) -> int:
         """Return the number of sub-scales in a row."""
@@ -76,83 +98,132 @@ class SuperBlockScale:
 
     def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of scales of an (O, I) weight, by name."""
-        return {
-            "super_scale": (shape[0], shape[1] // self.super_block),
-            "sub_scale": (shape[0], shape[1] // self.sub_block),
-        }
+        sizes = [(shape[0], shape[1] // size) for size in (self.super_block, self.sub_block)]
+        return {name: size for pair in self.pairs for name, size in zip(pair, sizes, strict=True)}
 
     def size_bits(self, shape: tuple[int, int], stored_bits: int) -> int:
         """Return the bits of an (O, I) weight's scales."""
-        count = shape[0] * shape[1]
+        count = shape[0] * shape[1] * (2 if self.has_offset else 1)
         return count // self.super_block * stored_bits + count // self.sub_block * self.sub_bits
 
-    def expand(self, parts: Parts, snap: Snap) -> tuple[Tensor, None]:
-        """Return the scale of each sub-block, (O, S), and no offset; straight through rounding."""
-        return self.product(snap(parts["super_scale"]), self.integers(parts["sub_scale"])), None
+    def expand(self, parts: Parts, snap: Snap) -> tuple[Tensor, Tensor | None]:
+        """Return the scale and offset of each sub-block, (O, S) each; straight through rounding."""
+        found = [
+            self.full(snap(parts[upper])) * self.units(self.integers(parts[lower]), lower)
+            for upper, lower in self.pairs
+        ]
+        return found[0], found[1] if self.has_offset else None
 
-    def product(self, super_scale: Tensor, sub_scale: Tensor) -> Tensor:
-        """Return the scale of each sub-block, (O, S)."""
-        full = super_scale.repeat_interleave(self.super_block // self.sub_block, dim=1)
-        return full * ((sub_scale + self.shift) * self.factor)
+    def full(self, supers: Tensor) -> Tensor:
+        """Return the number of the super-block of each sub-block, (O, S) of (O, B)."""
+        return supers.repeat_interleave(self.per_super, dim=1)
 
-    def integers(self, sub_scale: Tensor) -> Tensor:
-        """Return sub-scales as integers of their range, straight through inside it."""
-        inside = sub_scale.clamp(0, self.top)
+    def units(self, integers: Tensor, name: str = "sub_scale") -> Tensor:
+        """Return what the integers of a part multiply the super-block's number by."""
+        return -integers if name == "sub_offset" else (integers + self.shift) * self.factor
+
+    def integers(self, values: Tensor) -> Tensor:
+        """Return sub-scales or sub-offsets as integers of their range, straight through in it."""
+        inside = values.clamp(0, self.top)
         return inside + (inside.round() - inside).detach()
 
     def storable(self, parts: Parts) -> dict[str, Tensor]:
         """Return parts that training moved out of what files hold, pulled back."""
-        return {
-            "super_scale": pulled_back(parts["super_scale"].clamp_min(0)),
-            "sub_scale": parts["sub_scale"].clamp(0, self.top),
-        }
+        pulled = {}
+        for upper, lower in self.pairs:
+            allowed = parts[upper] if self.is_signed else parts[upper].clamp_min(0)
+            half = allowed.half()
+            is_lost = (half == 0) | ~torch.isfinite(half)
+            pulled[upper] = stored_super(allowed).where(is_lost, parts[upper])
+            pulled[lower] = parts[lower].clamp(0, self.top)
+        return pulled
 
-    def from_effective(self, scale: Tensor, mass: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the parts whose scales are nearest to given ones.
+    def join(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """Return super-scales, and integers, of scales and offsets joined."""
+        return tuple(torch.cat([parts[pair[k]] for pair in self.pairs], dim=1) for k in (0, 1))
 
-        Several places of the largest sub-scale are tried; each fixes the integers, which fix the
-        best super-scale in closed form.
+    def split(self, supers: Tensor, integers: Tensor) -> dict[str, Tensor]:
+        """Return the parts that `join` makes its results of."""
+        count = len(self.pairs)
+        joined = zip(self.pairs, supers.chunk(count, 1), integers.chunk(count, 1), strict=True)
+        return {n: part for pair, *parts in joined for n, part in zip(pair, parts, strict=True)}
+
+    def joined_units(self, integers: Tensor) -> Tensor:
+        """Return the units of integers joined."""
+        chunks = zip(self.pairs, integers.chunk(len(self.pairs), 1), strict=True)
+        return torch.cat([self.units(part, lower) for (_, lower), part in chunks], dim=1)
+
+    def joined(self, parts: Parts) -> Tensor:
+        """Return scales and offsets, joined, of parts as stored."""
+        supers, integers = self.join(parts)
+        return self.full(supers) * self.joined_units(integers)
+
+    def from_effective(self, aim: Tensor, mass: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the parts whose scales and offsets are nearest to given ones.
 
         Args:
-            scale: (O, S), positive.
-            mass: How much the squared error of each scale counts, (O, S); all alike when not given.
+            aim: Scales (and offsets) as `joined` gives them.
+            mass: How much the squared error of each counts, like aim; all alike when not given.
         """
-        mass = torch.ones_like(scale) if mass is None else mass
-        shape = (len(scale), -1, self.super_block // self.sub_block)
-        aim, mass = scale.reshape(shape), mass.reshape(shape)  # (O, B, S / B)
-        largest = aim.amax(-1, keepdim=True)
+        mass = torch.ones_like(aim) if mass is None else mass
+        count, found = len(self.pairs), {}
+        chunks = zip(self.pairs, aim.chunk(count, 1), mass.chunk(count, 1), strict=True)
+        for (upper, lower), *given in chunks:
+            found[upper], found[lower] = self.nearest_parts(*given, lower)
+        return found
+
+    def nearest_parts(self, aim: Tensor, mass: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Return super-scales (O, B) and integers (O, S) near to scales, or offsets, (O, S).
+
+        Several places of the largest integer are tried; each fixes the integers, which fix the best
+        super-scale in closed form.
+        """
+        shape = (len(aim), -1, self.per_super)
+        aim, mass = aim.reshape(shape), mass.reshape(shape)  # (O, B, S / B)
+        largest = aim.abs().amax(-1, keepdim=True)
         best = least = None
         for share in TOP_SHARES:
-            start = largest / ((share * self.top + self.shift) * self.factor)
-            steps = self.nearest_integers(aim, stored_scale(start))
-            super_scale = self.best_super_scale(aim, steps, mass)
-            steps = self.nearest_integers(aim, super_scale)
-            error = (super_scale * (steps + self.shift) * self.factor - aim).square() * mass
+            start = stored_super(largest / (share * self.reach(name)))
+            steps = self.nearest_integers(aim, start, name)
+            supers = self.best_super(aim, self.units(steps, name), mass)
+            steps = self.nearest_integers(aim, supers, name)
+            error = (supers * self.units(steps, name) - aim).square() * mass
             error = error.sum(-1, keepdim=True)
             if best is None:
-                best, least = (super_scale, steps), error
+                best, least = (supers, steps), error
                 continue
             is_better = error < least
             best = tuple(
                 torch.where(is_better, new, old)
-                for new, old in zip((super_scale, steps), best, strict=True)
+                for new, old in zip((supers, steps), best, strict=True)
             )
             least = torch.minimum(error, least)
-        super_scale, steps = best
-        return {"super_scale": super_scale.squeeze(-1), "sub_scale": steps.view_as(scale)}
+        supers, steps = best
+        return supers.squeeze(-1), steps.flatten(1)
+
+    def reach(self, name: str = "sub_scale") -> float:
+        """Return the largest unit of a part."""
+        return float(self.units(torch.tensor(float(self.top)), name).abs())
 
     def with_super_scale(self, parts: Parts, aim: Tensor, mass: Tensor) -> dict[str, Tensor]:
         """Return parts with the super-scales of least error from scales (O, S) given integers."""
-        shape = (len(aim), -1, self.super_block // self.sub_block)
-        grouped = (t.reshape(shape) for t in (aim, parts["sub_scale"], mass))
-        return {**parts, "super_scale": self.best_super_scale(*grouped).squeeze(-1)}
+        shape = (len(aim), -1, self.per_super)
+        aim, units, mass = (t.reshape(shape) for t in (aim, self.units(parts["sub_scale"]), mass))
+        return {**parts, "super_scale": self.best_super(aim, units, mass).squeeze(-1)}
 
-    def nearest_integers(self, aim: Tensor, super_scale: Tensor) -> Tensor:
-        """Return the sub-scales nearest to scales under given super-scales."""
-        return (aim / (super_scale * self.factor) - self.shift).round().clamp(0, self.top)
+    def nearest_integers(self, aim: Tensor, supers: Tensor, name: str = "sub_scale") -> Tensor:
+        """Return the integers of a part nearest to scales, or offsets, under given super-scales."""
+        units = aim / supers
+        steps = -units if name == "sub_offset" else units / self.factor - self.shift
+        return steps.round().clamp(0, self.top)
 
-    def best_super_scale(self, aim: Tensor, steps: Tensor, mass: Tensor) -> Tensor:
-        """Return the least-squares super-scale of sub-scales, as files hold it."""
-        units = (steps + self.shift) * self.factor
+    def best_super(self, aim: Tensor, units: Tensor, mass: Tensor) -> Tensor:
+        """Return the least-squares super-scale of units, as files hold it."""
         along = (mass * units * aim).sum(-1, keepdim=True)
-        return stored_scale(along / (mass * units.square()).sum(-1, keepdim=True).clamp_min(1e-30))
+        best = along / (mass * units.square()).sum(-1, keepdim=True).clamp_min(1e-30)
+        return stored_super(best if self.is_signed else best.clamp_min(0))
+
+
+def stored_super(supers: Tensor) -> Tensor:
+    """Return super-scales on the float16 grid, none of them zero, each of the sign it had."""
+    return snap_float16(supers.abs().clamp(SUPER_TINY, FLOAT16_MAX).copysign(supers))

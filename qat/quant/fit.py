@@ -30,6 +30,7 @@ from qat.grids.scales import (
 )
 from qat.grids.search import search_affine, search_scale
 from qat.quant.fit_blocks import fit_blocks
+from qat.quant.fit_integers import fit_integers
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 
@@ -56,7 +57,7 @@ def fit_weight(
         row_weights: How much each row counts for a learned codebook, (O,), such as the frequency
             of an embedding's tokens; all alike when not given.
         codebook: (C,) ascending, kept as it is in the place of a learned one.
-        num_rounds: Rounds of the three updates.
+        num_rounds: Rounds of the three updates; starts of a search over integers, half as many.
 
     Raises:
         ValueError: If a weight is not finite or beyond float16, or the format does not fit.
@@ -64,6 +65,8 @@ def fit_weight(
     weight = weight.detach().float()
     check_weight(weight, spec)
     importance = floored(importance, weight)
+    if spec.scale.integer_bits and spec.grid.num_values:
+        return fit_integers(weight, spec, importance, -(-num_rounds // 2))
     if spec.scale.integer_bits:
         return fit_blocks(weight, spec, importance)
     if spec.has_offset:

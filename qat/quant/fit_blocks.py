@@ -1,4 +1,4 @@
-"""The fit of grids with super-block scales: a small integer times a float16 number.
+"""The fit of vector grids with super-block scales: a small integer times a float16 number.
 
 For each sub-block several scales are tried; each fixes the points, which fix the best scale and the
 error it leaves, sum h w^2 - (sum h w q)^2 / sum h q^2. Super-scales and integers near the best
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qat.grids.scalar import over_scale
-from qat.grids.scales import GAUSSIAN_REACH, SEARCH_FACTORS, group_error
+from qat.grids.scales import group_error
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 
@@ -24,7 +24,7 @@ def fit_blocks(weight: Tensor, spec: TensorSpec, importance: Tensor) -> Quantize
 
     Args:
         weight: (O, I), float32.
-        spec: A grid of fixed values or points, with super-block scales.
+        spec: A vector grid with super-block scales.
         importance: (I,), positive.
     """
     grid = spec.grid
@@ -33,33 +33,15 @@ def fit_blocks(weight: Tensor, spec: TensorSpec, importance: Tensor) -> Quantize
     for _ in range(NUM_ROUNDS):
         parts = refit_super_scale(weight, spec, importance, parts)
         parts = search_integers(weight, spec, importance, parts)
-    codebook = fixed_values(spec, weight)
-    indices = grid.round(over_scale(weight, expanded(spec, parts)), codebook, importance)
-    return QuantizedTensor(
-        spec, indices, parts if codebook is None else {**parts, "codebook": codebook}
-    )
-
-
-def fixed_values(spec: TensorSpec, weight: Tensor) -> Tensor | None:
-    """Return the codebook of a grid that has one, on the weight's device."""
-    codebook = spec.grid.start_codebook()
-    return None if codebook is None else codebook.to(weight.device)
+    indices = grid.round(over_scale(weight, expanded(spec, parts)), None, importance)
+    return QuantizedTensor(spec, indices, parts)
 
 
 def nearest_values(weight: Tensor, scale: Tensor, spec: TensorSpec, importance: Tensor) -> Tensor:
     """Return the grid's values nearest to a weight over its scales, (O, S, weights of one)."""
     normalized = over_scale(weight, scale)
-    values = spec.grid.nearest(normalized, fixed_values(spec, weight), importance)
+    values = spec.grid.nearest(normalized, None, importance)
     return values.view(*scale.shape, -1)
-
-
-def search_ratios(spec: TensorSpec) -> tuple[float, ...]:
-    """Return what root mean squares of weights over their scale to try."""
-    codebook = spec.grid.start_codebook()
-    if codebook is None:
-        return spec.grid.table.search_ratios
-    middle = float(codebook.abs().max()) / GAUSSIAN_REACH[spec.bits]
-    return tuple(middle / factor for factor in SEARCH_FACTORS)
 
 
 def expanded(spec: TensorSpec, parts: dict[str, Tensor]) -> Tensor:
@@ -76,7 +58,7 @@ def search_effective(weight: Tensor, spec: TensorSpec, importance: Tensor) -> tu
     size = mean_square.sqrt().clamp_min(1e-10)
     best, best_square = size, torch.ones_like(size)
     most = torch.full_like(size, -1.0)
-    for ratio in search_ratios(spec):
+    for ratio in spec.grid.table.search_ratios:
         values = nearest_values(weight, size / ratio, spec, importance)
         along = (values * grouped * mass).sum(-1).clamp_min(0)
         square = (values.square() * mass).sum(-1).clamp_min(1e-30)

@@ -33,11 +33,11 @@ from qat.quant.hessian_blocks import (
     refit_integers,
 )
 from qat.quant.normal_equations import (
-    ROWS_AT_ONCE,
     descend_scales,
     group_products,
     group_sums,
     quadratic,
+    row_chunks,
     solve_damped,
     with_offsets,
 )
@@ -284,7 +284,8 @@ def refit_scale(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Quan
     pulled = target @ hessian
     scale = start.scale.clone()
     offset = start.parts["offset"].clone() if spec.has_offset else None
-    for rows in torch.arange(len(values), device=values.device).split(ROWS_AT_ONCE):
+    num_unknowns = num_groups * (1 if offset is None else 2)
+    for rows in row_chunks(len(values), num_unknowns, values.device):
         normal = group_products(values[rows], hessian, num_groups)  # (o, G, G)
         aim = group_sums(pulled[rows] * values[rows], num_groups)  # (o, G)
         previous = scale[rows]

@@ -5,20 +5,22 @@ make up for by -E U[b, later]; what they cannot make up for is |E|^2, so M = U_b
 metric of the block, and its diagonal the importance of its weights in the rounding. Descent moves
 each block to the best given all others, and keeps it where that would not lower the error.
 
-Shape legend: O out, I in, S sub-blocks of a row, D weights of a block, B columns at once.
+Shape legend: O out, I in, S sub-blocks of a row (2S where offsets are joined to scales), D weights
+of a block, B columns at once.
 """
 
 import torch
 from torch import Tensor
 
-from qat.grids.scales import Parts, stored_scale
-from qat.grids.super_blocks import SuperBlockScale
+from qat.grids.scales import Parts
+from qat.grids.super_blocks import SuperBlockScale, stored_super
 from qat.quant.normal_equations import (
-    ROWS_AT_ONCE,
     group_products,
     group_sums,
     quadratic,
+    row_chunks,
     solve_damped,
+    with_offsets,
 )
 from qat.quant.quantized_tensor import QuantizedTensor
 
@@ -125,8 +127,9 @@ def descend_blocks(
 def refit_integers(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
     """Return super-scales and integers of less error, given the indices.
 
-    The least-squares scales are snapped to what the format holds, and taken by rows that they serve
-    better; then each integer in turn is the best given all others, then super-scales are solved.
+    The least-squares scales (and offsets) are snapped to what the format holds, and taken by rows
+    that they serve better; then each integer in turn is the best given all others, then
+    super-scales are solved.
 
     Args:
         target: (O, I), float32.
@@ -138,12 +141,19 @@ def refit_integers(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Q
     pulled = target @ hessian
     num_groups = start.parts["sub_scale"].shape[1]
     chunks = []
-    for rows in torch.arange(len(values), device=values.device).split(ROWS_AT_ONCE):
+    num_unknowns = num_groups * len(form.pairs)
+    for rows in row_chunks(len(values), num_unknowns, values.device):
         normal = group_products(values[rows], hessian, num_groups)  # (o, S, S)
         aim = group_sums(pulled[rows] * values[rows], num_groups)  # (o, S)
-        parts = {name: start.parts[name][rows] for name in ("super_scale", "sub_scale")}
-        solved, previous = solve_damped(normal, aim), form.expand(parts, as_is)[0]
-        solved = torch.where((solved > 0) & torch.isfinite(solved), solved, previous)
+        if form.has_offset:  # joined with the offsets': (o, 2S, 2S) and (o, 2S)
+            normal = with_offsets(normal, values[rows], hessian, num_groups)
+            aim = torch.cat([aim, group_sums(pulled[rows], num_groups)], dim=1)
+        parts = {name: start.parts[name][rows] for pair in form.pairs for name in pair}
+        solved, previous = solve_damped(normal, aim), form.joined(parts)
+        is_allowed = torch.isfinite(solved)
+        if not form.is_signed:
+            is_allowed &= (solved > 0) | (previous <= 0)  # offsets are below zero
+        solved = torch.where(is_allowed, solved, previous)
         mass = normal.diagonal(dim1=1, dim2=2)
         parts = better_rows(form, normal, aim, parts, form.from_effective(solved, mass))
         parts = descend_integers(form, normal, aim, parts)
@@ -151,16 +161,11 @@ def refit_integers(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Q
     return start.replaced(**{name: torch.cat([c[name] for c in chunks]) for name in chunks[0]})
 
 
-def as_is(values: Tensor) -> Tensor:
-    """Return values that are as files hold them."""
-    return values
-
-
 def better_rows(
     form: SuperBlockScale, normal: Tensor, aim: Tensor, previous: Parts, fitted: Parts
 ) -> dict[str, Tensor]:
     """Return fitted parts in the rows whose error they lower, previous ones in the others."""
-    errors = [quadratic(normal, aim, form.expand(parts, as_is)[0]) for parts in (fitted, previous)]
+    errors = [quadratic(normal, aim, form.joined(parts)) for parts in (fitted, previous)]
     is_better = (errors[0] < errors[1]).unsqueeze(1)
     return {name: torch.where(is_better, fitted[name], previous[name]) for name in previous}
 
@@ -169,28 +174,30 @@ def descend_integers(
     form: SuperBlockScale, normal: Tensor, aim: Tensor, parts: Parts
 ) -> dict[str, Tensor]:
     """Return parts after one pass over the integers, each the best given all others."""
-    integers = parts["sub_scale"].clone()
-    full = parts["super_scale"].repeat_interleave(form.super_block // form.sub_block, dim=1)
-    scale = form.expand(parts, as_is)[0]
+    supers, integers = form.join(parts)
+    full, integers, scale = form.full(supers), integers.clone(), form.joined(parts)  # (o, S or 2S)
     slope = torch.einsum("osk,ok->os", normal, scale) - aim
+    num_groups = parts["sub_scale"].shape[1]
     for place in range(integers.shape[1]):
-        square = normal[:, place, place].clamp_min(1e-30)
-        best = scale[:, place] - slope[:, place] / square
-        integers[:, place] = form.nearest_integers(best, full[:, place])
-        fitted = form.product(parts["super_scale"], integers)[:, place]
-        slope += normal[:, :, place] * (fitted - scale[:, place]).unsqueeze(1)
-    return {**parts, "sub_scale": integers}
+        name, at = form.pairs[place // num_groups][1], slice(place, place + 1)
+        square = normal[:, place, at].clamp_min(1e-30)
+        best = scale[:, at] - slope[:, at] / square
+        integers[:, at] = form.nearest_integers(best, full[:, at], name)
+        fitted = full[:, at] * form.units(integers[:, at], name)
+        slope += normal[:, place] * (fitted - scale[:, at])
+    return form.split(supers, integers)
 
 
 def solve_super(
     form: SuperBlockScale, normal: Tensor, aim: Tensor, parts: Parts
 ) -> dict[str, Tensor]:
     """Return parts with the least-squares super-scales of their integers."""
-    units = form.product(torch.ones_like(parts["super_scale"]), parts["sub_scale"])  # (o, S)
-    size = (*parts["super_scale"].shape, -1)  # (o, B, S / B)
-    num_super = size[1]
+    supers, integers = form.join(parts)
+    units = form.joined_units(integers)  # (o, S or 2S)
+    num_super = supers.shape[1]
     weighted = normal * units.unsqueeze(1) * units.unsqueeze(2)
     blocks = weighted.view(len(units), num_super, -1, num_super, units.shape[1] // num_super)
-    solved = solve_damped(blocks.sum((2, 4)), (aim * units).view(size).sum(-1))
-    allowed = (solved > 0) & torch.isfinite(solved)
-    return {**parts, "super_scale": stored_scale(solved.where(allowed, parts["super_scale"]))}
+    wanted = (aim * units).view(*supers.shape, -1).sum(-1)
+    solved = solve_damped(blocks.sum((2, 4)), wanted)
+    is_allowed = torch.isfinite(solved) & ((solved > 0) | form.is_signed)
+    return form.split(stored_super(solved.where(is_allowed, supers)), integers)

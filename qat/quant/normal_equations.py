@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-6  # of the mean diagonal: keeps nearly collinear groups solvable in float32
-ROWS_AT_ONCE = 4096  # bounds the (rows, G, G) normal equations
+NUMBERS_AT_ONCE = 2**22  # of normal matrices: they stay in a CPU's cache, and memory is bounded
+
+
+def row_chunks(num_rows: int, num_unknowns: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Return the rows, (o,) each, whose (o, D, D) normal matrices are formed together."""
+    step = max(1, NUMBERS_AT_ONCE // num_unknowns**2)
+    return torch.arange(num_rows, device=device).split(step)
 
 
 def group_sums(values: Tensor, num_groups: int) -> Tensor:

@@ -194,6 +194,8 @@ class TensorSpec:
         Raises:
             ValueError: If the name does not follow the grammar of this module.
         """
+        if name.startswith("gguf:"):
+            name = name.lower()  # llama.cpp writes q4_K
         if name in FORMATS:
             return FORMATS[name]
         match = _NAME.fullmatch(name)
@@ -243,6 +245,9 @@ def canonical_name(spec: TensorSpec) -> str:
     """Return the name of a spec in the grammar of this module."""
     if not spec.is_quantized:
         return next(name for name, dtype in DENSE_DTYPES.items() if dtype == spec.stored_dtype)
+    for kind, pair in K_FORMATS.items():
+        if pair == (spec.grid, spec.scale):
+            return f"gguf:{kind}{DTYPE_SUFFIXES[spec.stored_dtype]}"
     if not spec.grid.num_values:
         return f"gguf:{spec.grid.kind}{DTYPE_SUFFIXES[spec.stored_dtype]}"
     kind = PREFIXES.get(spec.grid.kind, spec.grid.kind)
@@ -277,6 +282,8 @@ def named_formats() -> dict[str, TensorSpec]:
     for kind, scale in SUPER_SCALES.items():
         spec = TensorSpec(grid=VectorGrid(kind), scale=scale)
         named[spec.name] = spec
+    for kind, (grid, scale) in K_FORMATS.items():
+        named[f"gguf:{kind}"] = TensorSpec(grid=grid, scale=scale, name=f"gguf:{kind}")
     for name, dtype in DENSE_DTYPES.items():
         named[name] = TensorSpec(grid=None, scale=None, stored_dtype=dtype, name=name)
     return named
@@ -284,6 +291,15 @@ def named_formats() -> dict[str, TensorSpec]:
 
 # d * (0.5 + s) / 4, of ggml's dequantize_row_iq2_s.
 SUPER_SCALES = {"iq2_s": SuperBlockScale(16, 256, sub_bits=4, shift=0.5, factor=0.25)}
+# Scalar grids with super-block scales: those of Q3_K, Q6_K and IQ4_XS have either sign.
+K_FORMATS = {
+    "q2_k": (ScalarGrid(2, "uint"), SuperBlockScale(16, 256, sub_bits=4, has_offset=True)),
+    "q3_k": (ScalarGrid(3, "int"), SuperBlockScale(16, 256, sub_bits=6, shift=-32.0)),
+    "q4_k": (ScalarGrid(4, "uint"), SuperBlockScale(32, 256, sub_bits=6, has_offset=True)),
+    "q5_k": (ScalarGrid(5, "uint"), SuperBlockScale(32, 256, sub_bits=6, has_offset=True)),
+    "q6_k": (ScalarGrid(6, "int"), SuperBlockScale(16, 256, sub_bits=8, shift=-128.0)),
+    "iq4_xs": (ScalarGrid(4, "iq4_nl"), SuperBlockScale(32, 256, sub_bits=6, shift=-32.0)),
+}
 FORMATS = named_formats()
 F32, F16 = FORMATS["f32"], FORMATS["f16"]
 
@@ -308,6 +324,7 @@ def gguf_type_of(spec: TensorSpec) -> str | None:
         return None
     if spec.stored_dtype == "float32":
         return None
-    if spec.grid.kind in SUPER_SCALES:
-        return spec.grid.kind
+    if isinstance(spec.scale, SuperBlockScale):
+        kind = spec.name.removeprefix("gguf:").removesuffix(DTYPE_SUFFIXES["bfloat16"])
+        return kind if kind in SUPER_SCALES or kind in K_FORMATS else None
     return GGUF_TYPES.get((spec.grid.kind, spec.bits, spec.group_size))

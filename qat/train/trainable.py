@@ -10,7 +10,8 @@ from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import layers_of_kind, quantized_layers, thaw_indices
 from qat.runtime.device import checkpoint_function, optimizer_settings
 
-DIRECTION_NAMES = ("scale", "offset", "super_scale", "sub_scale", "scale_a", "scale_b")
+SUPER_NAMES = ("super_scale", "sub_scale", "super_offset", "sub_offset")
+DIRECTION_NAMES = ("scale", "offset", *SUPER_NAMES, "scale_a", "scale_b")
 PART_NAMES = {
     "scales": (*DIRECTION_NAMES, "magnitude"),
     "directions": DIRECTION_NAMES,

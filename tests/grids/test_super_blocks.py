@@ -7,6 +7,8 @@ from qat.grids.scalar import snap_float16
 from qat.grids.super_blocks import SuperBlockScale
 
 SCALE = SuperBlockScale(16, 256, sub_bits=4, shift=0.5, factor=0.25)
+SIGNED = SuperBlockScale(16, 256, sub_bits=6, shift=-32.0)
+WITH_OFFSET = SuperBlockScale(32, 256, sub_bits=6, has_offset=True)
 
 
 def as_is(values):
@@ -86,3 +88,61 @@ def test_rows_of_broken_super_blocks_are_refused():
     """The message names the rule and the remedy."""
     with pytest.raises(ValueError, match="576.*no multiple of the 256.*gguf:q4_0"):
         SCALE.check((8, 576))
+
+
+def some_joined(form, rows=5, inputs=512):
+    shapes = form.part_shapes((rows, inputs))
+    return {
+        name: torch.randint(2**form.sub_bits, shape).float()
+        if name in form.integer_bits
+        else snap_float16(torch.rand(shape) + 0.01)
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("form", [SCALE, SIGNED, WITH_OFFSET])
+def test_joined_parts_come_apart_again(form):
+    """And stand for the scales and offsets of the formula."""
+    parts = some_joined(form)
+    found = form.split(*form.join(parts))
+    assert found.keys() == parts.keys()
+    assert all(torch.equal(found[name], part) for name, part in parts.items())
+    scale, offset = form.expand(parts, as_is)
+    joined = scale if offset is None else torch.cat([scale, offset], dim=1)
+    assert torch.equal(form.joined(parts), joined)
+
+
+@pytest.mark.parametrize("form", [SIGNED, WITH_OFFSET])
+def test_scales_and_offsets_of_the_format_are_found_again(form):
+    """Where a super-block's largest integers are the top of the range."""
+    parts = some_joined(form)
+    for name in form.integer_bits:
+        parts[name][:, :: form.per_super] = form.top
+        parts[name][:, 1 :: form.per_super] = 5  # of the other sign where there are two
+    if form.is_signed:
+        parts["sub_scale"] = parts["sub_scale"].clamp_min(1)
+    found = form.joined(form.from_effective(form.joined(parts)))
+    assert torch.allclose(found, form.joined(parts), atol=1e-6)
+
+
+def test_offsets_are_never_above_zero_and_have_gradients():
+    """Minus the product of their parts, whose gradients are those of the plain formula."""
+    parts = some_joined(WITH_OFFSET, 2, 256)
+    given = {name: part.clone().requires_grad_() for name, part in parts.items()}
+    offset = WITH_OFFSET.expand(given, as_is)[1]
+    assert (offset <= 0).all()
+    arriving = torch.randn(2, 8)
+    offset.backward(arriving)
+    steps = parts["sub_offset"]
+    expected = -(arriving * steps).sum(1, keepdim=True)
+    assert torch.allclose(given["super_offset"].grad, expected)
+    assert torch.allclose(given["sub_offset"].grad, -arriving * parts["super_offset"])
+
+
+def test_storable_scales_of_either_sign_keep_it():
+    """Also below float16's normal range, where integers up to 128 leave super-scales."""
+    parts = {"super_scale": torch.tensor([[-1e-5, 0.0, -1e9]]), "sub_scale": torch.zeros(1, 48)}
+    pulled = SIGNED.storable(parts)["super_scale"][0]
+    assert pulled[0] == parts["super_scale"][0, 0]
+    assert pulled[1] > 0
+    assert pulled[2] == -65504

@@ -2,12 +2,9 @@
 
 import torch
 
-from qat.grids.scalar import ScalarGrid, fits_float16, snap_float16
-from qat.grids.super_blocks import SuperBlockScale
+from qat.grids.scalar import fits_float16, snap_float16
 from qat.quant.fit import fit_weight, floored, weighted_error
-from qat.quant.hessian import fit_with_hessian, hessian_error
-from qat.quant.spec import FORMATS, TensorSpec, make_spec
-from qat.quant.straight_through import fake_quantize
+from qat.quant.spec import FORMATS, make_spec
 
 SPEC = FORMATS["gguf:iq2_s"]
 
@@ -63,18 +60,3 @@ def test_zeros_are_held():
     found = fit_weight(weight, SPEC).dequantize()
     assert torch.isfinite(found).all()
     assert found[1].abs().max() < 1e-3
-
-
-def test_scalar_grids_take_super_block_scales():
-    """Fits by importance and by H, and what training sees, with no other change than the spec."""
-    scale = SuperBlockScale(16, 256, sub_bits=6, shift=0.0, factor=1.0)
-    spec = TensorSpec(grid=ScalarGrid(4, "int"), scale=scale, name="int4-super")
-    weight, x = torch.randn(16, 256), torch.randn(1024, 256) @ torch.randn(256, 256) / 16
-    hessian = x.T @ x / 1024
-    plain = fit_weight(weight, spec, importance=hessian.diagonal())
-    full = fit_with_hessian(weight, spec, hessian)
-    assert hessian_error(weight, full, hessian) < 0.8 * hessian_error(weight, plain, hessian)
-    assert weighted_error(weight, plain, hessian.diagonal()) < 0.02
-    assert spec.size_bits((1, 256)) == 256 * 4 + 16 * 6 + 16
-    found = fake_quantize(full.dequantize(), full.full_scale(), full.codebook, spec.grid)
-    assert torch.equal(found, full.dequantize())

@@ -23,6 +23,7 @@ from qat.quant.fit import fit_weight
 from qat.quant.spec import (
     FORMATS,
     GGUF_TYPES,
+    K_FORMATS,
     SUPER_SCALES,
     TensorSpec,
     gguf_type_of,
@@ -66,6 +67,12 @@ def test_a_named_format_keeps_its_name(name):
         assert TensorSpec.from_name(spec.with_scale(spec.scale).name) == spec
 
 
+@pytest.mark.parametrize("name", ["gguf:q3_K", "gguf:Q3_K", "gguf:q3_k"])
+def test_gguf_names_are_read_in_any_case(name):
+    """As llama.cpp and its tools write them; ours are in small letters."""
+    assert TensorSpec.from_name(name).name == "gguf:q3_k"
+
+
 @pytest.mark.parametrize("name", ["", "lut2", "lut9-g32", "int1-r4", "lut2-g0", "q2a4", "gguf:q9"])
 def test_an_unknown_name_is_refused_with_names_that_work(name):
     """The message shows the grammar and the list of runtimes' formats."""
@@ -86,7 +93,7 @@ def test_a_gguf_format_has_the_size_of_its_blocks(name):
 
 def test_every_gguf_type_has_a_name():
     """What the exporter can write can be asked for."""
-    types = sorted([*GGUF_TYPES.values(), *SUPER_SCALES])
+    types = sorted([*GGUF_TYPES.values(), *SUPER_SCALES, *K_FORMATS])
     assert types == sorted(name.removeprefix("gguf:") for name in GGUF_FORMATS)
 
 
