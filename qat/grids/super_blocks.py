@@ -16,8 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qat.grids.scales import Parts, Snap, pulled_back, stored_scale
+from qat.grids.scalar import FLOAT16_MAX, snap_float16
+from qat.grids.scales import Parts, Snap
 
+SUPER_TINY = 2.0**-24  # least float16: integers leave super-scales of small weights below normal
 # Places of the largest sub-scale of a super-block, as shares of the range: ggml takes the top only.
 TOP_SHARES = tuple(1.1 - 0.05 * step for step in range(12))
 
@@ -102,8 +104,10 @@ class SuperBlockScale:
 
     def storable(self, parts: Parts) -> dict[str, Tensor]:
         """Return parts that training moved out of what files hold, pulled back."""
+        allowed = parts["super_scale"].clamp_min(0)
+        is_lost = (allowed.half() == 0) | ~torch.isfinite(allowed.half())
         return {
-            "super_scale": pulled_back(parts["super_scale"].clamp_min(0)),
+            "super_scale": stored_super(allowed).where(is_lost, parts["super_scale"]),
             "sub_scale": parts["sub_scale"].clamp(0, self.top),
         }
 
@@ -124,7 +128,7 @@ class SuperBlockScale:
         best = least = None
         for share in TOP_SHARES:
             start = largest / ((share * self.top + self.shift) * self.factor)
-            steps = self.nearest_integers(aim, stored_scale(start))
+            steps = self.nearest_integers(aim, stored_super(start))
             super_scale = self.best_super_scale(aim, steps, mass)
             steps = self.nearest_integers(aim, super_scale)
             error = (super_scale * (steps + self.shift) * self.factor - aim).square() * mass
@@ -155,4 +159,9 @@ class SuperBlockScale:
         """Return the least-squares super-scale of sub-scales, as files hold it."""
         units = (steps + self.shift) * self.factor
         along = (mass * units * aim).sum(-1, keepdim=True)
-        return stored_scale(along / (mass * units.square()).sum(-1, keepdim=True).clamp_min(1e-30))
+        return stored_super(along / (mass * units.square()).sum(-1, keepdim=True).clamp_min(1e-30))
+
+
+def stored_super(supers: Tensor) -> Tensor:
+    """Return super-scales on the float16 grid, none of them zero, each of the sign it had."""
+    return snap_float16(supers.abs().clamp(SUPER_TINY, FLOAT16_MAX).copysign(supers))

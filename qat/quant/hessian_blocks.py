@@ -11,8 +11,8 @@ Shape legend: O out, I in, S sub-blocks of a row, D weights of a block, B column
 import torch
 from torch import Tensor
 
-from qat.grids.scales import Parts, stored_scale
-from qat.grids.super_blocks import SuperBlockScale
+from qat.grids.scales import Parts
+from qat.grids.super_blocks import SuperBlockScale, stored_super
 from qat.quant.normal_equations import (
     ROWS_AT_ONCE,
     group_products,
@@ -193,4 +193,4 @@ def solve_super(
     blocks = weighted.view(len(units), num_super, -1, num_super, units.shape[1] // num_super)
     solved = solve_damped(blocks.sum((2, 4)), (aim * units).view(size).sum(-1))
     allowed = (solved > 0) & torch.isfinite(solved)
-    return {**parts, "super_scale": stored_scale(solved.where(allowed, parts["super_scale"]))}
+    return {**parts, "super_scale": stored_super(solved.where(allowed, parts["super_scale"]))}
