@@ -8,13 +8,13 @@
     MXFP4   values[q] * 2**e   32 weights, 15 values of E2M1, e + 127 in one byte
     TQ2_0   (q - 1) * d        256 weights, q in 0 .. 2, d behind them; TQ1_0 holds them in base 3
     Q2_0    (q - 1) * d        64 weights, q in 2 bits, four neighbours a byte, the first lowest
-    IQ2_S   d * (s + 1/2) / 4 * point * signs    256 weights, s in 4 bits for each 16, points of 8
+    IQ2_*, IQ3_*    see `grids/iq_blocks.py`
 
 K-types and IQ4_XS are in `grids/k_blocks.py`. d is float16 of either sign and lies in front of the
 block's q, whose bytes `block_bodies` makes. Packing takes indices into an ascending codebook; Q2_0
-counts the other way (-2 .. 1 becomes 2 .. -1), so its d is the scale with its sign turned. Unpacking
-is that of the `gguf` package, which lacks Q2_0, and does not read `grids/scalar.py`: it checks what
-packing made.
+counts the other way (-2 .. 1 becomes 2 .. -1), so its d is the scale with its sign turned.
+Unpacking is that of the `gguf` package, which lacks Q2_0, and does not read `grids/scalar.py`: it
+checks what packing made.
 
 Shape legend: O out, I in, G blocks of a row.
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from qat.grids.block_bodies import BODIES
+from qat.grids.iq_blocks import IQ_PACKERS
 from qat.grids.k_blocks import K_FIELDS, pack_k_blocks
 from qat.grids.scalar import exponent_bytes
 
@@ -54,6 +55,8 @@ BLOCK_TYPES = {
     "q8_0": BlockType(8, 32, 34, 7),
     "iq4_nl": BlockType(20, 32, 18, 25),
     "q2_0": BlockType(42, 64, 18, 41),
+    "iq2_xxs": BlockType(16, 256, 66, 19),
+    "iq2_xs": BlockType(17, 256, 74, 20),
     "iq2_s": BlockType(22, 256, 82, 28),
     "mxfp4": BlockType(39, 32, 17, 38),
     "tq1_0": BlockType(34, 256, 54, 36),
@@ -64,6 +67,8 @@ BLOCK_TYPES = {
     "q5_k": BlockType(13, 256, 176, 16),
     "q6_k": BlockType(14, 256, 210, 18),
     "iq4_xs": BlockType(23, 256, 136, 30),
+    "iq3_xxs": BlockType(18, 256, 98, 23),
+    "iq3_s": BlockType(21, 256, 110, 26),
 }
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 D_LAST = ("tq1_0", "tq2_0")  # whose d lies behind the block's q
@@ -147,24 +152,7 @@ def pack_super_blocks(indices: Tensor, parts: Mapping[str, Tensor], name: str) -
     return torch.cat([d, *fields], dim=-1).reshape(num_outputs, -1)
 
 
-def iq2_s_fields(indices: Tensor, sub_scale: Tensor) -> list[Tensor]:
-    """Return qs, signs, qh and scales of block_iq2_s, (O, B, bytes) each.
-
-    Args:
-        indices: (O, B, 32): a point of 10 bits, and 8 signs above it.
-        sub_scale: (O, B, 16) uint8.
-    """
-    high = ((indices >> 8) & 3).to(torch.uint8).unflatten(-1, (-1, 4))  # (O, B, 8, 4)
-    pairs = sub_scale.unflatten(-1, (-1, 2))  # (O, B, 8, 2)
-    return [
-        (indices & 255).to(torch.uint8),
-        (indices >> 10).to(torch.uint8),
-        high[..., 0] | (high[..., 1] << 2) | (high[..., 2] << 4) | (high[..., 3] << 6),
-        pairs[..., 0] | (pairs[..., 1] << 4),
-    ]
-
-
-SUPER_PACKERS = {"iq2_s": iq2_s_fields}
+SUPER_PACKERS = IQ_PACKERS
 
 
 def unpack_with_gguf(packed: Tensor, name: str) -> Tensor:

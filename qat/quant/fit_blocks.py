@@ -1,22 +1,22 @@
 """The fit of vector grids with super-block scales: a small integer times a float16 number.
 
-For each sub-block several scales are tried; each fixes the points, which fix the best scale and the
-error it leaves, sum h w^2 - (sum h w q)^2 / sum h q^2. Super-scales and integers near the best
-scales come next, then each integer and its neighbours are tried with the points that suit them.
+Super-scales and integers come from curves (`scale_curves`). Then the points that suit them fix the
+best super-scales in closed form, and each integer and its neighbours are tried with the points that
+suit them, in turn.
 
-Shape legend: O out, I in, S sub-blocks of a row, q values of points over the scale.
+Shape legend: O out, I in, S sub-blocks of a row.
 """
 
 import torch
 from torch import Tensor
 
 from qat.grids.scalar import over_scale
-from qat.grids.scales import group_error
 from qat.quant.quantized_tensor import QuantizedTensor
+from qat.quant.scale_curves import search_parts, sub_block_gains
 from qat.quant.spec import TensorSpec
 
 NEIGHBOURS = (-1, 1)
-NUM_ROUNDS = 1  # of integers and super-scales
+NUM_ROUNDS = 2  # of super-scales and integers: the second lowers the error by 0.5% at most
 
 
 def fit_blocks(weight: Tensor, spec: TensorSpec, importance: Tensor) -> QuantizedTensor:
@@ -27,21 +27,12 @@ def fit_blocks(weight: Tensor, spec: TensorSpec, importance: Tensor) -> Quantize
         spec: A vector grid with super-block scales.
         importance: (I,), positive.
     """
-    grid = spec.grid
-    scale, mass = search_effective(weight, spec, importance)
-    parts = spec.scale.from_effective(scale, mass)
+    parts = search_parts(weight, spec, importance)
     for _ in range(NUM_ROUNDS):
         parts = refit_super_scale(weight, spec, importance, parts)
         parts = search_integers(weight, spec, importance, parts)
-    indices = grid.round(over_scale(weight, expanded(spec, parts)), None, importance)
-    return QuantizedTensor(spec, indices, parts)
-
-
-def nearest_values(weight: Tensor, scale: Tensor, spec: TensorSpec, importance: Tensor) -> Tensor:
-    """Return the grid's values nearest to a weight over its scales, (O, S, weights of one)."""
-    normalized = over_scale(weight, scale)
-    values = spec.grid.nearest(normalized, None, importance)
-    return values.view(*scale.shape, -1)
+    normalized = over_scale(weight, expanded(spec, parts))
+    return QuantizedTensor(spec, spec.grid.round(normalized, None, importance), parts)
 
 
 def expanded(spec: TensorSpec, parts: dict[str, Tensor]) -> Tensor:
@@ -49,37 +40,17 @@ def expanded(spec: TensorSpec, parts: dict[str, Tensor]) -> Tensor:
     return spec.scale.expand(parts, lambda values: values)[0]
 
 
-def search_effective(weight: Tensor, spec: TensorSpec, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the best of several scales of each sub-block, (O, S), and how much each counts."""
-    shape = (len(weight), weight.shape[1] // spec.scale.sub_block, -1)
-    mass = importance.view(1, shape[1], -1)
-    grouped = weight.view(shape)
-    mean_square = (grouped.square() * mass).sum(-1) / mass.sum(-1)
-    size = mean_square.sqrt().clamp_min(1e-10)
-    best, best_square = size, torch.ones_like(size)
-    most = torch.full_like(size, -1.0)
-    for ratio in spec.grid.table.search_ratios:
-        values = nearest_values(weight, size / ratio, spec, importance)
-        along = (values * grouped * mass).sum(-1).clamp_min(0)
-        square = (values.square() * mass).sum(-1).clamp_min(1e-30)
-        gain = along.square() / square  # of the squared error, by the best scale
-        is_better = gain > most
-        best = torch.where(is_better, along / square, best)
-        best_square = torch.where(is_better, square, best_square)
-        most = torch.maximum(most, gain)
-    return best, best_square
-
-
 def refit_super_scale(
     weight: Tensor, spec: TensorSpec, importance: Tensor, parts: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return parts with the least-squares super-scales of their integers' points."""
     scale = expanded(spec, parts)
-    values = nearest_values(weight, scale, spec, importance)
-    grouped, mass = weight.view_as(values), importance.view(1, scale.shape[1], -1)
+    values = spec.grid.nearest(over_scale(weight, scale), None, importance)
+    grouped, mass, values = (
+        part.view(len(part), scale.shape[1], -1) for part in (weight, importance[None], values)
+    )
     square = (values.square() * mass).sum(-1).clamp_min(1e-30)
-    aim = (values * grouped * mass).sum(-1) / square
-    return spec.scale.with_super_scale(parts, aim, square)
+    return spec.scale.with_super_scale(parts, (values * grouped * mass).sum(-1) / square, square)
 
 
 def search_integers(
@@ -87,15 +58,11 @@ def search_integers(
 ) -> dict[str, Tensor]:
     """Return parts with the best of each sub-scale and its neighbours."""
     middle = best = parts["sub_scale"]
-    least = None
-    for step in (0, *NEIGHBOURS):
+    most = sub_block_gains(weight, expanded(spec, parts), spec, importance)
+    for step in NEIGHBOURS:
         candidate = (middle + step).clamp(0, spec.scale.top)
         scale = expanded(spec, {**parts, "sub_scale": candidate})
-        values = nearest_values(weight, scale, spec, importance).view_as(weight)
-        error = group_error(weight, values, scale, importance=importance)
-        if least is None:
-            least = error
-            continue
-        best = torch.where(error < least, candidate, best)
-        least = torch.minimum(error, least)
+        gain = sub_block_gains(weight, scale, spec, importance)
+        best = torch.where(gain > most, candidate, best)
+        most = torch.maximum(gain, most)
     return {**parts, "sub_scale": best}

@@ -289,8 +289,17 @@ def named_formats() -> dict[str, TensorSpec]:
     return named
 
 
-# d * (0.5 + s) / 4, of ggml's dequantize_row_iq2_s.
-SUPER_SCALES = {"iq2_s": SuperBlockScale(16, 256, sub_bits=4, shift=0.5, factor=0.25)}
+# d * (0.5 + s) times a factor, of ggml's dequantize_row_*.
+SUPER_SCALES = {
+    kind: SuperBlockScale(sub_block, 256, sub_bits=4, shift=0.5, factor=factor)
+    for kind, sub_block, factor in (
+        ("iq2_xxs", 32, 0.25),
+        ("iq2_xs", 16, 0.25),
+        ("iq2_s", 16, 0.25),
+        ("iq3_xxs", 32, 0.5),
+        ("iq3_s", 32, 2.0),
+    )
+}
 # Scalar grids with super-block scales: those of Q3_K, Q6_K and IQ4_XS have either sign.
 K_FORMATS = {
     "q2_k": (ScalarGrid(2, "uint"), SuperBlockScale(16, 256, sub_bits=4, has_offset=True)),

@@ -14,9 +14,12 @@ from qat.quant.hessian import (
     refit_scale,
 )
 from qat.quant.hessian_blocks import falling_block_order
-from qat.quant.spec import FORMATS
+from qat.quant.spec import FORMATS, SUPER_SCALES
 
 SPEC = FORMATS["gguf:iq2_s"]
+SPECS = [FORMATS[f"gguf:{kind}"] for kind in SUPER_SCALES]
+
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
 
 @pytest.fixture
@@ -66,11 +69,12 @@ def test_factor_of_blocks_is_that_of_the_inverse(case):
     assert torch.allclose(factor.T @ factor @ hessian, torch.eye(512).double(), atol=1e-3)
 
 
-def test_descent_and_scales_never_raise_the_error(case):
+@each_spec
+def test_descent_and_scales_never_raise_the_error(case, spec):
     """Each step, on what the steps before it left."""
     weight, hessian = case
     hessian = dampen(hessian)
-    quantized = feed_errors(weight, fit_weight(weight, SPEC), hessian)
+    quantized = feed_errors(weight, fit_weight(weight, spec), hessian)
     error = hessian_error(weight, quantized, hessian)
     for _ in range(2):
         for step in (refit_scale, descend):
@@ -80,11 +84,12 @@ def test_descent_and_scales_never_raise_the_error(case):
             error = lower
 
 
-def test_the_fit_beats_that_by_second_moments(case):
+@each_spec
+def test_the_fit_beats_that_by_second_moments(case, spec):
     """A third of tr(E H E^T) at least."""
     weight, hessian = case
-    plain = fit_weight(weight, SPEC, importance=hessian.diagonal())
-    full = fit_with_hessian(weight, SPEC, hessian)
+    plain = fit_weight(weight, spec, importance=hessian.diagonal())
+    full = fit_with_hessian(weight, spec, hessian)
     assert hessian_error(weight, full, hessian) < 0.67 * hessian_error(weight, plain, hessian)
 
 

@@ -1,25 +1,34 @@
-"""Students on the vector grid of IQ2_S: every file holds what was trained, to the bit."""
+"""Students on vector grids: every file holds what was trained, to the bit."""
 
-import numpy as np
 import pytest
 import torch
 
 from qat.export.gguf_file import read_tensor_records, read_weight
+from qat.export.gguf_size import planned_file_bytes
 from qat.export.to_compressed_tensors import export_to_compressed_tensors
 from qat.export.to_gguf import export_to_gguf, row_order
 from qat.export.to_hf_quantized import export_to_hf_quantized
-from qat.grids.blocks import pack_super_blocks, unpack_blocks
-from qat.grids.scalar import snap_float16
 from qat.model.surgery import quantized_layers, thaw_indices
-from qat.quant.quantized_tensor import QuantizedTensor
-from qat.quant.spec import FORMATS
 from tests.tiny import plan_of, save_tiny, tiny_llama, tiny_student
 
 gguf = pytest.importorskip("gguf")
 
-PLAN = "linears=gguf:q4_0, *.down_proj=gguf:iq2_s, *.q_proj=gguf:iq2_s"
-SIZES = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
-SPEC = FORMATS["gguf:iq2_s"]
+PARTS = {
+    "mlp.down_proj": ("ffn_down", "iq2_s"),
+    "mlp.up_proj": ("ffn_up", "iq2_xxs"),
+    "mlp.gate_proj": ("ffn_gate", "iq3_s"),
+    "self_attn.q_proj": ("attn_q", "iq2_xs"),
+    "self_attn.o_proj": ("attn_output", "iq3_xxs"),
+}
+PLAN = ", ".join(
+    ["linears=gguf:q4_0", *(f"*.{part}=gguf:{kind}" for part, (_, kind) in PARTS.items())]
+)
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "head_dim": 64,
+    "num_hidden_layers": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,42 +48,32 @@ def moved_student(plan=PLAN):
     return student
 
 
-def random_tensor(rows=8, inputs=512):
-    """Return every part at random: all points, signs and integers."""
-    parts = {
-        "super_scale": snap_float16(torch.rand(rows, inputs // 256) + 1e-4),
-        "sub_scale": torch.randint(16, (rows, inputs // 16)).float(),
-    }
-    indices = torch.randint(2**18, (rows, inputs // 8), dtype=torch.int32)
-    return QuantizedTensor(SPEC, indices, parts)
-
-
-def test_blocks_are_those_of_the_gguf_package():
-    """82 bytes for 256 weights, dequantized by the package to the bit."""
-    quantized = random_tensor()
-    packed = pack_super_blocks(quantized.indices, quantized.parts, "iq2_s")
-    assert packed.shape == (8, 2 * 82)
-    found = gguf.quants.dequantize(packed.numpy(), gguf.GGMLQuantizationType.IQ2_S)
-    assert np.array_equal(found, quantized.dequantize().numpy())
-    assert torch.equal(unpack_blocks(packed, "iq2_s"), quantized.dequantize())
-
-
 def test_gguf_files_hold_what_was_trained(tmp_path, text_source):
     """Also from latent weights, and of q_proj, whose rows the runtime orders otherwise."""
     student = moved_student()
-    report = export_to_gguf(student, tmp_path / "out.gguf", text_source=text_source)
+    path = tmp_path / "out.gguf"
+    report = export_to_gguf(student, path, text_source=text_source)
     assert report["exact"] is True
-    records = read_tensor_records(tmp_path / "out.gguf")
-    for part, name in (("mlp.down_proj", "ffn_down"), ("self_attn.q_proj", "attn_q")):
-        record = records[f"blk.1.{name}.weight"]
-        assert record.type_name == "iq2_s"
-        source = f"model.layers.1.{part}"
+    records = read_tensor_records(path)
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+    for part, (name, kind) in PARTS.items():
+        record = records[f"blk.0.{name}.weight"]
+        assert record.type_name == kind
+        assert types[f"blk.0.{name}.weight"] == kind.upper()
+        source = f"model.layers.0.{part}"
         order = row_order(student.config, f"{source}.weight")
         trained = student.get_submodule(source).fake_quantized_weight()
-        found = read_weight(tmp_path / "out.gguf", record)
+        found = read_weight(path, record)
         assert torch.equal(found, trained if order is None else trained[order])
-    types = {t.name: t.tensor_type for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
-    assert types["blk.0.ffn_down.weight"] == gguf.GGMLQuantizationType.IQ2_S
+
+
+def test_the_planned_size_is_that_of_the_file(tmp_path, text_source):
+    """To the byte, before there is a student."""
+    model = tiny_llama(**SIZES)
+    student = tiny_student("llama", PLAN, **SIZES)
+    export_to_gguf(student, tmp_path / "a.gguf", text_source=text_source)
+    planned = planned_file_bytes(model.config, plan_of(model, PLAN), text_source=text_source)
+    assert planned == (tmp_path / "a.gguf").stat().st_size
 
 
 def test_the_plugin_computes_what_was_trained(tmp_path, text_source):
@@ -96,12 +95,13 @@ def test_the_plugin_computes_what_was_trained(tmp_path, text_source):
 
 def test_formats_of_scalars_refuse_the_grid(tmp_path, text_source):
     """By name, before anything is written."""
-    with pytest.raises(ValueError, match=r"gguf:iq2_s.*convert it first"):
+    with pytest.raises(ValueError, match=r"gguf:iq\d_\w+.*convert it first"):
         export_to_compressed_tensors(moved_student(), tmp_path / "a", text_source=text_source)
     assert not (tmp_path / "a").exists()
 
 
-def test_rows_that_are_no_super_blocks_are_refused():
+@pytest.mark.parametrize("kind", sorted({kind for _, kind in PARTS.values()}))
+def test_rows_that_are_no_super_blocks_are_refused(kind):
     """The message names the tensor, the rule and the remedy."""
     with pytest.raises(ValueError, match=r"down_proj.*128.*no multiple of the 256.*gguf:q4_0"):
-        tiny_student("llama", "linears=gguf:q4_0, *.down_proj=gguf:iq2_s")
+        tiny_student("llama", f"linears=gguf:q4_0, *.down_proj=gguf:{kind}")

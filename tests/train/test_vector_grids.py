@@ -1,10 +1,11 @@
-"""Training on the vector grid of IQ2_S: gradients, thawing and freezing, files, falling losses."""
+"""Training on vector grids: gradients, thawing and freezing, files, falling losses."""
 
 import pytest
 import torch
 
 from qat.distill.kl import forward_kl
 from qat.distill.teacher import top_k_signal
+from qat.grids.blocks import BLOCK_TYPES
 from qat.model.checkpoint import read_checkpoint, student_tensors
 from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import (
@@ -17,22 +18,33 @@ from qat.model.surgery import (
 )
 from qat.quant.fit import fit_weight
 from qat.quant.hessian import fit_with_hessian
-from qat.quant.spec import FORMATS
+from qat.quant.spec import FORMATS, SUPER_SCALES
 from qat.train.step import Batch, Trainer, form_weights, pull_gradients
 from qat.train.trainable import choose_trainable, make_optimizer, trained_layers
 from tests.tiny import save_student, save_tiny, tiny_llama, tiny_student
 
 SPEC = FORMATS["gguf:iq2_s"]
-PLAN = "linears=gguf:q4_0, *.down_proj=gguf:iq2_s"
-SIZES = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+SPECS = [FORMATS[f"gguf:{kind}"] for kind in SUPER_SCALES]
+PLAN = (
+    "linears=gguf:q4_0, *.down_proj=gguf:iq2_s, *.up_proj=gguf:iq2_xxs, *.q_proj=gguf:iq2_xs, "
+    "*.o_proj=gguf:iq3_xxs, *.v_proj=gguf:iq3_s"
+)
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "head_dim": 64,
+    "num_hidden_layers": 1,
+}
 PARTS = ("super_scale", "sub_scale")
 
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
-def some_layer(*, is_thawed, weight=None):
+
+def some_layer(spec, *, is_thawed):
     """Return a layer whose sub-scales lie between integers, and some outside their range."""
-    weight = torch.randn(6, 512) * 0.1 if weight is None else weight
-    layer = FakeQuantLinear(512, 6, SPEC)
-    layer.take(fit_weight(weight, SPEC))
+    weight = torch.randn(6, 512) * 0.1
+    layer = FakeQuantLinear(512, 6, spec)
+    layer.take(fit_weight(weight, spec))
     if is_thawed:
         thaw_indices(layer, weight)
         layer.latent_weight.data *= 1.5  # some weights beyond the outer points
@@ -42,24 +54,27 @@ def some_layer(*, is_thawed, weight=None):
 
 def plain_weight(layer, parts, latent):
     """Return W_hat by autograd alone: rounding is detached, the range a mask."""
+    grid, form = layer.spec.grid, layer.spec.scale
     d = parts["super_scale"]
     d = d + (d.half().float() - d).detach()
     s = parts["sub_scale"].clamp(0, 15)
     s = s + (s.round() - s).detach()
-    scale = (d.repeat_interleave(16, dim=1) * (0.5 + s) / 4).repeat_interleave(16, dim=1)
+    full = d.repeat_interleave(256 // form.sub_block, dim=1)
+    scale = (full * (0.5 + s) * form.factor).repeat_interleave(form.sub_block, dim=1)
     if latent is None:
-        return SPEC.grid.look_up(layer.indices) * scale
+        return grid.look_up(layer.indices) * scale
     normalized = latent / scale
-    nearest = SPEC.grid.nearest(normalized.detach())
-    inside = normalized.detach().abs() <= 52
+    nearest = grid.nearest(normalized.detach())
+    inside = normalized.detach().abs() <= grid.table.reach
     values = torch.where(inside, normalized + (nearest - normalized).detach(), nearest)
     return values * scale
 
 
+@each_spec
 @pytest.mark.parametrize("is_thawed", [True, False])
-def test_gradients_are_those_of_autograd(is_thawed):
+def test_gradients_are_those_of_autograd(spec, is_thawed):
     """Of the latent weight, super-scales and sub-scales; held weights give the same."""
-    layer = some_layer(is_thawed=is_thawed)
+    layer = some_layer(spec, is_thawed=is_thawed)
     arriving = torch.randn(6, 512)
     parts = {name: getattr(layer, name).detach().clone().requires_grad_() for name in PARTS}
     latent = layer.latent_weight.detach().clone().requires_grad_() if is_thawed else None
@@ -85,13 +100,14 @@ def test_gradients_are_those_of_autograd(is_thawed):
     check()
 
 
+@each_spec
 @pytest.mark.parametrize("knows_weight", [True, False])
-def test_thaw_and_freeze_keep_the_weights(knows_weight):
+def test_thaw_and_freeze_keep_the_weights(spec, knows_weight):
     """Also of indices that error feedback moved to other points."""
-    weight = torch.randn(6, 512) * 0.1
-    x = torch.randn(1024, 512) @ torch.randn(512, 512) / 20
-    layer = FakeQuantLinear(512, 6, SPEC)
-    layer.take(fit_with_hessian(weight, SPEC, x.T @ x / 1024))
+    weight = torch.randn(6, 256) * 0.1
+    x = torch.randn(512, 256) @ torch.randn(256, 256) / 20
+    layer = FakeQuantLinear(256, 6, spec)
+    layer.take(fit_with_hessian(weight, spec, x.T @ x / 512))
     before, indices = layer.fake_quantized_weight(), layer.indices.clone()
     thaw_indices(layer, weight if knows_weight else None)
     assert torch.equal(layer.fake_quantized_weight(), before)
@@ -102,23 +118,25 @@ def test_thaw_and_freeze_keep_the_weights(knows_weight):
 
 
 def test_checkpoints_hold_what_trains_and_no_more(tmp_path):
-    """The same weights, and 82 bytes for 256 of them."""
+    """The same weights, and the bytes of the type for 256 of them."""
     student = tiny_student("llama", PLAN, **SIZES)
-    layers = {n: m for n, m in quantized_layers(student).items() if m.spec == SPEC}
+    layers = {n: m for n, m in quantized_layers(student).items() if m.spec in SPECS}
+    assert {layer.spec for layer in layers.values()} == set(SPECS)
     for layer in layers.values():
         thaw_indices(layer)
         layer.sub_scale.data += torch.randn_like(layer.sub_scale)
     tensors = student_tensors(student)
-    for name in layers:
+    for name, layer in layers.items():
         sizes = [t.numel() * t.element_size() for k, t in tensors.items() if k.startswith(name)]
-        assert sum(sizes) == SPEC.size_bytes((256, 256)) == 256 * 82
+        shape, num_bytes = layer.weight.shape, BLOCK_TYPES[layer.spec.grid.kind].num_bytes
+        assert sum(sizes) == layer.spec.size_bytes(shape) == shape.numel() // 256 * num_bytes
     text_source = save_tiny(tmp_path / "base", tiny_llama())
     save_student(tmp_path / "student", student, text_source, PLAN)
     found, _ = read_checkpoint(tmp_path / "student")
     for name, layer in quantized_layers(student).items():
         read = found.get_submodule(name)
         assert torch.equal(read.fake_quantized_weight(), layer.fake_quantized_weight()), name
-        if layer.spec == SPEC:
+        if layer.spec in SPECS:
             assert torch.equal(quantized_tensor(layer).dequantize(), read.fake_quantized_weight())
 
 
@@ -133,10 +151,11 @@ def test_scales_that_training_lost_come_back():
     assert torch.isfinite(layer.fake_quantized_weight()).all()
 
 
+@pytest.mark.parametrize("kind", ["iq2_s", "iq2_xxs"])
 @pytest.mark.parametrize("rates", [{"weights": 1e-3, "scales": 1e-5}, {"scales": 1e-4}])
-def test_steps_lower_the_loss(rates):
+def test_steps_lower_the_loss(kind, rates):
     """Weights and scales together, and scales of frozen points alone: by half in 12 steps."""
-    student = tiny_student("llama", "*.down_proj=gguf:iq2_s", **SIZES)
+    student = tiny_student("llama", f"*.down_proj=gguf:{kind}", **SIZES)
     model = tiny_llama(**SIZES)
     token_ids = torch.randint(261, (4, 12), generator=torch.Generator().manual_seed(0))
     teacher = model(token_ids).logits[:, :-1]
