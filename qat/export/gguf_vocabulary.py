@@ -48,6 +48,8 @@ class Vocabulary:
     special_ids: dict[str, int] = field(default_factory=dict)
     """bos, eos, unk, pad to token ids, those that there are."""
     adds_bos: bool = False
+    strips_after_control: bool = False
+    """Whether white space after a control token belongs to it."""
     chat_template: str | None = None
 
 
@@ -76,6 +78,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Voca
         merges=[m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
         special_ids={name: index for name, index in ids.items() if index is not None},
         adds_bos=first == [tokenizer.bos_token_id],
+        strips_after_control=any(t["rstrip"] and t["special"] for t in state["added_tokens"]),
         chat_template=tokenizer.chat_template,
     )
 

@@ -13,7 +13,15 @@ import torch
 
 CONTEXT_TOKENS = 512  # of all GGUF runtimes: prompts and answers of a parity check are short
 LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-SILENT = LOG(lambda _level, _text, _data: None)  # C keeps the pointer, so it must outlive calls
+ERROR = 4  # the level of a message
+MESSAGES: list[str] = []  # of that level, the last ones last
+
+
+@LOG  # C keeps the pointer, so it must outlive calls
+def keep_errors(level: int, text: bytes, _data: int) -> None:
+    """Keep what says why a file does not load; leave the rest out."""
+    if level == ERROR:
+        MESSAGES.append(text.decode(errors="replace").strip())
 
 
 class Parameters(ctypes.Structure):
@@ -85,7 +93,7 @@ def open_library() -> ctypes.CDLL:
     for name, (result, *arguments) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    library.llama_log_set(SILENT, None)
+    library.llama_log_set(keep_errors, None)
     library.llama_backend_init()
     return library
 
@@ -95,13 +103,15 @@ class LlamaCpp:
 
     def __init__(self, path: Path):
         self.library = library = open_library()
+        MESSAGES.clear()
         parameters = library.llama_context_default_params()
         parameters.words[:3] = [CONTEXT_TOKENS] * 3
         self.model = library.llama_model_load_from_file(
             str(path).encode(), library.llama_model_default_params()
         )
         if not self.model:
-            raise ValueError(f"llama.cpp does not load {path}; export it again")
+            reason = "; ".join(MESSAGES)
+            raise ValueError(f"llama.cpp does not load {path} ({reason}); export it again")
         self.context = library.llama_init_from_model(self.model, parameters)
         threads = torch.get_num_threads()
         library.llama_set_n_threads(self.context, threads, threads)
