@@ -182,14 +182,19 @@ def rope_tensors(config: PreTrainedConfig) -> dict[str, Tensor]:
 
 def add_tokenizer(writer: "GGUFWriter", vocabulary: Vocabulary) -> None:
     """Write the tokenizer."""
-    writer.add_tokenizer_model("gpt2")  # the format's name of byte-level BPE
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges or NO_MERGES)
+    if vocabulary.model == "gpt2":
+        writer.add_token_merges(vocabulary.merges or NO_MERGES)
+    else:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_remove_extra_whitespaces(False)
     for name, index in vocabulary.special_ids.items():
         getattr(writer, f"add_{name}_token_id")(index)
     writer.add_add_bos_token(vocabulary.adds_bos)
-    writer.add_add_space_prefix(False)
+    writer.add_add_eos_token(vocabulary.adds_eos)
+    writer.add_add_space_prefix(vocabulary.adds_space)
     if vocabulary.chat_template:
         writer.add_chat_template(vocabulary.chat_template)
