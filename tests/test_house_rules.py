@@ -42,6 +42,7 @@ MOST_ANY = 1  # parameters typed Any: plain JSON that is checked where it is rea
 TESTED_ELSEWHERE = {
     "cache/shard.py": "cache/test_read.py",
     "export/ggml.py": "parity/test_ggml_blocks.py",
+    "export/llama_cpp.py": "parity/test_runtimes.py",
     "export/to_coreml.py": "parity/test_runtimes.py",
     "export/to_hf_quantized.py": "export/test_plugin.py",
     "pipelines/batch_probe.py": "cli/test_benchmark.py",

@@ -54,11 +54,15 @@ def equal_weights(first: Tensor, second: Tensor) -> bool:
 def require_equal(name: str, found: Tensor, layer: FakeQuantWeight) -> None:
     """Refuse a weight read back, (O, I) float32, of which a bit is not the trained one."""
     with torch.no_grad():
-        trained = layer.fake_quantized_weight()
+        require_equal_rows(f"{name}.weight", found, layer.fake_quantized_weight())
+
+
+def require_equal_rows(source: str, found: Tensor, trained: Tensor) -> None:
+    """Refuse a weight read back, or some rows of it, of which a bit is not the trained one."""
     if not equal_weights(found, trained):
         differing = "its shape" if found.shape != trained.shape else int((found != trained).sum())
         raise ValueError(
-            f"{name}.weight reads back otherwise than it was trained ({differing} of "
+            f"{source} reads back otherwise than it was trained ({differing} of "
             f"{trained.numel()} weights); nothing was written, report this with export.json's keys"
         )
 

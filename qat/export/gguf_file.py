@@ -4,6 +4,7 @@ Layout: magic, version, counts; key-value pairs; one record a tensor (name, side
 type, offset); padding; data. All little-endian.
 """
 
+import math
 import struct
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -59,16 +60,16 @@ def read_weight(path: Path, record: StoredTensor) -> Tensor:
     return unpack_blocks(read_bytes(path, record), record.type_name).view(record.shape)
 
 
-def read_bytes(path: Path, record: StoredTensor) -> Tensor:
-    """Return a tensor's bytes, (rows, bytes of a row), uint8."""
+def read_bytes(path: Path, record: StoredTensor, rows: slice = slice(None)) -> Tensor:
+    """Return the bytes of some rows of a tensor, (rows, bytes of a row), uint8."""
     kind = BLOCK_TYPES[record.type_name]
     row_bytes = record.shape[-1] // kind.num_weights * kind.num_bytes
-    num_rows = int(np.prod(record.shape[:-1], dtype=np.int64))
-    count = num_rows * row_bytes
-    raw = np.fromfile(path, dtype=np.uint8, count=count, offset=record.offset)
+    start, stop, _step = rows.indices(math.prod(record.shape[:-1]))
+    count, offset = (stop - start) * row_bytes, record.offset + start * row_bytes
+    raw = np.fromfile(path, dtype=np.uint8, count=count, offset=offset)
     if len(raw) != count:
         raise ValueError(f"{path} ends before its last tensor; export it again")
-    return torch.from_numpy(raw).view(num_rows, row_bytes)
+    return torch.from_numpy(raw).view(-1, row_bytes)
 
 
 def number(file: BinaryIO, form: str) -> int:

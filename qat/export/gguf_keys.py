@@ -2,65 +2,105 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qat.export.gguf_family import FAMILIES, head_dim_of, rope_of
 from qat.export.gguf_vocabulary import Vocabulary
 from qat.grids.blocks import BLOCK_TYPES
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type to gguf's name
 QUANTIZATION_VERSION = 2
+HEADS = ("model.embed_tokens.weight", "lm_head.weight")
+MULTIPLIERS = {  # a config's name to the writer's
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention_scale",
+    "logits_scaling": "logit_scale",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 # Runtimes refuse a file without merges. This one, of two zero bytes, changes no text: what it
 # makes is no token, so it falls back to the bytes.
 NO_MERGES = ["\u0100 \u0100"]
 
 
-def architecture_of(config: PreTrainedConfig) -> str:
-    """Return the `gguf` package's name of a model family; refuse one that files cannot tell of."""
-    kind = config.model_type
-    if kind not in ARCHITECTURES:
-        raise ValueError(
-            f"model type {kind} has no tensor map here; gguf is written for "
-            f"{', '.join(ARCHITECTURES)}: export --to hf and use the runtime's own converter"
-        )
-    if config.hidden_act != "silu":
-        raise ValueError(f"runtimes compute {kind} with silu, the model has {config.hidden_act}")
-    rope = config.rope_parameters["rope_type"]
-    if rope not in ("default", "linear", "yarn", "llama3"):
-        raise ValueError(f"rope type {rope} has no GGUF key here; export --to hf")
-    return ARCHITECTURES[kind]
+class PlannedTensor(NamedTuple):
+    """One tensor of the file to be: where it comes from, its name, type and shape there."""
+
+    source: str
+    name: str
+    type_name: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        kind = BLOCK_TYPES[self.type_name]
+        return math.prod(self.shape) // kind.num_weights * kind.num_bytes
 
 
-def start_file(
-    path: Path, config: PreTrainedConfig, vocabulary: Vocabulary, file_type: int
-) -> "GGUFWriter":
-    """Return a writer that has the model's and the tokenizer's keys."""
+def write_head(
+    path: Path, config: PreTrainedConfig, vocabulary: Vocabulary, tensors: list[PlannedTensor]
+) -> None:
+    """Write all of a file that comes before its data: keys, tokenizer, and where tensors lie.
+
+    Tensors of positions (`rope_tensors`) follow those that are given.
+    """
     import gguf
 
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture_of(config)]])
+    family = FAMILIES[config.model_type]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family.name]])
     # gguf 0.19.0 lacks Q2_0; with its sizes known it writes the type by its number.
     gguf.constants.GGML_QUANT_SIZES.setdefault(
         BLOCK_TYPES["q2_0"].number,
         (BLOCK_TYPES["q2_0"].num_weights, BLOCK_TYPES["q2_0"].num_bytes),
     )
-    writer.add_name(getattr(config, "name_or_path", "") or config.model_type)
+    writer.add_name(file_title(config, vocabulary))
     add_sizes(writer, config)
+    add_multipliers(writer, config)
     add_rope(writer, config)
     add_tokenizer(writer, vocabulary)
     writer.add_quantization_version(QUANTIZATION_VERSION)
-    writer.add_file_type(file_type)
-    return writer
+    writer.add_file_type(main_file_type(tensors))
+    positions = [
+        PlannedTensor("", name, "f32", tuple(factors.shape))
+        for name, factors in rope_tensors(config).items()
+    ]
+    for tensor in (*tensors, *positions):
+        number = BLOCK_TYPES[tensor.type_name].number
+        dtype = np.dtype(np.float32)  # which the writer reads the shape by, given a number
+        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.num_bytes, number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
 
 
-def head_dim_of(config: PreTrainedConfig) -> int:
-    """Return the width of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def file_title(config: PreTrainedConfig, vocabulary: Vocabulary) -> str:
+    """Return the model's name for a file: its family, so that a plan knows its length.
+
+    Where a name contains phi3, llama.cpp drops white space after control tokens, as Phi 3's
+    tokenizer does, and expects its tokens.
+    """
+    if config.model_type != "phi3":
+        return config.model_type
+    expected = {"</s>", "<unk>", "<s>", "<|endoftext|>"} <= set(vocabulary.tokens)
+    return "phi3" if vocabulary.strips_after_control and expected else "phi 3"
+
+
+def main_file_type(tensors: list[PlannedTensor]) -> int:
+    """Return the file type of what most matrices of the decoder layers are."""
+    types = [t.type_name for t in tensors if t.source not in HEADS and t.type_name != "f32"]
+    types = types or [t.type_name for t in tensors]
+    return BLOCK_TYPES[max(sorted(set(types)), key=types.count)].file_type
 
 
 def add_sizes(writer: "GGUFWriter", config: PreTrainedConfig) -> None:
@@ -77,46 +117,84 @@ def add_sizes(writer: "GGUFWriter", config: PreTrainedConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
+def add_multipliers(writer: "GGUFWriter", config: PreTrainedConfig) -> None:
+    """Write what Granite multiplies by, and where Gemma caps logits and slides its window."""
+    values = {name: getattr(config, name, None) for name in MULTIPLIERS}
+    for name, key in MULTIPLIERS.items():
+        if values[name] is not None:
+            getattr(writer, f"add_{key}")(values[name])
+    if config.model_type == "phi3":  # some runtimes do not load a file without it
+        writer.add_sliding_window(config.sliding_window or 0)
+    if FAMILIES[config.model_type].has_windows:
+        writer.add_sliding_window(config.sliding_window)
+        slides = [kind == "sliding_attention" for kind in config.layer_types]
+        writer.add_sliding_window_pattern(slides)
+
+
 def add_rope(writer: "GGUFWriter", config: PreTrainedConfig) -> None:
     """Write how positions turn heads."""
     import gguf
 
-    rope = config.rope_parameters
-    writer.add_rope_dimension_count(head_dim_of(config))
+    rope = rope_of(config)
+    writer.add_rope_dimension_count(rope_width(config))
     writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] in ("linear", "yarn"):
+    sliding = config.rope_parameters.get("sliding_attention")
+    if sliding is not None:
+        writer.add_rope_freq_base_swa(sliding["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn", "longrope"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+    if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] == "yarn":
+    if rope["rope_type"] in ("yarn", "longrope"):
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        _frequencies, factor = scaled_frequencies(config)
+        if rope["rope_type"] == "yarn":
+            writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32)
+            writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1)
+            factor /= 1 + 0.1 * math.log(rope["factor"])  # which runtimes multiply by themselves
+        writer.add_rope_scaling_attn_factors(factor)
 
 
-def rope_factors(config: PreTrainedConfig) -> Tensor | None:
-    """Return what Llama 3 divides each frequency by, (half a head,); None for other kinds.
+def rope_width(config: PreTrainedConfig) -> int:
+    """Return how many weights of a head positions turn."""
+    return int(head_dim_of(config) * rope_of(config).get("partial_rotary_factor", 1.0))
 
-    Source: transformers 5.23, modeling_rope_utils.py, the llama3 parameters.
-    """
-    rope = config.rope_parameters
-    if rope["rope_type"] != "llama3":
-        return None
-    width = head_dim_of(config)
-    wavelength = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, width, 2).double() / width)
-    turns = rope["original_max_position_embeddings"] / wavelength
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 1 for quick frequencies: kept
-    return (1 / ((1 - smooth) / factor + smooth)).float()
+
+def scaled_frequencies(config: PreTrainedConfig) -> tuple[Tensor, float]:
+    """Return a kind's frequencies, (half a head,), and what it multiplies sines by."""
+    return ROPE_INIT_FUNCTIONS[rope_of(config)["rope_type"]](config, torch.device("cpu"))
+
+
+def rope_tensors(config: PreTrainedConfig) -> dict[str, Tensor]:
+    """Return what frequencies are divided by, (half a head,), by name in the file."""
+    rope = rope_of(config)
+    if rope["rope_type"] == "llama3":
+        steps = torch.arange(0, rope_width(config), 2).float() / rope_width(config)
+        frequencies, _factor = scaled_frequencies(config)
+        return {"rope_freqs.weight": rope["rope_theta"] ** -steps / frequencies}
+    if rope["rope_type"] == "longrope":
+        return {
+            f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"]).float()
+            for kind in ("long", "short")
+        }
+    return {}
 
 
 def add_tokenizer(writer: "GGUFWriter", vocabulary: Vocabulary) -> None:
     """Write the tokenizer."""
-    writer.add_tokenizer_model("gpt2")  # the format's name of byte-level BPE
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges or NO_MERGES)
+    if vocabulary.model == "gpt2":
+        writer.add_token_merges(vocabulary.merges or NO_MERGES)
+    else:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_remove_extra_whitespaces(False)
     for name, index in vocabulary.special_ids.items():
         getattr(writer, f"add_{name}_token_id")(index)
     writer.add_add_bos_token(vocabulary.adds_bos)
-    writer.add_add_space_prefix(False)
+    writer.add_add_eos_token(vocabulary.adds_eos)
+    writer.add_add_space_prefix(vocabulary.adds_space)
     if vocabulary.chat_template:
         writer.add_chat_template(vocabulary.chat_template)

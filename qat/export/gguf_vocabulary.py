@@ -1,22 +1,34 @@
-"""A tokenizer as the keys of a GGUF file: tokens, types, merges, and how text is split first.
+"""A tokenizer as the keys of a GGUF file: tokens, types, merges or scores, and how text is split.
 
-Runtimes split text by a name (`pre`), not by the tokenizer's own rules, and a wrong name gives
-other tokens without an error. The name is found by behaviour: the tokenizer and the splits that a
-name stands for must cut a probe text alike.
+Runtimes split text for byte-level BPE by a name (`pre`), not by the tokenizer's own rules, and a
+wrong name gives other tokens without an error. The name is found by behaviour: the tokenizer and
+the splits that a name stands for must cut a probe text alike. What SentencePiece made has no such
+splits (`gguf_sentencepiece`).
 
 Source: llama.cpp's llama-vocab.cpp for the splits of each name.
 """
 
 import json
 import re
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # token types
+from qat.export.gguf_family import REMEDY
+from qat.export.gguf_sentencepiece import (
+    BYTES,
+    SPACE,
+    best_pieces,
+    merged_pieces,
+    scores_of_merges,
+    space_prefix,
+)
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types
 NORMALIZERS = (None, "NFC")  # others change text in ways that runtimes do not know
 
 # Splits applied one inside the other, in the grammar of the `regex` package.
@@ -28,6 +40,7 @@ SPLITS = {
     "smollm": (r"\p{N}", WORDS),
     "qwen2": (HEAD + r"\p{N}" + TAIL,),
     "llama-bpe": (HEAD + r"\p{N}{1,3}" + TAIL,),
+    "dbrx": (HEAD + r"\p{N}{1,3}" + TAIL,),
 }
 IGNORES_MERGES = ("llama-bpe",)  # whole words that are tokens need no merges to be found
 PROBE = (
@@ -41,53 +54,126 @@ PROBE = (
 class Vocabulary:
     """What a GGUF file says of a tokenizer."""
 
-    pre: str
+    model: str
+    """gpt2 for byte-level BPE, llama for SentencePiece's BPE, t5 for its unigrams."""
+    pre: str = "default"
+    """How byte-level BPE splits text first."""
     tokens: list[str]
     types: list[int]
-    merges: list[str]
+    merges: list[str] = field(default_factory=list)
+    """Of byte-level BPE."""
+    scores: list[float] = field(default_factory=list)
+    """Of the others, one a token."""
     special_ids: dict[str, int] = field(default_factory=dict)
     """bos, eos, unk, pad to token ids, those that there are."""
     adds_bos: bool = False
+    adds_eos: bool = False
+    adds_space: bool = False
+    """Whether a text begins with a space that it does not have."""
+    strips_after_control: bool = False
+    """Whether white space after a control token belongs to it."""
     chat_template: str | None = None
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Vocabulary:
-    """Return a byte-level BPE tokenizer as GGUF keeps it; refuse another kind.
+    """Return a tokenizer as GGUF keeps it; refuse one that runtimes do not follow.
 
     The embedding has `vocab_size` rows; ids beyond the tokenizer's become unused tokens.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = state["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback") or "ByteLevel" not in str(state):
+    readers = {
+        ("BPE", False): read_byte_level,
+        ("BPE", True): read_sentencepiece,
+        ("Unigram", False): read_sentencepiece,
+    }
+    kind = state["model"]["type"], bool(state["model"].get("byte_fallback"))
+    if kind not in readers:
         raise ValueError(
-            f"the tokenizer is {model['type']} without byte-level splits; gguf is written for "
-            "byte-level BPE only: export --to hf and use the runtime's own converter"
+            f"the tokenizer is {kind[0]} with byte_fallback={kind[1]}; gguf is written for BPE "
+            f"and for unigrams without byte_fallback: {REMEDY}"
         )
-    normalizer = (state.get("normalizer") or {}).get("type")
-    if normalizer not in NORMALIZERS:
-        raise ValueError(f"the tokenizer's normalizer {normalizer} has no GGUF key; export --to hf")
-    tokens, types = list_tokens(state, vocab_size)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    first = tokenizer("a").input_ids[:1]
-    return Vocabulary(
-        pre=find_pre(tokenizer, ignores_merges=bool(model.get("ignore_merges"))),
-        tokens=tokens,
-        types=types,
-        merges=[m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
+    around = tokenizer("a").input_ids
+    return replace(
+        readers[kind](tokenizer, state, vocab_size),
         special_ids={name: index for name, index in ids.items() if index is not None},
-        adds_bos=first == [tokenizer.bos_token_id],
+        adds_bos=around[:1] == [tokenizer.bos_token_id],
+        adds_eos=around[-1:] == [tokenizer.eos_token_id],
+        strips_after_control=any(t["rstrip"] and t["special"] for t in state["added_tokens"]),
         chat_template=tokenizer.chat_template,
     )
 
 
-def list_tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+def read_byte_level(
+    tokenizer: PreTrainedTokenizerFast, state: dict[str, Any], vocab_size: int
+) -> Vocabulary:
+    """Return what a file says of byte-level BPE."""
+    model = state["model"]
+    if "ByteLevel" not in str(state):
+        raise ValueError(
+            "the tokenizer is BPE without byte-level splits and without byte_fallback, which no "
+            f"runtime follows: {REMEDY}"
+        )
+    normalizer = (state.get("normalizer") or {}).get("type")
+    if normalizer not in NORMALIZERS:
+        raise ValueError(f"the tokenizer's normalizer {normalizer} has no GGUF key; {REMEDY}")
+    tokens, types = list_tokens(state, model["vocab"], vocab_size)
+    return Vocabulary(
+        model="gpt2",
+        pre=find_pre(tokenizer, ignores_merges=bool(model.get("ignore_merges"))),
+        tokens=tokens,
+        types=types,
+        merges=[m if isinstance(m, str) else " ".join(m) for m in model["merges"]],
+    )
+
+
+def read_sentencepiece(
+    tokenizer: PreTrainedTokenizerFast, state: dict[str, Any], vocab_size: int
+) -> Vocabulary:
+    """Return what a file says of SentencePiece's BPE, or of its unigrams."""
+    model, added = state["model"], {token["content"]: token for token in state["added_tokens"]}
+    if model["type"] == "BPE":
+        ids = model["vocab"]
+        if missing := set(BYTES) - ids.keys():
+            raise ValueError(f"the tokenizer lacks the byte token {min(missing)}; {REMEDY}")
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        special = {text for text, token in added.items() if token["special"]}
+        scores = scores_of_merges(merges, ids, special)
+        pieces = partial(merged_pieces, ids=ids, scores=scores)
+    else:
+        scores = dict(model["vocab"])
+        ids = {text: index for index, text in enumerate(scores)}
+        usual = {text: score for text, score in scores.items() if text not in added}
+        pieces = partial(best_pieces, ids=ids | {"": model["unk_id"]}, scores=usual)
+    tokens, types = list_tokens(state, ids, vocab_size)
+    own = {tokens[index]: index for index, kind in enumerate(types) if kind == USER_DEFINED}
+    least = min(scores.values(), default=0.0)
+    return Vocabulary(
+        model="llama" if model["type"] == "BPE" else "t5",
+        tokens=tokens,
+        types=types,
+        scores=[
+            scores.get(text, least if kind == UNUSED else 0.0)
+            for text, kind in zip(tokens, types, strict=True)
+        ],
+        adds_space=space_prefix(tokenizer, pieces, own, PROBE),
+    )
+
+
+def list_tokens(
+    state: dict[str, Any], ids: Mapping[str, int], vocab_size: int
+) -> tuple[list[str], list[int]]:
     """Return the text and the type of every row of the embedding."""
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [UNUSED] * vocab_size
-    entries = {index: (text, NORMAL) for text, index in state["model"]["vocab"].items()}
+    entries = {index: (text, NORMAL) for text, index in ids.items()}
+    if state["model"].get("byte_fallback"):
+        entries |= {ids[text]: (text, BYTE) for text in BYTES}
     for added in state["added_tokens"]:
-        kind = CONTROL if added["special"] else USER_DEFINED
-        entries[added["id"]] = (added["content"], kind)
+        text, kind = added["content"], CONTROL if added["special"] else USER_DEFINED
+        if kind == USER_DEFINED and added["normalized"]:  # runtimes seek it in the text as given
+            text = text.replace(SPACE, " ")
+        entries[added["id"]] = (text, kind)
     if max(entries) >= vocab_size:
         raise ValueError(
             f"the tokenizer has id {max(entries)}, the embedding {vocab_size} rows; "
@@ -106,8 +192,7 @@ def find_pre(tokenizer: PreTrainedTokenizerFast, *, ignores_merges: bool) -> str
         if ends == probe_ends(name) and ignores_merges == (name in IGNORES_MERGES):
             return name
     raise ValueError(
-        f"the tokenizer has no known pre: it splits text unlike {', '.join(SPLITS)}; "
-        "export --to hf and use the runtime's own converter"
+        f"the tokenizer has no known pre: it splits text unlike {', '.join(SPLITS)}; {REMEDY}"
     )
 
 

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.export.gguf_file import read_tensor_records
+from qat.export.llama_cpp import CONTEXT_TOKENS, LlamaCpp, open_library
 from qat.export.parity import Runtime
 from qat.storage.files import read_json
-
-CONTEXT_TOKENS = 512  # of the GGUF runtimes: prompts and answers of a parity check are short
 
 
 class RuntimeModel(nn.Module):
@@ -93,16 +92,15 @@ def open_runtime(path: Path) -> tuple[str, Runtime]:
 def open_gguf(path: Path) -> tuple[str, Runtime]:
     """Return the first GGUF runtime installed that knows the file's types."""
     types = {record.type_name for record in read_tensor_records(path).values()}
-    if find_spec("llama_cpp"):
+    if find_spec("xllamacpp"):
         return "llama.cpp", llama_cpp_runtime(path)
     if find_spec("ik_llama_cpp") and "q2_0" not in types:
         return "ik_llama.cpp", ik_llama_runtime(path)
     if "q2_0" in types:
         raise ValueError(
-            f"{path} holds Q2_0, which llama.cpp of 2026-07 or newer runs; "
-            "pip install llama-cpp-python==0.3.36"
+            f"{path} holds Q2_0, which ik_llama.cpp does not run; pip install xllamacpp"
         )
-    raise ValueError(f"no runtime for {path}; pip install ik-llama-cpp-python")
+    raise ValueError(f"no runtime for {path}; pip install xllamacpp")
 
 
 @contextmanager
@@ -119,18 +117,9 @@ def loading(distribution: str) -> Iterator[None]:
 
 def llama_cpp_runtime(path: Path) -> Runtime:
     """Return llama.cpp on a file."""
-    with loading("llama-cpp-python"):
-        from llama_cpp import Llama
-
-    with quiet_output():
-        model = Llama(str(path), n_ctx=CONTEXT_TOKENS, logits_all=True, verbose=False)
-
-    def logits(token_ids: list[int]) -> np.ndarray:
-        model.reset()
-        model.eval(token_ids)
-        return np.array(model.scores[: len(token_ids)], dtype=np.float32)
-
-    return logits
+    with loading("xllamacpp"):
+        open_library()
+    return LlamaCpp(path)
 
 
 def ik_llama_runtime(path: Path) -> Runtime:

@@ -173,7 +173,8 @@ def snap_stored(values: Tensor, stored_dtype: str) -> Tensor:
 
 def fits_float16(values: Tensor) -> bool:
     """Return whether every number is finite and within float16's range."""
-    return bool((values.abs() <= FLOAT16_MAX).all())  # False for NaN as well
+    low, high = values.aminmax()  # with no copy of the values; both NaN if one is
+    return bool(low >= -FLOAT16_MAX) and bool(high <= FLOAT16_MAX)
 
 
 def midpoints(codebook: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qat.export.gguf_file import read_tensor_records
-from qat.export.gguf_keys import rope_factors
-from qat.export.to_gguf import ROPE_FACTORS, export_to_gguf
+from qat.export.gguf_keys import rope_tensors
+from qat.export.to_gguf import export_to_gguf
 from qat.grids.blocks import BLOCK_TYPES
 from tests.tiny import tiny_student
 
@@ -66,6 +66,7 @@ def test_llama_3_positions_divide_slow_frequencies(tmp_path, text_source):
     plain = student.model.rotary_emb.inv_freq.clone()
     student.config.rope_parameters = rope
     expected = type(student.model.rotary_emb)(student.config).inv_freq
-    assert torch.allclose(plain / rope_factors(student.config), expected, rtol=1e-5)
+    (factors,) = rope_tensors(student.config).values()
+    assert torch.allclose(plain / factors, expected, rtol=1e-5)
     export_to_gguf(student, tmp_path / "out.gguf", text_source=text_source)
-    assert ROPE_FACTORS in read_tensor_records(tmp_path / "out.gguf")
+    assert "rope_freqs.weight" in read_tensor_records(tmp_path / "out.gguf")

@@ -3,12 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from qat.export.gguf_vocabulary import (
     CONTROL,
     HEAD,
     NORMAL,
+    SPLITS,
     TAIL,
     UNUSED,
     find_pre,
@@ -36,6 +38,7 @@ KNOWN = {
     "gpt-2": (splitter(WORDS), False),
     "smollm": (splitter(pre_tokenizers.Digits(individual_digits=True), WORDS), False),
     "qwen2": (by_regex(HEAD + r"\p{N}" + TAIL), False),
+    "dbrx": (by_regex(HEAD + r"\p{N}{1,3}" + TAIL), False),
     "llama-bpe": (by_regex(HEAD + r"\p{N}{1,3}" + TAIL), True),
 }
 
@@ -48,9 +51,9 @@ def test_splits_are_known_by_what_they_do(name):
 
 
 def test_names_differ_on_the_probe_text():
-    """No two names stand for the same splits of it."""
-    cuts = {tuple(probe_ends(name)) for name in KNOWN}
-    assert len(cuts) == len(KNOWN)
+    """No two names stand for the same splits of it and the same way to merge."""
+    cuts = {(*probe_ends(name), ignores) for name, (_tokenizer, ignores) in KNOWN.items()}
+    assert len(cuts) == len(KNOWN) == len(SPLITS)
 
 
 def test_unknown_splits_are_refused():
@@ -76,7 +79,10 @@ def test_every_row_of_the_embedding_has_a_token():
 
 
 def test_tokenizers_without_a_home_are_refused():
-    """Other models than byte-level BPE, text that is changed first, more ids than rows."""
+    """Word pieces, text that is changed first, no byte-level splits, more ids than rows."""
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordPiece({"a": 0})))
+    with pytest.raises(ValueError, match="WordPiece with byte_fallback=False.*export --to hf"):
+        read_vocabulary(words, VOCAB_SIZE)
     changed = tiny_tokenizer()
     changed.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(ValueError, match="Lowercase has no GGUF key"):

@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from qat.export import gguf_file, to_gguf
+from qat.export import gguf_tensors
+from qat.export.gguf_family import FAMILIES
 from qat.export.gguf_file import read_tensor_records, read_weight
-from qat.export.gguf_keys import architecture_of
-from qat.export.to_gguf import export_to_gguf, row_order
+from qat.export.gguf_tensors import row_order
+from qat.export.to_gguf import export_to_gguf
 from qat.model.surgery import quantized_layers, thaw_indices
-from tests.tiny import TINY_MODELS, quantize_plainly, tiny_llama, tiny_student
+from tests.tiny import TINY_MODELS, quantize_plainly, tiny_llama, tiny_model, tiny_student
 
 gguf = pytest.importorskip("gguf")
 
@@ -33,7 +34,7 @@ def export(student, tmp_path, text_source, **options):
 
 def names_of(student):
     """Return file names of quantized weights by layer."""
-    kind = gguf.MODEL_ARCH[architecture_of(student.config)]
+    kind = gguf.MODEL_ARCH[FAMILIES[student.config.model_type].name]
     names = gguf.get_tensor_name_map(kind, 2)
     return {
         name: names.get_name(f"{name}.weight", (".weight",)) for name in quantized_layers(student)
@@ -156,7 +157,7 @@ def refused(student, tmp_path, text_source, match, **options):
 
 def test_what_has_no_place_is_refused_before_anything_is_written(tmp_path, text_source):
     """Each message names the layer or key, the value and the remedy."""
-    refused(tiny_student("gemma", "gguf:q4_0"), tmp_path, text_source, "no tensor map.*llama")
+    refused(tiny_model("cohere"), tmp_path, text_source, "no tensor map.*llama", dtype=torch.half)
     learned = (
         r"model.layers.0.self_attn.q_proj.* no grid of GGUF \(lut4-g32\).*qat convert --plan gguf"
     )
@@ -188,14 +189,13 @@ def test_a_report_that_is_none_of_ours_is_not_overwritten(tmp_path, text_source)
 @pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "output_norm.weight"])
 def test_a_changed_bit_fails_the_export(tmp_path, text_source, monkeypatch, name):
     """In blocks or in a dense tensor; nothing is left behind."""
-    honest = gguf_file.read_bytes
+    honest = gguf_tensors.read_bytes
 
-    def damaged(path, record):
-        data = honest(path, record)
+    def damaged(path, record, rows):
+        data = honest(path, record, rows)
         if record == read_tensor_records(path)[name]:
             data[0, 5] ^= 1
         return data
 
-    monkeypatch.setattr(gguf_file, "read_bytes", damaged)
-    monkeypatch.setattr(to_gguf, "read_bytes", damaged)
+    monkeypatch.setattr(gguf_tensors, "read_bytes", damaged)
     refused(tiny_student("llama", "gguf:q4_0"), tmp_path, text_source, "reads back otherwise")

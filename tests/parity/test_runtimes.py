@@ -5,8 +5,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from qat.export.llama_cpp import LlamaCpp
 from qat.export.parity import compare_with_runtime
-from qat.export.runtimes import open_runtime
+from qat.export.runtimes import ik_llama_runtime, llama_cpp_runtime, open_runtime
 from qat.export.to_compressed_tensors import export_to_compressed_tensors
 from qat.export.to_coreml import export_to_coreml
 from qat.export.to_gguf import export_to_gguf
@@ -57,19 +58,22 @@ def run(student, path, num_new_tokens=8):
     ],
 )
 def test_packed_gguf_runs(tmp_path, text_source, family, plan):
-    """In ik_llama.cpp, which lacks Q2_0."""
-    need("ik_llama_cpp", "ik-llama-cpp-python")
+    """In llama.cpp, and in ik_llama.cpp, which lacks Q2_0."""
     student = unusual_student(family, plan)
     export_to_gguf(student, tmp_path / "a.gguf", text_source=text_source)
-    _name, found = run(student, tmp_path / "a.gguf")
-    assert found["kl_nats"] < ACTIVATION_COST_NATS
-    assert found["top1_agreement"] > 0.85
+    for module, runtime in (("xllamacpp", llama_cpp_runtime), ("ik_llama_cpp", ik_llama_runtime)):
+        need(module, module)
+        found = compare_with_runtime(
+            student, runtime(tmp_path / "a.gguf"), PROMPTS, num_new_tokens=8
+        )
+        assert found["kl_nats"] < ACTIVATION_COST_NATS
+        assert found["top1_agreement"] > 0.85
 
 
 @pytest.mark.parametrize("plan", ["gguf:q2_0", "gguf:q2_0+gguf:q4_0", "deploy"])
 def test_gguf_with_q2_0_runs(tmp_path, text_source, plan):
     """In llama.cpp of 2026-07 or newer."""
-    need("llama_cpp", "llama-cpp-python 0.3.36 (eleven CPU-minutes to build, so not by CI)")
+    need("xllamacpp", "xllamacpp")
     student = unusual_student("llama", plan)
     export_to_gguf(student, tmp_path / "a.gguf", text_source=text_source)
     name, found = run(student, tmp_path / "a.gguf")
@@ -81,7 +85,7 @@ def test_gguf_with_q2_0_runs(tmp_path, text_source, plan):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_dense_gguf_reference_is_the_student(tmp_path, text_source, family, tied):
     """Float16 weights: what is left is their rounding; so keys, names and row orders are right."""
-    need("ik_llama_cpp", "ik-llama-cpp-python")
+    need("xllamacpp", "xllamacpp")
     student = unusual_student(family, tied=tied)
     export_to_gguf(student, tmp_path / "a.gguf", text_source=text_source, dtype=torch.float16)
     _name, found = run(student, tmp_path / "a.gguf")
@@ -91,9 +95,7 @@ def test_a_dense_gguf_reference_is_the_student(tmp_path, text_source, family, ti
 
 def test_the_runtime_splits_text_as_the_tokenizer_does(tmp_path, text_source):
     """The `pre` that was found is the right one for the runtime, special tokens included."""
-    need("ik_llama_cpp", "ik-llama-cpp-python")
-    from ik_llama_cpp._internals import IkModel
-
+    need("xllamacpp", "xllamacpp")
     from qat.export.gguf_vocabulary import PROBE
     from qat.model.load import load_tokenizer
 
@@ -102,7 +104,8 @@ def test_the_runtime_splits_text_as_the_tokenizer_does(tmp_path, text_source):
     )
     text = f"<|im_start|>user\n{PROBE}<|im_end|>\n"
     ours = load_tokenizer(text_source)(text).input_ids
-    assert IkModel(str(tmp_path / "a.gguf")).tokenize(text, add_bos=False, special=True) == ours
+    runtime = LlamaCpp(tmp_path / "a.gguf")
+    assert runtime.tokenize(text, add_special=False, parse_special=True) == ours
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
