@@ -9,9 +9,11 @@ class EvaluateConfig:
     """Measure a student on a cache's held-out split, or on any text against a live teacher."""
 
     checkpoint: str
-    """Native folder, run folder (its best), `.pt` file with its config.json, or a model folder."""
+    """Native folder, run folder (its best), `.pt` file with its config.json, a model folder, or
+    any program's `.gguf` file."""
     model_id: str | None = None
-    """Full-precision model of a `.pt` checkpoint: folder or hub name; the one its config names."""
+    """Full-precision model of a `.pt` checkpoint: folder or hub name; the one its config names. A
+    `.gguf` file needs it."""
     cache_dir: Path | None = None
     """Teacher cache to measure on: its held-out split."""
     teacher: str | None = None

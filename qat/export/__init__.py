@@ -7,5 +7,5 @@ smallest that loses nothing when not given. It returns the keys of `export.json`
 ValueError where the format cannot hold the student or a tensor reads back otherwise.
 
 Order: config, checks, model_folder, the `to_X`; gguf_file, gguf_keys, gguf_vocabulary, gguf_size;
-plugin; runtimes, parity.
+from_gguf (any program's file); plugin; runtimes, parity.
 """

@@ -1,11 +1,13 @@
-"""Reading a GGUF file's tensors, types included that the `gguf` package does not know (Q2_0).
+"""Reading a GGUF file: keys and tensors, also of types that the `gguf` package lacks (Q2_0).
 
 Layout: magic, version, counts; key-value pairs; one record a tensor (name, sides from the fastest,
-type, offset); padding; data. All little-endian.
+type, offset); padding; data. All little-endian. Nothing in a file is trusted: a count or an offset
+beyond its end is an error before memory is taken for it.
 """
 
 import math
 import struct
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -13,13 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qat.export.ggml import dequantize_blocks, open_ggml
 from qat.grids.blocks import BLOCK_TYPES, unpack_blocks
 
 MAGIC = b"GGUF"
 VERSION = 3
 ALIGNMENT = 32  # the default; this package writes no other
+ALIGNMENT_KEY = "general.alignment"
 STRING, ARRAY = 8, 9
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of scalar types
+FORMS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))  # of scalar types
+MOST_SIDES = 4  # of a tensor, as ggml has them
 
 
 class StoredTensor(NamedTuple):
@@ -31,67 +36,151 @@ class StoredTensor(NamedTuple):
     offset: int
     """From the start of the file."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Return how many bytes it takes."""
+        num_weights, num_bytes = block_sizes(self.type_name)
+        return math.prod(self.shape) // num_weights * num_bytes
+
+
+class Header(NamedTuple):
+    """What stands in front of a file's data."""
+
+    keys: dict[str, str | int | float]
+    """Those with one value; lists, such as the vocabulary, are left out."""
+    tensors: dict[str, StoredTensor]
+
+
+@cache
+def type_names() -> dict[int, str]:
+    """Return the name of each tensor type by its number: those of `BLOCK_TYPES` and gguf's."""
+    import gguf
+
+    known = {int(kind): kind.name.lower() for kind in gguf.GGMLQuantizationType}
+    return known | {kind.number: name for name, kind in BLOCK_TYPES.items()}
+
+
+@cache
+def block_sizes(type_name: str) -> tuple[int, int]:
+    """Return the weights and the bytes of a type's block."""
+    if type_name in BLOCK_TYPES:
+        return BLOCK_TYPES[type_name].num_weights, BLOCK_TYPES[type_name].num_bytes
+    import gguf
+
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
+
 
 def read_tensor_records(path: Path) -> dict[str, StoredTensor]:
-    """Return where each tensor of a GGUF file lies, by name; refuse other versions and types."""
-    names = {kind.number: name for name, kind in BLOCK_TYPES.items()}
+    """Return where each tensor of a GGUF file lies, by name; errors are those of `read_header`."""
+    return read_header(path).tensors
+
+
+def read_header(path: Path) -> Header:
+    """Return a GGUF file's keys and where its tensors lie.
+
+    Raises:
+        ValueError: If it is of another version or damaged, or has types that are unknown here.
+    """
     with Path(path).open("rb") as file:
-        magic, version = file.read(4), number(file, "<I")
-        if magic != MAGIC or version != VERSION:
-            raise ValueError(f"{path} is no GGUF file of version {VERSION}; export it again")
-        num_tensors, num_pairs = number(file, "<Q"), number(file, "<Q")
-        for _ in range(num_pairs):
-            skip_text(file)
-            skip_value(file, number(file, "<I"))
-        records = {}
-        for _ in range(num_tensors):
-            name = file.read(number(file, "<Q")).decode()
-            sides = [number(file, "<Q") for _ in range(number(file, "<I"))]
-            type_number, offset = number(file, "<I"), number(file, "<Q")
-            if type_number not in names:
-                raise ValueError(f"{path}: {name} has type {type_number}, which is unknown here")
-            records[name] = StoredTensor(names[type_number], tuple(reversed(sides)), offset)
-        start = -(-file.tell() // ALIGNMENT) * ALIGNMENT
-    return {name: r._replace(offset=start + r.offset) for name, r in records.items()}
+        try:
+            if file.read(len(MAGIC)) != MAGIC or number(file, "I") != VERSION:
+                raise ValueError(f"it is no GGUF file of version {VERSION}")
+            num_tensors, num_pairs = number(file, "Q"), number(file, "Q")
+            keys = {}
+            for _ in range(num_pairs):
+                name = text(file)
+                keys[name] = value(file, number(file, "I"))
+            keys = {name: one for name, one in keys.items() if one is not None}
+            tensors = read_records(file, num_tensors, keys.get(ALIGNMENT_KEY, ALIGNMENT))
+        except (struct.error, ValueError, OverflowError, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); make it again") from error
+    return Header(keys, tensors)
+
+
+def read_records(file: BinaryIO, num_tensors: int, alignment: object) -> dict[str, StoredTensor]:
+    """Return where tensors lie, from a file that stands at the first one's record."""
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"{ALIGNMENT_KEY} is {alignment}")
+    names, records = type_names(), {}
+    for _ in range(num_tensors):
+        name, num_sides = text(file), number(file, "I")
+        if name in records or not 0 < num_sides <= MOST_SIDES:
+            raise ValueError(f"{name} is there twice, or has {num_sides} sides")
+        sides = [number(file, "Q") for _ in range(num_sides)]
+        if 0 in sides:
+            raise ValueError(f"{name} is empty")
+        type_number, offset = number(file, "I"), number(file, "Q")
+        if type_number not in names:
+            raise ValueError(f"{name} has type {type_number}, which is unknown here")
+        records[name] = StoredTensor(names[type_number], tuple(reversed(sides)), offset)
+    start = -(-file.tell() // alignment) * alignment
+    placed = {name: r._replace(offset=start + r.offset) for name, r in records.items()}
+    file_bytes = file.seek(0, 2)
+    for name, record in placed.items():
+        num_weights, _ = block_sizes(record.type_name)
+        if record.shape[-1] % num_weights:
+            raise ValueError(f"{name} has rows of {record.shape[-1]}, in blocks of {num_weights}")
+        if record.offset + record.num_bytes > file_bytes:
+            raise ValueError(f"it ends before its tensor {name}")
+    return placed
 
 
 def read_weight(path: Path, record: StoredTensor) -> Tensor:
     """Return a tensor of a GGUF file as float32, by its type's own definition."""
-    return unpack_blocks(read_bytes(path, record), record.type_name).view(record.shape)
+    packed = read_bytes(path, record)
+    if record.type_name in BLOCK_TYPES:
+        return unpack_blocks(packed, record.type_name).view(record.shape)
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[record.type_name.upper()]
+    try:
+        found = torch.from_numpy(gguf.dequantize(packed.numpy(), kind))
+    except NotImplementedError:  # as of gguf 0.19.0, Q1_0
+        packed, count = packed.flatten(), math.prod(record.shape)
+        found = dequantize_blocks(open_ggml(), packed, record.type_name, count)
+    return found.view(record.shape)
 
 
 def read_bytes(path: Path, record: StoredTensor, rows: slice = slice(None)) -> Tensor:
     """Return the bytes of some rows of a tensor, (rows, bytes of a row), uint8."""
-    kind = BLOCK_TYPES[record.type_name]
-    row_bytes = record.shape[-1] // kind.num_weights * kind.num_bytes
-    start, stop, _step = rows.indices(math.prod(record.shape[:-1]))
+    num_rows = math.prod(record.shape[:-1])
+    row_bytes = record.num_bytes // num_rows
+    start, stop, _step = rows.indices(num_rows)
     count, offset = (stop - start) * row_bytes, record.offset + start * row_bytes
     raw = np.fromfile(path, dtype=np.uint8, count=count, offset=offset)
     if len(raw) != count:
-        raise ValueError(f"{path} ends before its last tensor; export it again")
+        raise ValueError(f"{path} ends before its last tensor; make it again")
     return torch.from_numpy(raw).view(-1, row_bytes)
 
 
-def number(file: BinaryIO, form: str) -> int:
-    """Return the next integer of a file."""
-    return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+def number(file: BinaryIO, form: str) -> int | float:
+    """Return the next number of a file, in a form of `struct`."""
+    return struct.unpack(f"<{form}", file.read(struct.calcsize(form)))[0]
 
 
-def skip_text(file: BinaryIO) -> None:
-    """Move past a string."""
-    file.seek(number(file, "<Q"), 1)
+def text(file: BinaryIO) -> str:
+    """Return the next string of a file."""
+    length, place = number(file, "Q"), file.tell()
+    if length > file.seek(0, 2) - place:
+        raise ValueError("a string is longer than the file")
+    file.seek(place)
+    return file.read(length).decode()
 
 
-def skip_value(file: BinaryIO, kind: int) -> None:
-    """Move past a key's value."""
+def value(file: BinaryIO, kind: int) -> str | int | float | None:
+    """Return the value of a key; None after moving past a list."""
     if kind == STRING:
-        skip_text(file)
-    elif kind == ARRAY:
-        of, count = number(file, "<I"), number(file, "<Q")
-        if of in SIZES:
-            file.seek(SIZES[of] * count, 1)
-            return
+        return text(file)
+    if kind in FORMS:
+        return number(file, FORMS[kind])
+    if kind != ARRAY:
+        raise ValueError(f"a key has type {kind}")
+    of, count = number(file, "I"), number(file, "Q")
+    if of in FORMS:
+        file.seek(struct.calcsize(FORMS[of]) * count, 1)
+    elif of == STRING:
         for _ in range(count):
-            skip_value(file, of)
+            file.seek(number(file, "Q"), 1)
     else:
-        file.seek(SIZES[kind], 1)
+        raise ValueError(f"a key has a list of type {of}")
+    return None

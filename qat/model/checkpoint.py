@@ -205,10 +205,16 @@ def empty_model(folder: Path, dtype: torch.dtype = torch.float32, device: str = 
 
     Device "meta" takes no memory at all, for who reads sizes only.
     """
+    return empty_model_of(read_model_config(folder), dtype, device)
+
+
+def empty_model_of(
+    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> nn.Module:
+    """Return the same of a config."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    config = read_model_config(folder)
     with no_init_weights(), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qat.export.from_gguf import read_gguf_model
+from qat.export.to_gguf import SUFFIX as GGUF_SUFFIX
 from qat.legacy.checkpoint import (
     SeedCheckpoint,
     find_seed_file,
@@ -46,7 +48,7 @@ class Checkpoint:
     """What a checkpoint name stands for; nothing of it is loaded yet."""
 
     path: Path
-    """Native folder, model folder, or `.pt` file of the seeds."""
+    """Native folder, model folder, `.pt` file of the seeds, or any program's `.gguf` file."""
     text_folder: Path
     """Where its tokenizer, chat template and model config are."""
     header: CheckpointHeader | None
@@ -54,6 +56,8 @@ class Checkpoint:
 
     def load(self, *, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the model on the CPU, in eval mode, frozen; its dense parts are of the dtype."""
+        if self.path.suffix == GGUF_SUFFIX:
+            return read_gguf_model(self.path, self.text_folder, dtype=dtype)
         if self.header is None:
             return load_dense(self.path, dtype=dtype)
         if self.path.is_dir():
@@ -72,13 +76,19 @@ def open_checkpoint(checkpoint: str | Path, *, model_id: str | None = None) -> C
 
     Args:
         checkpoint: Native folder, run folder (its best), `.pt` file of the seeds, a folder or
-            archive with one, Hugging Face folder or hub name.
-        model_id: Full-precision model of a `.pt` file; the one that its config names if not given.
+            archive with one, Hugging Face folder or hub name, `.gguf` file of any program.
+        model_id: Full-precision model of a `.pt` file, the one that its config names if not given;
+            of a `.gguf` file, whose tokenizer and config are read from it.
 
     Raises:
         FileNotFoundError: If nothing of these is there.
         ValueError: If it is damaged or of another form.
     """
+    path = Path(checkpoint)
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        if model_id is None:
+            raise ValueError(f"{path} needs its full-precision model; give it with --model-id")
+        return Checkpoint(path=path, text_folder=model_folder(model_id), header=None)
     path = checkpoint_path(checkpoint)
     if path.is_file():
         return open_seed_file(open_seed_checkpoint(path), model_id)

@@ -1,9 +1,13 @@
 """What was written is read as the `gguf` package reads it."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qat.export.gguf_file import read_bytes, read_tensor_records
+from qat.export.gguf_file import read_bytes, read_header, read_tensor_records, read_weight
 from qat.export.to_gguf import export_to_gguf
 from qat.grids.blocks import BLOCK_TYPES
 from tests.tiny import tiny_student
@@ -39,3 +43,68 @@ def test_a_cut_file_is_no_gguf_file(tmp_path, text_source):
     path.write_bytes(b"GGML" + path.read_bytes()[4:])
     with pytest.raises(ValueError, match="no GGUF file of version 3"):
         read_tensor_records(path)
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    """Return a file of a key of each kind and two tensors."""
+    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(3)
+    writer.add_layer_norm_rms_eps(0.5)
+    writer.add_token_list(["a", "bc"])
+    writer.add_array("x.numbers", [1, 2, 3])
+    writer.add_add_bos_token(True)
+    writer.add_custom_alignment(64)
+    writer.add_tensor("a", np.ones((2, 3), dtype=np.float32))
+    writer.add_tensor("b", np.ones((1, 64), dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_keys_with_one_value_are_read_and_lists_passed_over(small_file):
+    """An alignment other than the default moves the data."""
+    keys, tensors = read_header(small_file)
+    assert keys["general.architecture"] == "llama"
+    assert keys["llama.block_count"] == 3
+    assert keys["llama.attention.layer_norm_rms_epsilon"] == 0.5
+    assert keys["tokenizer.ggml.add_bos_token"] is True
+    assert not keys.keys() & {"tokenizer.ggml.tokens", "x.numbers"}
+    assert read_weight(small_file, tensors["a"]).tolist() == [[1.0] * 3] * 2
+    assert read_weight(small_file, tensors["b"]).tolist() == [[1.0] * 64]
+
+
+@given(place=st.integers(0, 700), value=st.binary(min_size=1, max_size=9), cut=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_file_is_read_or_refused(small_file, place, value, cut):
+    """Whatever bytes are changed or cut off: no other error, no memory for what is not there."""
+    data = bytearray(small_file.read_bytes())
+    place %= len(data)
+    data[place : place + len(value)] = value
+    damaged = small_file.with_name("damaged.gguf")
+    damaged.write_bytes(data[: place if cut else None])
+    with suppress(ValueError):
+        for record in read_header(damaged).tensors.values():
+            read_weight(damaged, record)
+
+
+@pytest.mark.parametrize("name", ["Q3_K", "Q6_K", "IQ3_XXS", "IQ1_M", "TQ1_0", "MXFP4", "Q5_1"])
+def test_types_that_only_others_write_are_read_by_the_package(tmp_path, name):
+    """From any bytes: those are blocks of some weights."""
+    kind = gguf.GGMLQuantizationType[name]
+    _, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    packed = np.random.default_rng(0).integers(0, 256, (3, 2 * num_bytes), dtype=np.uint8) & 0xBF
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("x", packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    record = read_tensor_records(tmp_path / "x.gguf")["x"]
+    expected = gguf.dequantize(packed, kind)
+    assert np.array_equal(
+        read_weight(tmp_path / "x.gguf", record).numpy(), expected, equal_nan=True
+    )

@@ -6,6 +6,7 @@ import lz4.frame
 import pytest
 import torch
 
+from qat.export.to_gguf import export_to_gguf
 from qat.pipelines.open_checkpoint import (
     checkpoint_path,
     load_model,
@@ -66,3 +67,19 @@ def test_another_models_base_is_refused(tmp_path):
     other = save_tiny(tmp_path / "other", tiny_qwen3(intermediate_size=192))
     with pytest.raises(ValueError, match=r"mlp\.gate_proj"):
         load_model(made.write(tmp_path / "run"), model_id=str(other))
+
+
+def test_any_gguf_file_opens_with_its_full_precision_model(tmp_path):
+    """Its config and tokenizer come from there; without it the error names the flag."""
+    model = tiny_qwen3()
+    base = save_tiny(tmp_path / "base", model)
+    file = tmp_path / "peer.gguf"
+    export_to_gguf(model, file, text_source=base, dtype=torch.float32)
+    opened = open_checkpoint(file, model_id=str(base))
+    assert opened.text_folder == base
+    expected = model.state_dict()
+    assert all(
+        torch.equal(value, expected[key]) for key, value in opened.load().state_dict().items()
+    )
+    with pytest.raises(ValueError, match="--model-id"):
+        open_checkpoint(file)
