@@ -8,8 +8,9 @@
     f32, f16, bf16    not quantized
 
 A suffix `-bf16` or `-f32` says how scales and codebooks are stored; float16 without one. Names of
-runtimes' formats stand for the grids that their files hold: `gguf:q4_0`, `gguf:iq2_s` (a vector
-grid), `mlx:4bit-g64`, `w4a16-g32` (compressed-tensors), `coreml:lut4`.
+runtimes' formats stand for the grids that their files hold: `gguf:q4_0`, `gguf:q4_k` (scales and
+offsets of super-blocks; any case), `gguf:iq2_s` (a vector grid), `mlx:4bit-g64`, `w4a16-g32`
+(compressed-tensors), `coreml:lut4`.
 
 Shape legend: O out, I in.
 """
@@ -194,7 +195,7 @@ class TensorSpec:
         Raises:
             ValueError: If the name does not follow the grammar of this module.
         """
-        if name.startswith("gguf:"):
+        if name.lower().startswith("gguf:"):
             name = name.lower()  # llama.cpp writes q4_K
         if name in FORMATS:
             return FORMATS[name]

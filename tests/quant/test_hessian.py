@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qat.grids.scalar import nearest_power
 from qat.model.surgery import dense_weights, quantized_layers
 from qat.pipelines.fit_layers import FitTask, fit_by_decoder_layers
 from qat.quant import hessian as hessian_fit
@@ -20,6 +21,7 @@ from qat.quant.hessian import (
     refit_codebook,
     refit_scale,
 )
+from qat.quant.normal_equations import descend_scales, quadratic
 from qat.quant.spec import TensorSpec, make_spec
 from tests.tiny import TINY_MODELS, plan_of
 
@@ -180,6 +182,25 @@ def test_refitted_scales_are_least_squares():
         ]
         best = torch.linalg.lstsq(torch.stack(columns, 1), root @ weight[row]).solution
         torch.testing.assert_close(fitted.scale[row], best, rtol=2e-3, atol=0)
+
+
+def test_powers_of_two_descend_to_where_no_single_one_is_better():
+    """Each pass lowers the error; at its end neither twice nor half of any scale would."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(5, 6, 12, generator=generator)
+    normal, scale = root @ root.transpose(1, 2), torch.ones(5, 6)
+    wanted = (normal @ torch.rand(5, 6, 1, generator=generator)).squeeze(-1)
+    least = quadratic(normal, wanted, scale)
+    for _ in range(10):
+        scale = descend_scales(normal, wanted, scale, nearest_power)
+        error = quadratic(normal, wanted, scale)
+        assert (error <= least).all()
+        least = error
+    for group in range(6):
+        for factor in (0.5, 2.0):
+            other = scale.clone()
+            other[:, group] *= factor
+            assert (quadratic(normal, wanted, other) >= least).all()
 
 
 def test_every_fit_is_stored_as_it_is(spec):
