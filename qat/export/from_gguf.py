@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from qat.export.gguf_file import Header, block_sizes, read_header, read_weight, type_names
 from qat.export.gguf_family import FAMILIES, require_family, rope_of
+from qat.export.gguf_file import Header, block_sizes, read_header, read_weight, type_names
 from qat.export.gguf_keys import rope_tensors
 from qat.export.gguf_tensors import row_order
 from qat.export.to_gguf import file_names, sources

@@ -5,8 +5,9 @@ import torch
 
 from qat.export.gguf_file import read_tensor_records, read_weight
 from qat.export.gguf_size import planned_file_bytes
+from qat.export.gguf_tensors import row_order
 from qat.export.to_compressed_tensors import export_to_compressed_tensors
-from qat.export.to_gguf import export_to_gguf, row_order
+from qat.export.to_gguf import export_to_gguf
 from qat.export.to_hf_quantized import export_to_hf_quantized
 from qat.export.to_mlx import export_to_mlx
 from qat.model.surgery import quantized_layers, thaw_indices
