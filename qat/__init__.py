@@ -21,14 +21,16 @@ from types import ModuleType
 
 TYPE_CHECKING = False  # type checkers read it as True; importing `typing` costs milliseconds
 if TYPE_CHECKING:
-    from qat.pipelines.api import build_cache, evaluate, export, quantize, train
+    from qat.pipelines.api import build_cache, compress, evaluate, export, quantize, train
 
 __version__ = "0.1.0"
-__all__ = ["build_cache", "evaluate", "export", "quantize", "train"]
+__all__ = ["build_cache", "compress", "evaluate", "export", "quantize", "train"]
 MODULE_OF = {
     **dict.fromkeys(__all__, "qat.pipelines.api"),
     "BuildCacheConfig": "qat.cache.config",
     "BuildCacheResult": "qat.pipelines.build_cache",
+    "CompressConfig": "qat.pipelines.compress_config",
+    "CompressResult": "qat.pipelines.compress",
     "InitStudentConfig": "qat.pipelines.quantize_config",
     "StudentResult": "qat.pipelines.students",
     "TrainConfig": "qat.train.config",

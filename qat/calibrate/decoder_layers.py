@@ -7,8 +7,9 @@ Shape legend: B batch, T tokens, D hidden size.
 """
 
 import copy
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.calibrate.statistics import Batch, InputStatistics, input_statistics
+from qat.calibrate.statistics import Batch, InputStatistics, input_statistics, second_moment
 from qat.model.head import Tokens, hidden_states
 
 LayerArguments = dict[str, dict[str, Any]]  # of a forward pass: by layer name, then by keyword
@@ -78,6 +79,7 @@ def walk_decoder_layers(
     for name in stream.arguments[0]:
         layer = model.get_submodule(name)
         dense_layer = copy.deepcopy(layer) if reference is None else reference.get_submodule(name)
+        weights = token_weights(dense.hidden)
         dense_inputs = watch_inputs(dense, name, dense_layer, linears.get(name, []))
         for group in groups_that_share(dense_inputs):
             shared = [f"{name}.{linear}" for linear in group]
@@ -85,7 +87,7 @@ def walk_decoder_layers(
                 (input_of(layer.get_submodule(group[0]), stream.run, name, layer, batch), expected)
                 for batch, expected in enumerate(dense_inputs[group[0]])
             )
-            yield shared, input_statistics(shared[0], inputs)
+            yield shared, input_statistics(shared[0], inputs, weights)
             for linear in group:
                 del dense_inputs[linear]
         stream.advance(name, layer)
@@ -93,6 +95,60 @@ def walk_decoder_layers(
         norm, dense_norm = (one.get_decoder().norm for one in (model, reference or model))
         ends = zip(map(norm, stream.hidden), map(dense_norm, dense.hidden), strict=True)
         yield [head], input_statistics(head, ends)
+
+
+@torch.no_grad()
+def walk_dense_layers(
+    model: nn.Module,
+    names: Iterable[str],
+    batches: Sequence[Batch],
+    *,
+    head: str | None = None,
+    token_weights: Mapping[str, Tensor] | None = None,
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield linears that share an input, with its second moment, (I, I); the model stays as it is.
+
+    Args:
+        model: Causal LM in eval mode.
+        names: The linears, all of numbered decoder layers.
+        batches: As in `walk_decoder_layers`, like head.
+        head: Name under which the inputs of the head are yielded last.
+        token_weights: How much each token of all batches counts, (N,), by linear; those that share
+            an input count together. All alike when not given.
+    """
+    linears = linears_by_layer(names)
+    last = list(linears)[-1] if head is None else last_decoder_layer(model)
+    stream = open_stream(model, batches, last)
+    for name in stream.arguments[0]:
+        inputs = watch_inputs(stream, name, model.get_submodule(name), linears.get(name, []))
+        for group in groups_that_share(inputs):
+            shared = [f"{name}.{linear}" for linear in group]
+            weights = None if token_weights is None else sum(token_weights[n] for n in shared)
+            yield shared, second_moment(shared[0], inputs[group[0]], weights)
+            for linear in group:
+                del inputs[linear]
+    if head is not None:
+        yield [head], second_moment(head, map(model.get_decoder().norm, stream.hidden))
+
+
+def token_weights(hidden: Sequence[Tensor]) -> list[Tensor]:
+    """Return how much each token counts in a layer's fit, (B, T) each, of mean one.
+
+    A layer adds to the residual stream, and what follows reads that stream normalized: an error at
+    a token counts by its size relative to the stream's. Attention sinks are a thousand times as
+    loud as other tokens, and would rule H.
+    """
+    mode = os.environ.get("TW", "inv")
+    squares = [states.float().square().mean(-1) for states in hidden]
+    middle = torch.cat([one.flatten() for one in squares]).median()
+    if mode == "none":
+        return [torch.ones_like(s) for s in squares]
+    if mode == "clip":
+        inverse = [(middle / s.clamp_min(middle)) for s in squares]
+    else:
+        inverse = [middle / s.clamp_min(0.1 * middle) for s in squares]
+    mean = torch.cat([one.flatten() for one in inverse]).mean()
+    return [one / mean for one in inverse]
 
 
 def hidden_of(output: Tensor | tuple) -> Tensor:

@@ -13,6 +13,8 @@ PIPELINES = {
     "convert-cache": ("cache.config:ConvertCacheConfig", "convert_cache:convert_cache"),
     "pack": ("pipelines.pack:PackConfig", "pack:pack"),
     "push": ("pipelines.push:PushConfig", "push:push"),
+    "compress": ("pipelines.compress_config:CompressConfig", "compress:compress"),
+    "frontier": ("pipelines.compress_config:FrontierConfig", "frontier:frontier"),
     "plan": ("pipelines.quantize_config:PlanConfig", "plan:plan"),
     "init-student": ("pipelines.quantize_config:InitStudentConfig", "quantize:quantize"),
     "convert-q4-to-q2": (

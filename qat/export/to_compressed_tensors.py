@@ -7,6 +7,8 @@
 Shape legend: O out, I in, G groups of a row.
 """
 
+import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ def export_to_compressed_tensors(
                 f"{name} is a quantized embedding, which loaders of this format keep dense; "
                 "convert it (`qat convert --plan 'deploy'`) or export --to gguf"
             )
+    dense = [name for name, one in student.named_modules() if isinstance(one, nn.Linear)]
     scales = [layer.full_scale().detach() for layer in layers.values()]
     dtype = dtype or lossless_dtype([*scales, *dense_parts(student).values()])
     if not all(holds(dtype, scale) for scale in scales):
@@ -59,26 +62,43 @@ def export_to_compressed_tensors(
         output,
         text_source=text_source,
         dtype=dtype,
-        config_changes={"quantization_config": quantization_config(layers)},
+        config_changes={"quantization_config": quantization_config(layers, dense)},
         write=partial(packed_parts, dtype=dtype),
         read=read_weight,
     )
 
 
-def quantization_config(layers: dict[str, FakeQuantWeight]) -> dict[str, Any]:
-    """Return the block of config.json that says how each linear is packed."""
+def distinct_ends(names: list[str], others: list[str]) -> list[str]:
+    """Return ends of names as patterns that match all of them and none of the others.
+
+    The last part alone where it tells them apart, else the part from the layer's number on.
+    """
+    elsewhere = {name.rpartition(".")[2] for name in others}
+    ends = set()
+    for name in names:
+        last = name.rpartition(".")[2]
+        ends.add(last if last not in elsewhere else re.sub(r"^.*?(?=\d+\.)", "", name))
+    return [end.replace(".", r"\.") for end in sorted(ends)]
+
+
+def quantization_config(
+    layers: dict[str, FakeQuantWeight], dense: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the block of config.json that says how each linear is packed, and which is not."""
     groups, integers = {}, {"type": "int", "symmetric": True, "strategy": "group"}
-    for index, ((bits, group_size), names) in enumerate(layers_by_grid(layers).items()):
-        last = sorted({name.rpartition(".")[2] for name in names})
+    grids = layers_by_grid(layers)
+    for index, ((bits, group_size), names) in enumerate(grids.items()):
+        others = [name for grid in grids.values() if grid is not names for name in grid]
+        others += dense
         groups[f"group_{index}"] = {
-            "targets": [rf"re:.*\.({'|'.join(last)})$"],
+            "targets": [rf"re:.*\.({'|'.join(distinct_ends(names, others))})$"],
             "weights": {"num_bits": bits, "group_size": group_size, **integers},
         }
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": list(dict.fromkeys(["lm_head", *dense])),
         "config_groups": groups,
     }
 

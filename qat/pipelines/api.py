@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, TypeVar
 from qat.cache.config import BuildCacheConfig
 from qat.evaluate.config import EvaluateConfig
 from qat.export.config import ExportConfig, Target
+from qat.pipelines.compress_config import CompressConfig
 from qat.pipelines.quantize_config import InitStudentConfig
 from qat.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from qat.pipelines.build_cache import BuildCacheResult
+    from qat.pipelines.compress import CompressResult
     from qat.pipelines.evaluate import EvaluateResult
     from qat.pipelines.export import ExportResult
     from qat.pipelines.students import StudentResult
@@ -91,6 +93,36 @@ def quantize(
     from qat.pipelines.quantize import quantize as run
 
     return run(config)
+
+
+def compress(
+    model: PathLike, data: PathLike, output: PathLike, **settings: object
+) -> "CompressResult":
+    """Make the best file of a size: formats chosen, fitted, trained, exported and measured.
+
+    Args:
+        model: Hugging Face folder or hub name of the full-precision model.
+        data: Text that calibrates, trains and validates; as `build_cache` takes it.
+        output: The file (gguf) or folder; must not exist. Stages are kept next to it.
+        settings: Fields of `CompressConfig`: one of size, bits_per_weight and kl; to, minutes,
+            eval_text and others.
+
+    Returns:
+        The file's bytes, its KL to the teacher as it was read back, and the plan.
+
+    Raises:
+        TypeError: If a setting is unknown; names it.
+        ValueError: If the size is below the smallest plan's, or the target cannot hold the model.
+        FileNotFoundError: If model or data are not there.
+
+    Example:
+        >>> qat.compress("Qwen/Qwen3-0.6B", "chat.jsonl", "q.gguf", size="300MB").kl_nats
+    """
+    from qat.pipelines.compress import compress as run
+
+    return run(
+        make_config(CompressConfig, model=str(model), data=str(data), output=output, **settings)
+    )
 
 
 def train(

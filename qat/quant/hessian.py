@@ -49,6 +49,7 @@ CORRECTION = 1.0  # share of the way from W to W*
 REFITTED_BITS = 3  # codebooks of more values are dense enough as the start has them
 START_ROUNDS = 2  # of the fit by second moments: three more change the end by under 0.5%
 NUM_SWEEPS = 2  # of scales, codebook and descent after the feedback; two more gain 3%
+FINE_BITS = 4  # from which on a plain fit may beat one to the wanted weight
 COLUMNS_AT_ONCE = 64  # columns whose effect on later ones is applied as one product
 FITTED_ROWS = 32768  # of a fit: bounds its (O, I) temporaries for wide vocabularies
 
@@ -124,6 +125,9 @@ def fit_rows(
     )
     refits_codebook = spec.grid.is_learned and spec.bits <= REFITTED_BITS and codebook is None
     quantized = feed_errors(target, start, damped)
+    if drift is not None and is_fine(spec):
+        plain = fit_weight(weight, spec, importance=importance, num_rounds=START_ROUNDS)
+        quantized = better_rows(target, quantized, plain, damped)
     for _ in range(num_sweeps):
         if not spec.rank:
             quantized = refit_scale(target, quantized, damped)
@@ -131,6 +135,31 @@ def fit_rows(
             quantized = refit_codebook(target, quantized, damped)
         quantized = descend(target, quantized, damped)
     return quantized
+
+
+def is_fine(spec: TensorSpec) -> bool:
+    """Return whether a format may hold a weight nearly as it is, row by row.
+
+    Models that were quantized before often lie on such a grid; the wanted weight does not.
+    """
+    return spec.bits >= FINE_BITS and not spec.rank and not spec.grid.is_learned
+
+
+def better_rows(
+    target: Tensor, first: QuantizedTensor, second: QuantizedTensor, hessian: Tensor
+) -> QuantizedTensor:
+    """Return the rows of less error of two fits in one format, which share no codebook."""
+    errors = [target - one.dequantize() for one in (first, second)]
+    least, other = (((error @ hessian) * error).sum(1) for error in errors)
+    is_better = (other < least).unsqueeze(1)
+    return first.replaced(
+        indices=torch.where(is_better, second.indices, first.indices),
+        **{
+            name: torch.where(is_better, second.parts[name], values)
+            for name, values in first.parts.items()
+            if name != "codebook"
+        },
+    )
 
 
 def check_statistics(weight: Tensor, hessian: Tensor, drift: Tensor | None) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qat.calibrate.decoder_layers import walk_decoder_layers
+from qat.calibrate.decoder_layers import walk_decoder_layers, walk_dense_layers
 from tests.tiny import TINY_MODELS, plan_of
 
 
@@ -24,6 +24,22 @@ def test_statistics_are_those_of_the_inputs_really_fed(family):
         torch.testing.assert_close(statistics.hessian, x.T @ x / len(x), atol=1e-4, rtol=1e-3)
         drift = (expected - x).T @ x / len(x)
         torch.testing.assert_close(statistics.drift, drift, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_a_dense_walk_gives_second_moments_and_changes_nothing(family):
+    """mean x x^T of every linear and of the head, in a model that stays as it is."""
+    model = TINY_MODELS[family]()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = list(torch.randint(0, 256, (6, 12)).split(4))
+    names = list(plan_of(model).quantized)
+    found = {}
+    for group, moment in walk_dense_layers(model, names, batches, head="lm_head"):
+        found |= dict.fromkeys(group, moment)
+    assert list(found) == [*names, "lm_head"]
+    for name, x in inputs_of(model, [*names, "lm_head"], batches).items():
+        torch.testing.assert_close(found[name], x.T @ x / len(x), atol=1e-4, rtol=1e-3)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def inputs_of(model, names, batches) -> dict[str, torch.Tensor]:

@@ -1,12 +1,13 @@
 """What compressed-tensors reads stands for the trained weight, to the bit."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from qat.export.model_folder import read_tensors
-from qat.export.to_compressed_tensors import export_to_compressed_tensors
+from qat.export.to_compressed_tensors import distinct_ends, export_to_compressed_tensors
 from qat.model.surgery import quantized_layers
 from tests.tiny import moved_student, tiny_student, unpack_words
 
@@ -65,3 +66,13 @@ def test_a_dtype_that_rounds_scales_is_refused(tmp_path, text_source):
         )
         assert report["exact"] is True
         assert report["tensors_rounded"] > 0  # dense parts
+
+
+def test_ends_tell_layers_of_one_name_apart():
+    """Where layers of one last name are on several grids, patterns name their numbers."""
+    names = [f"model.layers.{n}.mlp.{last}" for n in range(12) for last in ("up_proj", "down_proj")]
+    coarse = [name for name in names if "up_proj" in name or name.split(".")[2] in ("1", "10")]
+    fine = [name for name in names if name not in coarse]
+    for chosen, others in ((coarse, fine), (fine, coarse)):
+        pattern = re.compile(rf".*\.({'|'.join(distinct_ends(chosen, others))})$")
+        assert [name for name in names if pattern.match(name)] == chosen

@@ -312,3 +312,21 @@ def test_statistics_of_another_layer_are_refused():
     weight, hessian = random_layer()
     with pytest.raises(ValueError, match=r"\(95, 95\).*\(96, 96\)"):
         fit_with_hessian(weight, SPECS["int 2"], hessian[1:, 1:])
+
+
+def test_a_weight_on_the_grid_stays_although_inputs_drift():
+    """Where the weight itself is the better answer to what earlier layers did, codes are kept."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 64, generator=generator)
+    fed = x + 0.02 * torch.randn(512, 64, generator=generator)
+    codes = torch.randint(0, 16, (32, 64), generator=generator).float()
+    codes[:, ::32], codes[:, 1::32] = 0, 15
+    weight = codes * 0.25 - 1.5
+    found = fit_with_hessian(
+        weight,
+        TensorSpec.from_name("gguf:q4_1"),
+        fed.T @ fed / 512,
+        drift=(x - fed).T @ fed / 512,
+    )
+    assert torch.equal(found.indices, codes.to(torch.uint8))
+    assert (found.dequantize() - weight).abs().max() < 0.05  # scales move a fifth of a step

@@ -1,0 +1,140 @@
+"""What a model's logits make of an error in each layer's output, from one backward pass.
+
+With labels drawn from the model's own distribution, the gradient d of their log-likelihood has the
+Fisher matrix as its second moment, and an error e in an output costs 1/2 e^T E[d d^T] e nats. Of a
+linear's output the diagonal is kept, of the embedding's all. Loud inputs (of attention sinks) often
+meet gradients near zero, so the |d|^2 of each token is kept as well: E[|d|^2 x x^T] is far from
+E[|d|^2] E[x x^T] there.
+
+Shape legend: B batch, T tokens, V vocabulary, D hidden size, O out.
+
+Source: Kunstner et al. 2019, arXiv:1905.12558, section 2 (the Fisher by drawn labels).
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qat.calibrate.statistics import Batch
+from qat.model.head import Tokens, hidden_states, logits_of
+from qat.runtime.device import run_recorded
+
+TOKENS_AT_ONCE = 256  # whose logits are held at a time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputFisher:
+    """Second moments of gradients, per token of the text."""
+
+    linears: dict[str, Tensor]
+    """Of each linear's outputs, (O,), by name."""
+    token_weights: dict[str, Tensor]
+    """Sum over outputs at each token of the text, (N,), by name."""
+    embedding: Tensor
+    """Of the embedding's output, (D, D)."""
+    token_shares: Tensor
+    """Mean probability of each token, (V,)."""
+    head: Tensor
+    """Of the logits, (V,): mean p (1 - p)."""
+
+
+class Watch:
+    """Sums of squared gradients of modules' outputs, by hooks."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.tokens: dict[str, list[Tensor]] = {}
+
+    def output(self, name: str, output: Tensor, *, is_full: bool = False) -> None:
+        """Add the second moment of an output's gradient once it is known."""
+
+        def add(gradient: Tensor) -> None:
+            rows = gradient.detach().flatten(0, -2).float()
+            squares = rows.square()
+            self.tokens.setdefault(name, []).append(squares.sum(1))
+            moment = rows.T @ rows if is_full else squares.sum(0)
+            self.sums[name] = self.sums[name] + moment if name in self.sums else moment
+
+        output.register_hook(add)
+
+
+def output_fisher(
+    model: nn.Module, linears: Sequence[str], batches: Iterable[Batch], *, seed: int = 0
+) -> OutputFisher:
+    """Return the Fisher information of a model's outputs on a text.
+
+    Args:
+        model: Causal LM in eval mode; its parameters need no gradient.
+        linears: Modules to watch, by name.
+        batches: Token ids, (B, T) each, on the model's device; `Tokens` where documents are packed.
+        seed: Of the drawn labels.
+
+    Raises:
+        ValueError: If there is no batch, or a gradient is not finite.
+    """
+    watch, embedding = Watch(), ""
+    generator: torch.Generator | None = None
+    shares = head = torch.zeros(())
+    num_tokens = 0
+    with ExitStack() as hooks:
+        for name in linears:
+
+            def after(_module: nn.Module, _inputs: object, out: Tensor, name: str = name) -> None:
+                watch.output(name, out)
+
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(after))
+
+        def start(_module: nn.Module, _inputs: object, out: Tensor) -> Tensor:
+            out = out.detach().requires_grad_()
+            watch.output(embedding, out, is_full=True)
+            return out
+
+        hooks.enter_context(model.get_input_embeddings().register_forward_hook(start))
+        for batch in map(Tokens.of, tqdm(batches, desc="fisher", unit="batch", leave=False)):
+            if generator is None:
+                generator = torch.Generator(batch.token_ids.device).manual_seed(seed)
+            with torch.enable_grad():
+                hidden = hidden_states(model, *batch)
+            gradient, share, moment = label_gradient(model, hidden.detach(), generator)
+            hidden.backward(gradient)
+            shares, head = shares.to(share) + share, head.to(moment) + moment
+            num_tokens += batch.token_ids.numel()
+            run_recorded(batch.token_ids.device)
+    if not num_tokens:
+        raise ValueError("calibration has no tokens; give a cache with at least one sequence")
+    if not all(torch.isfinite(total).all() for total in watch.sums.values()):
+        raise ValueError("a gradient is NaN or infinite during calibration; try --dtype fp32")
+    return OutputFisher(
+        embedding=watch.sums.pop(embedding) / num_tokens,
+        linears={name: total / num_tokens for name, total in watch.sums.items()},
+        token_weights={name: torch.cat(parts) for name, parts in watch.tokens.items()},
+        token_shares=shares / num_tokens,
+        head=head / num_tokens,
+    )
+
+
+def label_gradient(
+    model: nn.Module, hidden: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of drawn labels' negative log-likelihood, summed over tokens.
+
+    Returns:
+        The gradient of hidden states, (B, T, D), the sum of probabilities, (V,), and that of
+        p (1 - p), (V,).
+    """
+    gradients, shares, moments = [], 0.0, 0.0
+    for part in hidden.flatten(0, 1).split(TOKENS_AT_ONCE):
+        rows = part.requires_grad_()
+        with torch.enable_grad():
+            logits = logits_of(model, rows).float()
+            chosen = logits.detach().softmax(-1)
+            labels = torch.multinomial(chosen, 1, generator=generator).squeeze(1)
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        gradients.append(torch.autograd.grad(loss, rows)[0])
+        shares = shares + chosen.sum(0)
+        moments = moments + (chosen - chosen.square()).sum(0)
+    return torch.cat(gradients).view_as(hidden), shares, moments

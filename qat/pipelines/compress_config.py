@@ -1,0 +1,137 @@
+"""Flags of `qat compress` and `qat frontier`; imports no torch, so that help is quick."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Target = Literal["gguf", "mlx", "compressed-tensors", "hf-quantized", "coreml"]
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20}
+UNITS["gib"] = 2**30
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmg]?i?b?)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a size such as 60MB (10**6) or 57.2MiB (2**20) stands for.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    unit = match and match["unit"].lower()
+    if match is None or unit not in UNITS:
+        raise ValueError(f"size {text!r} is none; write a number of bytes, 60MB or 57.2MiB")
+    return int(float(match["number"]) * UNITS[unit])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """The model, the text that decides, and where to compute."""
+
+    model: str
+    """Hugging Face folder or hub name of the full-precision model: the teacher."""
+    data: str
+    """Text that calibrates, trains and validates: a json, jsonl, parquet or text file, a folder of
+    them, or a hub name. The likeness of what the file will be used for."""
+    to: Target = "gguf"
+    """Whose formats the file may use. gguf: llama.cpp and its kin. mlx: mlx-lm. compressed-tensors:
+    transformers and vLLM. hf-quantized: transformers with `qat.export.plugin`. coreml: palettes."""
+    seq_len: int = 64
+    """Tokens a block."""
+    num_sequences: int | None = None
+    """Blocks of the data to use at most; as many as a sixth of the minutes is enough for when not
+    given."""
+    eval_text: Path | None = None
+    """Another text that the finished file is measured on, once; the validation part of the data
+    when not given."""
+    eval_sequences: int = 64
+    """Blocks of a measurement."""
+    minutes: float = 30.0
+    """Time for a file; training takes what the other stages leave. 0 = no training."""
+    batch_size: int = 8
+    """Sequences of a training step."""
+    lr: float = 2e-4
+    """Peak learning rate of latent weights."""
+    seed: int = 0
+    """Decides the order of the data and every draw."""
+    dtype: str = "auto"
+    """Compute dtype: auto, fp32, bf16 or fp16."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps, xla or tpu."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name in ("seq_len", "eval_sequences"):
+            if getattr(self, name) < 2:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {getattr(self, name)} must be 2 or more")
+        if self.minutes < 0 or self.batch_size < 1 or self.lr <= 0:
+            raise ValueError(
+                f"--minutes {self.minutes} must be 0 or more, --batch-size {self.batch_size} 1 or "
+                f"more, --lr {self.lr} above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressConfig(SourceConfig):
+    """Make the best file of a size: choose formats, fit, train, export, measure what was written.
+
+    Give one of --size, --bits-per-weight and --kl. A killed run continues with the same flags.
+    """
+
+    output: Path
+    """The file (gguf) or folder to write; must not exist."""
+    work: Path | None = None
+    """Where stages are kept: the output's name with .work when not given. Files of several sizes
+    of one model and text may share it; it may be removed at the end."""
+    size: str | None = None
+    """Largest file, such as 60MB (10**6 bytes) or 57.2MiB."""
+    bits_per_weight: float | None = None
+    """Size of the file as bits per parameter of the model, everything in it counted."""
+    kl: float | None = None
+    """Make the smallest file whose validation KL is at most this before it is trained, in nats."""
+
+    def __post_init__(self) -> None:
+        """Refuse flags that exclude each other, and values out of range."""
+        SourceConfig.__post_init__(self)
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name in ("size", "bits_per_weight", "kl")
+            if getattr(self, name) is not None
+        ]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given) or 'no size'} given; give one of --size 60MB, "
+                "--bits-per-weight 3.0 and --kl 0.1"
+            )
+        if self.size is not None:
+            parse_size(self.size)
+        for name in ("bits_per_weight", "kl"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
+
+    @property
+    def work_folder(self) -> Path:
+        """Where stages are kept."""
+        return self.work or self.output.with_name(f"{self.output.name}.work")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontierConfig(SourceConfig):
+    """Show the best KL of many sizes, next to files of other programs: table, plot, HTML page."""
+
+    output: Path
+    """Folder of the report: frontier.md, frontier.png, frontier.html, points.jsonl."""
+    sizes: str
+    """Sizes joined by commas, such as 45MB,54MB,60MB."""
+    peers: Path | None = None
+    """Folder of .gguf files of other programs, measured in the same way."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that are none."""
+        SourceConfig.__post_init__(self)
+        self.budgets()
+
+    def budgets(self) -> list[int]:
+        """Return the sizes in bytes, ascending."""
+        return sorted(parse_size(part) for part in self.sizes.split(","))

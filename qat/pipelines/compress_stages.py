@@ -1,0 +1,315 @@
+"""What making a file consists of: teacher cache, costs, fit, training, export, measurement.
+
+Each part leaves its result in a work folder and finds it there again.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.cache.config import BuildCacheConfig
+from qat.cache.read import TeacherCache
+from qat.data.text import bos_id, text_blocks
+from qat.evaluate.on_cache import evaluate_on_cache
+from qat.evaluate.on_text import evaluate_on_text
+from qat.export.config import ExportConfig, Target
+from qat.export.from_gguf import read_gguf_model
+from qat.model.checkpoint import empty_model
+from qat.model.head import Tokens
+from qat.model.load import load_dense, load_tokenizer, model_folder, model_identity
+from qat.pipelines.build_cache import build_cache
+from qat.pipelines.compress_config import SourceConfig
+from qat.pipelines.export import export
+from qat.pipelines.open_cache import open_cache
+from qat.pipelines.open_checkpoint import open_checkpoint
+from qat.pipelines.place import Place
+from qat.pipelines.planned_size import PlannedSize
+from qat.pipelines.quantize import quantize
+from qat.pipelines.quantize_config import CALIBRATION_BATCH, CALIBRATION_TOKENS, InitStudentConfig
+from qat.pipelines.sensitivity import choice_table, measure_costs
+from qat.pipelines.step_time import rehearse_training
+from qat.pipelines.train import train
+from qat.quant.allocate import Table
+from qat.quant.plan import QuantPlan
+from qat.quant.spec import TensorSpec
+from qat.quant.targets import candidates
+from qat.storage.files import fingerprint, read_json, write_json
+from qat.tracking.messages import say
+from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
+
+CACHE_SHARE = 1 / 6  # of the minutes: as much text as training then reads about once
+LATE_SHARE = 0.1  # of the time that training is left with, kept for what comes after it
+NUMBERS = ("kl_nats", "kl_p99", "top1_agreement", "perplexity")
+
+
+class Clock:
+    """Seconds that finished stages took, also those of earlier processes."""
+
+    def __init__(self, path: Path, minutes: float) -> None:
+        self.path, self.limit = path, 60 * minutes
+        self.before = read_json(path)["seconds"] if path.is_file() else 0.0
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all processes so far."""
+        return self.before + time.perf_counter() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds until the limit."""
+        return self.limit - self.seconds
+
+    def note(self) -> None:
+        """Keep the seconds so far for a process that continues."""
+        write_json(self.path, {"seconds": self.seconds})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """The model and the text, opened and checked, no weights loaded."""
+
+    config: SourceConfig
+    place: Place
+    folder: Path
+    """Of the model."""
+    base: dict[str, str]
+    """Identity of its weights."""
+    size: PlannedSize
+    """Bytes of a plan's file."""
+    work: Path
+    """Where parts leave their results."""
+
+    @classmethod
+    def of(cls, config: SourceConfig, work: Path) -> "Source":
+        """Open a model; refuse one that the target cannot hold, before any long work."""
+        folder = model_folder(config.model)
+        size = PlannedSize.of(config.to, empty_model(folder, device="meta"), folder)
+        return cls(
+            config=config,
+            place=Place.of(config),
+            folder=folder,
+            base=model_identity(config.model),
+            size=size,
+            work=work,
+        )
+
+    @property
+    def specs(self) -> dict[str, list[TensorSpec]]:
+        """The formats that each tensor may take."""
+        return candidates(self.config.to, self.size.tensors)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every measurement takes."""
+        return {"device": self.place.device.torch_device, "dtype": self.place.dtype}
+
+
+def once(path: Path, key: object, make: Callable[[], Any]) -> Any:
+    """Return what a file keeps under a key, else make it and keep it."""
+    key = fingerprint(key)
+    if path.is_file() and (kept := read_json(path))["key"] == key:
+        say(f"{path} is already complete")
+        return kept["value"]
+    value = make()
+    write_json(path, {"key": key, "value": value})
+    return value
+
+
+def byte_table(source: Source) -> Table:
+    """Return the table of formats with sizes only."""
+    costs = {name: {spec.name: 0.0 for spec in specs} for name, specs in source.specs.items()}
+    return choice_table(costs, source.specs, source.size)
+
+
+def teacher_cache(source: Source) -> TeacherCache:
+    """Return the teacher's hidden states on the data, built or found."""
+    config = source.config
+    least = 2 * CALIBRATION_TOKENS["hessian"] // config.seq_len
+
+    def count() -> int:
+        if config.num_sequences is not None or not config.minutes:
+            return config.num_sequences or least
+        rate = forward_tokens_per_second(source)
+        return max(least, int(60 * config.minutes * CACHE_SHARE * rate) // config.seq_len)
+
+    key = [config.data, config.seq_len, config.num_sequences, config.minutes]
+    made = build_cache(
+        BuildCacheConfig(
+            teacher=config.model,
+            data=config.data,
+            content="hidden",
+            seq_len=config.seq_len,
+            num_sequences=once(source.work / "sequences.json", key, count),
+            seed=config.seed,
+            dtype=config.dtype,
+            device=config.device,
+            output_dir=source.work / "cache",
+        )
+    )
+    return open_cache(made.cache, source.folder, source.base["weights"])
+
+
+def forward_tokens_per_second(source: Source) -> float:
+    """Return how fast the teacher reads, after a warm-up."""
+    model = load_dense(source.config.model, dtype=source.place.dtype)
+    device, seconds = source.place.device, []
+    shape = (CALIBRATION_BATCH, source.config.seq_len)
+    with device.hosting(model), torch.no_grad():
+        batch = torch.zeros(shape, dtype=torch.int64, device=device.torch_device)
+        for _ in range(3):
+            started = time.perf_counter()
+            model.get_decoder()(input_ids=batch, use_cache=False)
+            device.sync()
+            seconds.append(time.perf_counter() - started)
+    return batch.numel() / min(seconds)
+
+
+def cost_table(source: Source, cache: TeacherCache) -> Table:
+    """Return bytes and cost of every format of every tensor, measured on the training part."""
+    names = {name: [spec.name for spec in specs] for name, specs in source.specs.items()}
+
+    def measure() -> dict[str, dict[str, float]]:
+        model = load_dense(source.config.model, dtype=source.place.dtype)
+        return measure_costs(model, source.specs, spread_batches(cache), source.place)
+
+    key = [cache.fingerprint, source.base["weights"], names]
+    costs = once(source.work / "costs.json", key, measure)
+    return choice_table(costs, source.specs, source.size)
+
+
+def spread_batches(cache: TeacherCache) -> list[Tokens]:
+    """Return sequences spread over the training part, as many as calibrate."""
+    chosen = cache.sequence_ids("train")
+    count = CALIBRATION_TOKENS["hessian"] // cache.seq_len
+    chosen = chosen[:: max(1, len(chosen) // count)][:count]
+    starts = range(0, len(chosen), CALIBRATION_BATCH)
+    batches = (cache.batch(chosen[start : start + CALIBRATION_BATCH]) for start in starts)
+    return [Tokens(batch.input_ids, batch.document_ids) for batch in batches]
+
+
+def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
+    """Fit the model to a plan; return the student's folder, one for each plan."""
+    file = source.work / "plans" / f"{fingerprint(plan.to_dict())[:12]}.json"
+    write_json(file, plan.to_dict())
+    config = source.config
+    settings = InitStudentConfig(
+        model=config.model,
+        plan=str(file),
+        cache_dir=cache.folder,
+        output=source.work / "students" / file.stem,
+        dtype=config.dtype,
+        device=config.device,
+        eval=False,
+    )
+    return quantize(settings).checkpoint
+
+
+def train_student(
+    student: Path, kl: float, source: Source, cache: TeacherCache, clock: Clock
+) -> tuple[Path, float]:
+    """Train a student in the time that is left; return the better one with its validation KL."""
+    settings = train_config(student, source, cache)
+
+    def count() -> int:
+        return int((1 - LATE_SHARE) * clock.left / rehearse_training(settings))
+
+    steps = 0
+    if clock.left > 0:
+        key = [student.name, settings.batch_size, source.config.minutes]
+        steps = once(source.work / "steps" / f"{student.name}.json", key, count)
+    if steps < 1:
+        say("no time to train: the fit is exported as it is")
+        return student, kl
+    say(f"{steps} steps of {settings.batch_size} sequences")
+    warmup = min(settings.optim.warmup_steps, max(1, steps // 10))
+    settings = replace(
+        settings, max_steps=steps, optim=replace(settings.optim, warmup_steps=warmup)
+    )
+    trained = Path(train(settings).checkpoint)
+    trained_kl = validation_kl(trained, source, cache)
+    return min((trained, trained_kl), (student, kl), key=lambda pair: pair[1])
+
+
+def train_config(student: Path, source: Source, cache: TeacherCache) -> TrainConfig:
+    """Return the settings of training, all but its steps."""
+    config = source.config
+    return TrainConfig(
+        checkpoint=student,
+        cache_dir=cache.folder,
+        output_dir=source.work / "runs" / student.name,
+        model_id=config.model,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        dtype=config.dtype,
+        device=config.device,
+        optim=OptimConfig(lr=config.lr),
+        intervals=IntervalsConfig(eval_steps=0, eval_samples=config.eval_sequences, save_steps=50),
+    )
+
+
+def validation_kl(student: Path, source: Source, cache: TeacherCache) -> float:
+    """Return a student's exact KL on the validation part of the data."""
+    key = [open_checkpoint(student).header.sha256, cache.fingerprint]
+
+    def measure() -> float:
+        return measure_on_cache(open_checkpoint(student).load(), source, cache)["kl_nats"]
+
+    return once(source.work / "measured" / f"{fingerprint(key)[:12]}.json", key, measure)
+
+
+def measure_on_cache(model: nn.Module, source: Source, cache: TeacherCache) -> dict[str, Any]:
+    """Return a model's numbers on the validation part of the data."""
+    count = source.config.eval_sequences
+    with source.place.device.hosting(model):
+        return evaluate_on_cache(model, cache, num_sequences=count, **source.options)
+
+
+def write_file(student: Path, target: Target, output: Path) -> None:
+    """Export a student, unless that was done before."""
+    if not output.exists():
+        export(ExportConfig(checkpoint=str(student), to=target, output=output))
+
+
+def measure_file(
+    output: Path, student: Path, source: Source, cache: TeacherCache
+) -> dict[str, Any]:
+    """Return the numbers of a file as it is read back.
+
+    The exporters of folders have compared theirs with the student bit for bit: it stands for them.
+    """
+    if source.config.to == "gguf":
+        model = read_gguf_model(output, source.folder)
+    else:
+        model = open_checkpoint(student).load()
+    return measure_model(model, source, cache)
+
+
+def measure_model(model: nn.Module, source: Source, cache: TeacherCache) -> dict[str, Any]:
+    """Return a model's distance from the teacher, on the text that was asked for."""
+    config = source.config
+    if config.eval_text is None:
+        values = measure_on_cache(model, source, cache)
+        told = {"measured_on": "validation part of the data", "perplexity_teacher": None}
+        return {name: values[name] for name in NUMBERS} | told
+    tokenizer = load_tokenizer(source.folder)
+    blocks = text_blocks(config.eval_text, tokenizer, config.seq_len, config.eval_sequences)
+    options = {"blocks": blocks, "num_context": 0 if bos_id(tokenizer) is None else 1}
+    teacher = load_dense(config.model, dtype=source.place.dtype)
+    source.place.device.place(teacher)
+    with source.place.device.hosting(model):
+        values = evaluate_on_text(model, teacher, **options, **source.options)
+    own = evaluate_on_text(teacher, None, **options, **source.options)["perplexity"]
+    told = {"measured_on": config.eval_text.name, "perplexity_teacher": own}
+    return {name: values[name] for name in NUMBERS} | told
+
+
+def size_on_disk(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    return sum(one.stat().st_size for one in files)

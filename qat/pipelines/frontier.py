@@ -1,0 +1,132 @@
+"""The best KL of many sizes, next to files of other programs."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qat.cache.read import TeacherCache
+from qat.export.from_gguf import gguf_contents, read_gguf_model
+from qat.pipelines.compress_config import FrontierConfig
+from qat.pipelines.compress_stages import (
+    Clock,
+    Source,
+    cost_table,
+    fit_plan,
+    measure_file,
+    measure_model,
+    once,
+    size_on_disk,
+    teacher_cache,
+    train_student,
+    validation_kl,
+    write_file,
+)
+from qat.quant.allocate import Table, allocate
+from qat.reports.frontier import FrontierPoint, rank_correlation, write_frontier
+from qat.storage.files import folder_lock, sha256_of_file
+from qat.tracking.messages import say
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrontierResult:
+    """The curve, and where it is shown."""
+
+    points: list[dict[str, Any]]
+    """Series, label, file_bytes, kl_nats and what else was measured, by series and size."""
+    rank_correlation: float | None
+    """Spearman's, of predicted and measured KL of fits; None for fewer than three."""
+    files: list[str]
+    """The report: Markdown, plot and page."""
+
+
+def frontier(config: FrontierConfig) -> FrontierResult:
+    """Make or find the file of each size, measure all and the peers, write the report."""
+    source = Source.of(config, config.output / "work")
+    peers = sorted(config.peers.glob("*.gguf")) if config.peers else []
+    if config.peers and not peers:
+        raise ValueError(f"--peers {config.peers} holds no .gguf file")
+    with folder_lock(source.work):
+        cache = teacher_cache(source)
+        table = cost_table(source, cache)
+        points = []
+        for budget in config.budgets():
+            points += points_of_size(config, source, cache, table, budget)
+        points += [peer_point(path, source, cache) for path in peers]
+        files = write_frontier(points, config.output)
+    fits = [point for point in points if point.predicted_kl_nats is not None]
+    return FrontierResult(
+        points=[asdict(point) for point in points],
+        rank_correlation=rank_correlation(fits),
+        files=[str(path) for path in files],
+    )
+
+
+def points_of_size(
+    config: FrontierConfig, source: Source, cache: TeacherCache, table: Table, budget: int
+) -> list[FrontierPoint]:
+    """Return the points of a size: of the fit alone, and of the trained student if asked for."""
+    allocation = allocate(table, budget - source.size.overhead_bytes)
+    label = f"{budget / 1e6:g}MB"
+    say(f"\n== {label}: predicted KL {allocation.cost:.4g}")
+    clock = Clock(source.work / "clocks" / f"{label}.json", config.minutes)
+    fitted = fit_plan(source.size.plan(allocation), source, cache)
+    point = file_point("fit", label, fitted, source, cache, predicted=allocation.cost)
+    clock.note()
+    if not config.minutes:
+        return [point]
+    kl = validation_kl(fitted, source, cache)
+    trained, _ = train_student(fitted, kl, source, cache, clock)
+    return [point, file_point("trained", label, trained, source, cache)]
+
+
+def file_point(
+    series: str,
+    label: str,
+    student: Path,
+    source: Source,
+    cache: TeacherCache,
+    *,
+    predicted: float | None = None,
+) -> FrontierPoint:
+    """Write a student's file and return its point, measured after it was read back."""
+    suffix = ".gguf" if source.config.to == "gguf" else ""
+    output = source.work.parent / "files" / f"{label}-{series}{suffix}"
+    write_file(student, source.config.to, output)
+    key = [str(student), student.stat().st_mtime_ns, str(source.config.eval_text)]
+    values = once(
+        source.work / "points" / f"{output.name}.json",
+        key,
+        lambda: measure_file(output, student, source, cache),
+    )
+    return FrontierPoint(
+        series=series,
+        label=label,
+        file_bytes=size_on_disk(output),
+        kl_nats=values["kl_nats"],
+        predicted_kl_nats=predicted,
+        kl_p99=values["kl_p99"],
+        top1_agreement=values["top1_agreement"],
+        note="",
+    )
+
+
+def peer_point(path: Path, source: Source, cache: TeacherCache) -> FrontierPoint:
+    """Return the point of another program's file, with the types that it really holds."""
+    say(f"\n== {path.name}")
+    key = [sha256_of_file(path), cache.fingerprint, str(source.config.eval_text)]
+
+    def measure() -> dict[str, Any]:
+        return measure_model(read_gguf_model(path, source.folder), source, cache)
+
+    values = once(source.work / "points" / f"peer-{path.name}.json", key, measure)
+    contents = gguf_contents(path)
+    return FrontierPoint(
+        series="peers",
+        label=path.stem,
+        file_bytes=contents.file_bytes,
+        kl_nats=values["kl_nats"],
+        predicted_kl_nats=None,
+        kl_p99=values["kl_p99"],
+        top1_agreement=values["top1_agreement"],
+        note=contents.note(),
+    )

@@ -1,0 +1,102 @@
+"""What each format of a weight costs at the end of the model, before any is chosen.
+
+    cost = 1/2 sum_o g_o e_o H e_o^T    nats per token, e = W_hat - W
+
+with the second moment H of the inputs and g_o that of the gradient at output o. W_hat comes from the
+fit itself, on a sample of rows: relative errors of rows are much alike, so their weighted mean over
+few rows stands for all.
+
+Shape legend: O out, I in.
+
+Source: Kronecker-factored Fisher, Martens and Grosse 2015, arXiv:1503.05671, with a diagonal factor
+of outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qat.quant.hessian import fit_with_hessian
+from qat.quant.spec import TensorSpec
+
+SAMPLED_ROWS = 64  # of each weight that are fitted
+FEWER = 4  # times fewer where a grid rounds several weights at once, which takes longer
+NUM_SWEEPS = 1  # of the fit of sampled rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightInfo:
+    """A weight and how much errors of its outputs count."""
+
+    weight: Tensor
+    """(O, I)."""
+    row_mass: Tensor
+    """Second moment of the gradient at each output, (O,)."""
+
+
+def sampled_rows(importance: Tensor, count: int) -> Tensor:
+    """Return rows spread evenly over the order of their importance, (R,)."""
+    order = importance.argsort(descending=True)
+    stride = max(1, -(-len(order) // count))
+    return order[stride // 2 :: stride]
+
+
+def format_costs(
+    weights: Mapping[str, WeightInfo],
+    specs: Sequence[TensorSpec],
+    hessian: Tensor,
+) -> dict[str, dict[str, float]]:
+    """Return the cost of each format, in nats per token, by weight and name of the format.
+
+    Args:
+        weights: That read the same inputs, by name.
+        specs: Formats; a dense one costs nothing.
+        hessian: Second moment of the inputs, (I, I).
+    """
+    hessian = hessian.float()
+    totals, samples, masses = {}, {}, {}
+    for name, info in weights.items():
+        energy = row_errors(info.weight.float(), hessian) * info.row_mass  # (O,)
+        chosen = sampled_rows(energy, SAMPLED_ROWS)
+        totals[name] = float(energy.sum()) / 2
+        samples[name] = info.weight[chosen].float()
+        masses[name] = info.row_mass[chosen]
+    costs: dict[str, dict[str, float]] = {name: {} for name in weights}
+    for spec in specs:
+        step = 1 if not spec.is_quantized or spec.grid.block_size == 1 else FEWER
+        rows, mass = ({name: p[::step] for name, p in one.items()} for one in (samples, masses))
+        for name, ratio in error_ratios(rows, mass, spec, hessian).items():
+            costs[name][spec.name] = ratio * totals[name]
+    return costs
+
+
+def row_errors(rows: Tensor, hessian: Tensor) -> Tensor:
+    """Return e_o H e_o^T of each row, (O,)."""
+    return ((rows @ hessian) * rows).sum(1).clamp_min(0)
+
+
+def error_ratios(
+    samples: Mapping[str, Tensor], masses: Mapping[str, Tensor], spec: TensorSpec, hessian: Tensor
+) -> dict[str, float]:
+    """Return the weighted error of each weight's sampled rows over that of zeros."""
+    if not spec.is_quantized:
+        return dict.fromkeys(samples, 0.0)
+    if spec.grid.is_learned:  # a codebook of its own each
+        fitted = {name: fitted_rows(rows, spec, hessian) for name, rows in samples.items()}
+    else:
+        sizes = [len(rows) for rows in samples.values()]
+        joint = fitted_rows(torch.cat(list(samples.values())), spec, hessian)
+        fitted = dict(zip(samples, joint.split(sizes), strict=True))
+    ratios = {}
+    for name, rows in samples.items():
+        error = (row_errors(fitted[name] - rows, hessian) * masses[name]).sum()
+        whole = (row_errors(rows, hessian) * masses[name]).sum()
+        ratios[name] = float(error / whole.clamp_min(1e-30))
+    return ratios
+
+
+def fitted_rows(rows: Tensor, spec: TensorSpec, hessian: Tensor) -> Tensor:
+    """Return rows as a format holds them, (R, I)."""
+    return fit_with_hessian(rows, spec, hessian, num_sweeps=NUM_SWEEPS).dequantize()

@@ -1,0 +1,70 @@
+"""The Fisher information of outputs against its definition, label by label."""
+
+import pytest
+import torch
+
+from qat.calibrate.fisher import output_fisher
+from qat.model.head import hidden_states, logits_of
+from tests.tiny import TINY_MODELS, tiny_llama
+
+
+def exact_moments(model, token_ids, name):
+    """Return sum over labels of p_y g_y g_y^T at a module's output, of one-token sequences."""
+    outputs = []
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda _module, _inputs, out: outputs.append(out.requires_grad_())
+    )
+    logits = logits_of(model, hidden_states(model, token_ids))[0, 0]
+    hook.remove()
+    shares = logits.softmax(-1).detach()
+    moment = 0.0
+    for label, share in enumerate(shares):
+        (gradient,) = torch.autograd.grad(
+            -logits.log_softmax(-1)[label], outputs[0], retain_graph=True
+        )
+        moment = moment + share * gradient.flatten().outer(gradient.flatten())
+    return moment, shares
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_drawn_labels_give_the_expected_moments(family):
+    """Second moments of drawn gradients approach those over all labels."""
+    model = TINY_MODELS[family]().requires_grad_(False)
+    token_ids = torch.tensor([[7]])
+    name = "model.layers.1.mlp.down_proj"
+    batches = [token_ids.expand(2048, 1)] * 4
+    found = output_fisher(model, [name], batches)
+    exact, shares = exact_moments(model, token_ids, name)
+    torch.testing.assert_close(found.linears[name], exact.diagonal(), rtol=0.25, atol=1e-6)
+    full, _ = exact_moments(model, token_ids, "model.embed_tokens")
+    assert (found.embedding - full).norm() < 0.15 * full.norm()
+    torch.testing.assert_close(found.token_shares, shares)
+    torch.testing.assert_close(found.head, shares - shares.square())
+
+
+def test_predicts_the_kl_of_a_small_error():
+    """1/2 e^T F e of random errors in a linear's outputs is the KL that they cause, on average."""
+    model = tiny_llama().requires_grad_(False)
+    token_ids = torch.randint(0, 256, (64, 16), generator=torch.Generator().manual_seed(1))
+    name = "model.layers.0.self_attn.o_proj"
+    found = output_fisher(model, [name], [token_ids] * 4)
+    before = logits_of(model, hidden_states(model, token_ids)).log_softmax(-1)
+    size = 0.02
+    noise = size * torch.randn(64, 16, 64, generator=torch.Generator().manual_seed(2))
+    hook = model.get_submodule(name).register_forward_hook(lambda _m, _i, out: out + noise)
+    after = logits_of(model, hidden_states(model, token_ids)).log_softmax(-1)
+    hook.remove()
+    kl = (before.exp() * (before - after)).sum(-1).mean()
+    predicted = float(found.linears[name].sum()) * size**2 / 2
+    assert 0.7 < predicted / float(kl) < 1.4
+
+
+def test_seed_and_text():
+    """One seed gives one result; no text gives an error."""
+    model = tiny_llama().requires_grad_(False)
+    batches = [torch.randint(0, 256, (4, 8))]
+    name = "model.layers.0.mlp.up_proj"
+    first, again = (output_fisher(model, [name], batches, seed=3) for _ in range(2))
+    assert torch.equal(first.linears[name], again.linears[name])
+    with pytest.raises(ValueError, match="no tokens"):
+        output_fisher(model, [name], [])

@@ -1,0 +1,136 @@
+"""One command from a model and a text to the best file of a size."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qat.export.from_gguf import read_gguf_model
+from qat.pipelines import compress_stages
+from qat.pipelines.compress import compress
+from qat.pipelines.compress_config import CompressConfig, parse_size
+from qat.pipelines.evaluate import evaluate
+from qat.evaluate.config import EvaluateConfig
+from qat.storage.files import read_json, sha256_of_file
+from tests.tiny import save_tiny, tiny_llama, tiny_records, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model, a text, and the files made of them in this module."""
+    place = tmp_path_factory.mktemp("compress")
+    save_tiny(place / "model", tiny_llama())
+    write_jsonl(place / "data.jsonl", tiny_records(200))
+    held_out = " ".join(f"{r['instruction']} {r['output']}" for r in tiny_records(60, seed=9))
+    (place / "heldout.txt").write_text(held_out)
+    return place
+
+
+def config_of(folder, name="a.gguf", **changes):
+    """Return settings that take seconds."""
+    settings = {"size": "70KB", "minutes": 0, "num_sequences": 96, "seq_len": 32, "dtype": "fp32"}
+    return CompressConfig(
+        model=str(folder / "model"),
+        data=str(folder / "data.jsonl"),
+        output=folder / name,
+        device="cpu",
+        **{**settings, **changes},
+    )
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    """The result of one call."""
+    return compress(config_of(folder))
+
+
+def test_the_file_keeps_to_its_size_and_is_measured_as_it_is(folder, made):
+    """Bytes are those on disk; the KL is that of the file's own weights on the same text."""
+    path = Path(made.path)
+    assert path.stat().st_size == made.file_bytes
+    assert 0.97 * 70_000 < made.file_bytes <= 70_000
+    student = next((folder / "a.gguf.work" / "students").iterdir())
+    cache = next((folder / "a.gguf.work" / "cache").iterdir())
+    config = EvaluateConfig(
+        checkpoint=str(student), cache_dir=cache, num_sequences=64, dtype="fp32", device="cpu"
+    )
+    assert evaluate(config).kl_nats == pytest.approx(made.kl_nats, rel=1e-4)
+    assert made.kl_nats_fit == pytest.approx(made.kl_nats, rel=1e-4)
+    assert made.plan["model.norm.weight"] == "f32"
+    assert read_gguf_model(path, folder / "model") is not None
+
+
+def test_a_whole_file_is_found_and_a_lost_one_made_again(folder, made):
+    """The same call gives the same result; a killed run leaves the same bytes."""
+    before = sha256_of_file(Path(made.path))
+    assert compress(config_of(folder)) == made
+    Path(made.path).unlink()
+    shutil.rmtree(folder / "a.gguf.work" / "students")  # as if it had been killed before the fit
+    again = compress(config_of(folder))
+    assert sha256_of_file(Path(again.path)) == before
+    assert replace(again, seconds=0, peak_rss_bytes=0) == replace(made, seconds=0, peak_rss_bytes=0)
+
+
+def test_more_bytes_are_closer(folder, made):
+    """A larger file of the same model has a smaller predicted and measured KL."""
+    work = folder / "b.gguf.work"
+    shutil.copytree(folder / "a.gguf.work" / "cache", work / "cache")
+    larger = compress(config_of(folder, "b.gguf", size="110KB"))
+    assert larger.kl_nats_predicted < made.kl_nats_predicted
+    assert larger.kl_nats < made.kl_nats
+
+
+def test_minutes_are_spent_on_training(folder, monkeypatch):
+    """Training lowers the validation KL, and the better student is what is exported."""
+    monkeypatch.setattr(compress_stages, "rehearse_training", lambda _settings: 0.3)
+    config = config_of(folder, "c.gguf", minutes=0.5, eval_text=folder / "heldout.txt", lr=1e-3)
+    result = compress(config)
+    (file,) = (folder / "c.gguf.work" / "steps").iterdir()
+    steps = read_json(file)["value"]
+    assert steps > 10
+    assert result.kl_nats_validation < result.kl_nats_fit
+    assert result.measured_on == "heldout.txt"
+    assert result.perplexity_teacher > 1
+
+
+def test_a_limit_on_the_kl_gives_a_file_within_it(folder, made):
+    """--kl makes a file whose validation KL is at most the number."""
+    limit = made.kl_nats * 1.5
+    result = compress(config_of(folder, "d.gguf", size=None, kl=limit))
+    assert result.kl_nats_fit <= limit
+    assert result.file_bytes < made.file_bytes * 1.3
+
+
+@pytest.mark.parametrize("target", ["mlx", "compressed-tensors", "hf-quantized"])
+def test_other_targets_keep_to_their_size(folder, target):
+    """Everything in the folder counts."""
+    size = {"mlx": "90KB", "compressed-tensors": "130KB", "hf-quantized": "90KB"}[target]
+    result = compress(config_of(folder, f"e-{target}", to=target, size=size))
+    files = [path for path in Path(result.path).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) == result.file_bytes <= parse_size(size)
+
+
+def test_bad_input_is_refused_before_any_work(folder):
+    """A size below the smallest plan names it; flags that exclude each other are named."""
+    with pytest.raises(ValueError, match=r"below the smallest gguf file of this model: [\d,]+"):
+        compress(config_of(folder, "f.gguf", size="20KB"))
+    assert not (folder / "f.gguf.work").exists()
+    with pytest.raises(ValueError, match="--size and --kl given"):
+        config_of(folder, kl=0.1)
+    with pytest.raises(ValueError, match="no size given"):
+        config_of(folder, size=None)
+    with pytest.raises(ValueError, match="size '12 parsecs' is none"):
+        config_of(folder, size="12 parsecs")
+    (folder / "g.gguf").write_bytes(b"x")
+    with pytest.raises(ValueError, match="exists; remove it"):
+        compress(config_of(folder, "g.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("60MB", 60_000_000), ("1.5 MiB", 1_572_864), ("123", 123), ("2gb", 2 * 10**9)],
+)
+def test_sizes_are_read_with_their_units(text, expected):
+    """MB is 10**6 bytes, MiB 2**20."""
+    assert parse_size(text) == expected
