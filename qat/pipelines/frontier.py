@@ -22,7 +22,7 @@ from qat.pipelines.compress_stages import (
     write_file,
 )
 from qat.quant.allocate import Table, allocate
-from qat.reports.frontier import FrontierPoint, rank_correlation, write_frontier
+from qat.reports.frontier import FrontierPoint, write_frontier
 from qat.storage.files import folder_lock, sha256_of_file
 from qat.tracking.messages import say
 
@@ -35,8 +35,9 @@ class FrontierResult:
     """Series, label, file_bytes, kl_nats and what else was measured, by series and size."""
     rank_correlation: float | None
     """Spearman's, of predicted and measured KL of fits; None for fewer than three."""
-    files: list[str]
-    """The report: Markdown, plot and page."""
+    markdown: Path
+    plot: Path
+    page: Path
 
 
 def frontier(config: FrontierConfig) -> FrontierResult:
@@ -52,12 +53,19 @@ def frontier(config: FrontierConfig) -> FrontierResult:
         for budget in config.budgets():
             points += points_of_size(config, source, cache, table, budget)
         points += [peer_point(path, source, cache) for path in peers]
-        files = write_frontier(points, config.output)
-    fits = [point for point in points if point.predicted_kl_nats is not None]
+        text = config.eval_text.name if config.eval_text else "the validation part of the data"
+        report = write_frontier(
+            points,
+            config.output,
+            title=f"{Path(config.model).name} to {config.to}",
+            about=f"Exact KL to the full-precision model on {text}, of files as they read back.",
+        )
     return FrontierResult(
         points=[asdict(point) for point in points],
-        rank_correlation=rank_correlation(fits),
-        files=[str(path) for path in files],
+        rank_correlation=report.rank_correlation,
+        markdown=report.markdown,
+        plot=report.plot,
+        page=report.page,
     )
 
 

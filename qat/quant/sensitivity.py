@@ -2,9 +2,9 @@
 
     cost = 1/2 sum_o g_o e_o H e_o^T    nats per token, e = W_hat - W
 
-with the second moment H of the inputs and g_o that of the gradient at output o. W_hat comes from the
-fit itself, on a sample of rows: relative errors of rows are much alike, so their weighted mean over
-few rows stands for all.
+with the second moment H of the inputs and g_o that of the gradient at output o. W_hat comes from
+the fit itself, on a sample of rows: relative errors of rows are much alike, so their weighted mean
+over few rows stands for all.
 
 Shape legend: O out, I in.
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from qat.evaluate.config import EvaluateConfig
 from qat.export.from_gguf import read_gguf_model
 from qat.pipelines import compress_stages
 from qat.pipelines.compress import compress
 from qat.pipelines.compress_config import CompressConfig, parse_size
 from qat.pipelines.evaluate import evaluate
-from qat.evaluate.config import EvaluateConfig
 from qat.storage.files import read_json, sha256_of_file
 from tests.tiny import save_tiny, tiny_llama, tiny_records, write_jsonl
 
@@ -34,6 +34,7 @@ def config_of(folder, name="a.gguf", **changes):
         model=str(folder / "model"),
         data=str(folder / "data.jsonl"),
         output=folder / name,
+        work=folder / "work" / changes.get("to", "gguf"),
         device="cpu",
         **{**settings, **changes},
     )
@@ -50,8 +51,8 @@ def test_the_file_keeps_to_its_size_and_is_measured_as_it_is(folder, made):
     path = Path(made.path)
     assert path.stat().st_size == made.file_bytes
     assert 0.97 * 70_000 < made.file_bytes <= 70_000
-    student = next((folder / "a.gguf.work" / "students").iterdir())
-    cache = next((folder / "a.gguf.work" / "cache").iterdir())
+    student = next((folder / "work" / "gguf" / "students").iterdir())
+    cache = next((folder / "work" / "gguf" / "cache").iterdir())
     config = EvaluateConfig(
         checkpoint=str(student), cache_dir=cache, num_sequences=64, dtype="fp32", device="cpu"
     )
@@ -66,27 +67,27 @@ def test_a_whole_file_is_found_and_a_lost_one_made_again(folder, made):
     before = sha256_of_file(Path(made.path))
     assert compress(config_of(folder)) == made
     Path(made.path).unlink()
-    shutil.rmtree(folder / "a.gguf.work" / "students")  # as if it had been killed before the fit
+    shutil.rmtree(folder / "work" / "gguf" / "students")  # as if it had been killed before the fit
     again = compress(config_of(folder))
     assert sha256_of_file(Path(again.path)) == before
     assert replace(again, seconds=0, peak_rss_bytes=0) == replace(made, seconds=0, peak_rss_bytes=0)
 
 
+@pytest.mark.recipe
 def test_more_bytes_are_closer(folder, made):
     """A larger file of the same model has a smaller predicted and measured KL."""
-    work = folder / "b.gguf.work"
-    shutil.copytree(folder / "a.gguf.work" / "cache", work / "cache")
     larger = compress(config_of(folder, "b.gguf", size="110KB"))
     assert larger.kl_nats_predicted < made.kl_nats_predicted
     assert larger.kl_nats < made.kl_nats
 
 
+@pytest.mark.recipe
 def test_minutes_are_spent_on_training(folder, monkeypatch):
     """Training lowers the validation KL, and the better student is what is exported."""
-    monkeypatch.setattr(compress_stages, "rehearse_training", lambda _settings: 0.3)
-    config = config_of(folder, "c.gguf", minutes=0.5, eval_text=folder / "heldout.txt", lr=1e-3)
+    monkeypatch.setattr(compress_stages, "rehearse_training", lambda _settings: 20.0)
+    config = config_of(folder, "c.gguf", minutes=10, eval_text=folder / "heldout.txt", lr=1e-3)
     result = compress(config)
-    (file,) = (folder / "c.gguf.work" / "steps").iterdir()
+    (file,) = (folder / "work" / "gguf" / "steps").iterdir()
     steps = read_json(file)["value"]
     assert steps > 10
     assert result.kl_nats_validation < result.kl_nats_fit
@@ -94,6 +95,7 @@ def test_minutes_are_spent_on_training(folder, monkeypatch):
     assert result.perplexity_teacher > 1
 
 
+@pytest.mark.recipe
 def test_a_limit_on_the_kl_gives_a_file_within_it(folder, made):
     """--kl makes a file whose validation KL is at most the number."""
     limit = made.kl_nats * 1.5
@@ -102,6 +104,7 @@ def test_a_limit_on_the_kl_gives_a_file_within_it(folder, made):
     assert result.file_bytes < made.file_bytes * 1.3
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("target", ["mlx", "compressed-tensors", "hf-quantized"])
 def test_other_targets_keep_to_their_size(folder, target):
     """Everything in the folder counts."""
@@ -115,7 +118,7 @@ def test_bad_input_is_refused_before_any_work(folder):
     """A size below the smallest plan names it; flags that exclude each other are named."""
     with pytest.raises(ValueError, match=r"below the smallest gguf file of this model: [\d,]+"):
         compress(config_of(folder, "f.gguf", size="20KB"))
-    assert not (folder / "f.gguf.work").exists()
+    assert not (folder / "work" / "gguf" / "clocks" / "f.gguf.json").exists()
     with pytest.raises(ValueError, match="--size and --kl given"):
         config_of(folder, kl=0.1)
     with pytest.raises(ValueError, match="no size given"):
