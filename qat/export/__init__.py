@@ -6,6 +6,7 @@ is the folder of tokenizer, template and generation files; `dtype` is of what is
 smallest that loses nothing when not given. It returns the keys of `export.json` and raises
 ValueError where the format cannot hold the student or a tensor reads back otherwise.
 
-Order: config, checks, model_folder, the `to_X`; gguf_file, gguf_keys, gguf_vocabulary, gguf_size;
-from_gguf (any program's file); plugin; runtimes, parity.
+Order: config, checks, model_folder, the `to_X`; gguf_family, gguf_keys, gguf_vocabulary,
+gguf_sentencepiece, gguf_tensors, gguf_file, gguf_size; from_gguf (any program's file); plugin;
+llama_cpp, runtimes, parity.
 """

@@ -82,7 +82,7 @@ def require_family(config: PreTrainedConfig, sources: Iterable[str] = ()) -> Fam
     for reason in differences(config, family, sources):
         raise ValueError(f"GGUF runtimes compute {kind} {reason}; {REMEDY}")
     window = getattr(config, "sliding_window", None)
-    if window and not family.has_windows:
+    if window and getattr(config, "use_sliding_window", True) and not family.has_windows:
         say(f"runtimes ignore {kind}'s sliding window: beyond {window} tokens answers differ")
     return family
 

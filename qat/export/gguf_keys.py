@@ -126,7 +126,7 @@ def add_multipliers(writer: "GGUFWriter", config: PreTrainedConfig) -> None:
     if config.model_type == "phi3":  # some runtimes do not load a file without it
         writer.add_sliding_window(config.sliding_window or 0)
     if FAMILIES[config.model_type].has_windows:
-        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window(config.sliding_window or 0)
         slides = [kind == "sliding_attention" for kind in config.layer_types]
         writer.add_sliding_window_pattern(slides)
 

@@ -6,13 +6,14 @@ from functools import partial
 from typing import Any
 
 from qat.export.config import ExportConfig
+from qat.export.gguf_family import require_family
 from qat.export.to_compressed_tensors import export_to_compressed_tensors
 from qat.export.to_coreml import export_to_coreml
 from qat.export.to_gguf import export_to_gguf
 from qat.export.to_hf import export_to_hf
 from qat.export.to_hf_quantized import export_to_hf_quantized
 from qat.export.to_mlx import export_to_mlx
-from qat.model.checkpoint import CheckpointHeader, bits_per_weight
+from qat.model.checkpoint import CheckpointHeader, bits_per_weight, read_model_config
 from qat.pipelines.open_checkpoint import open_checkpoint
 from qat.reports.model_card import write_card
 from qat.runtime.device import DTYPES
@@ -54,6 +55,8 @@ def export(config: ExportConfig) -> ExportResult:
     if config.output.exists():
         raise ValueError(f"--output {config.output} exists; remove it or name another")
     opened = open_checkpoint(config.checkpoint, model_id=config.model_id)
+    if config.to == "gguf":  # a family that it lacks is known before gigabytes are read
+        require_family(read_model_config(opened.text_folder).get_text_config())
     student, header = opened.load(), opened.header
     sizes = bits_per_weight(student)
     say(f"{config.checkpoint} to {config.to}, {config.dtype or 'dtype as the format needs'}")

@@ -6,7 +6,8 @@ import pytest
 
 from qat.cli.commands import main
 from qat.export.config import ExportConfig
-from tests.tiny import save_student, save_tiny, tiny_llama, tiny_student
+from qat.pipelines.open_checkpoint import Checkpoint
+from tests.tiny import save_student, save_tiny, tiny_llama, tiny_model, tiny_student
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,17 @@ def test_a_single_gguf_file_and_its_dense_reference(tmp_path, student, capsys):
         assert json.loads(capsys.readouterr().out)["exact"] is True
         assert output.with_suffix(".md").is_file()
         assert json.loads((tmp_path / "export.json").read_text())["path"] == str(output)
+
+
+def test_a_family_that_gguf_lacks_is_refused_before_weights_are_read(tmp_path, capsys, monkeypatch):
+    """In one line, with the remedy."""
+    folder = save_tiny(tmp_path / "base", tiny_model("cohere"))
+    monkeypatch.setattr(Checkpoint, "load", None)
+    flags = ["--checkpoint", str(folder), "--to", "gguf", "--dtype", "fp16"]
+    assert main("export", [*flags, "--output", str(tmp_path / "a.gguf")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "model type cohere has no tensor map here" in line
+    assert "export --to hf" in line
 
 
 def test_refusals_are_one_line_and_write_nothing(tmp_path, student, capsys):
