@@ -11,6 +11,8 @@ from qat.data.text import bos_id, text_blocks
 from qat.evaluate.config import EvaluateConfig
 from qat.evaluate.on_cache import evaluate_on_cache
 from qat.evaluate.on_text import evaluate_on_text, require_equal_widths
+from qat.export.from_gguf import gguf_contents
+from qat.export.to_gguf import SUFFIX as GGUF_SUFFIX
 from qat.model.checkpoint import bits_per_weight, dense_parts_in
 from qat.model.head import require_separable_head
 from qat.model.load import load_tokenizer, model_identity, vocabulary_size
@@ -73,6 +75,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     # A student's few dense parts are loaded as they are stored, so that their bits are counted.
     model = opened.load(dtype=torch.float32 if opened.header else dtype)
     sizes = bits_per_weight(model)
+    if opened.path.suffix == GGUF_SUFFIX:
+        sizes["bits_per_weight_model"] = gguf_contents(opened.path).bits_per_weight
     teacher = load_model(config.teacher, dtype=dtype)[0] if config.teacher else None
     with dense_parts_in(model, dtype), device.hosting(model):
         if teacher is not None:

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from qat.export.ggml import dequantize_blocks, open_ggml, quantize_anew
-from qat.export.gguf_file import read_tensor_records
+from qat.export.gguf_file import read_tensor_records, read_weight
 from qat.export.to_gguf import export_to_gguf
 from qat.grids.blocks import BLOCK_TYPES, pack_parts, quantize_q8_0
 from qat.quant.spec import GGUF_TYPES
 from tests.tiny import random_tensor, save_tiny, tiny_llama, tiny_student
 
+gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.parity
 
 TYPES = sorted(GGUF_TYPES.values())
@@ -37,6 +38,24 @@ def test_c_gives_the_weights_of_training(ggml, name):
     packed = pack_parts(quantized.indices, quantized.parts, name)
     found = dequantize_blocks(ggml, packed, name, quantized.indices.numel())
     assert torch.equal(found.view(16, -1), quantized.dequantize())
+
+
+@pytest.mark.parametrize("name", ["q1_0", "q5_0", "q3_K", "q6_K", "iq3_xxs", "iq1_m", "tq2_0"])
+def test_types_of_other_programs_are_read_as_c_reads_them(ggml, tmp_path, name):
+    """From any bytes: 0xBF keeps float16 scales below 2. Q1_0 is in no Python."""
+    kind = gguf.GGMLQuantizationType[name.upper()]
+    num_weights, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    packed = torch.randint(256, (3, 2 * num_bytes), dtype=torch.uint8) & 0xBF
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("x", packed.numpy(), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = read_weight(tmp_path / "x.gguf", read_tensor_records(tmp_path / "x.gguf")["x"])
+    expected = dequantize_blocks(ggml, packed.flatten(), name, 6 * num_weights)
+    assert found.shape == (3, 2 * num_weights)
+    assert torch.allclose(found, expected.view_as(found), rtol=1e-6, atol=0)
 
 
 def test_our_q8_0_is_that_of_c(ggml):

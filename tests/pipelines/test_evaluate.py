@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from qat.evaluate.config import EvaluateConfig
+from qat.export.to_gguf import export_to_gguf
 from qat.pipelines.evaluate import evaluate
-from tests.tiny import save_tiny, tiny_gemma, tiny_llama
+from tests.tiny import save_tiny, tiny_gemma, tiny_llama, tiny_student
 
 JUDGE = Path(__file__).parents[2].parent / "shared" / "tools" / "kl.py"
+NEEDS_JUDGE = pytest.mark.skipif(not JUDGE.is_file(), reason=f"the judge {JUDGE} is not here")
 TEXT = "the cat sees a red boat and two small birds near the old mill, " * 12
 QUICK = {"device": "cpu", "dtype": "fp32", "seq_len": 16}
 
@@ -32,28 +34,52 @@ def folders(request, tmp_path_factory):
     return folder
 
 
-@pytest.mark.skipif(not JUDGE.is_file(), reason=f"the judge {JUDGE} is not here")
+def judged(teacher, text, student):
+    """Return what the independent program says of a student, by its whole logits."""
+    words = [sys.executable, JUDGE, teacher, text, student, "--seq-len", "16"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def require_agreement(found, judge):
+    """Compare every number that the program rounds."""
+    assert found.tokens == judge["tokens"]
+    assert found.kl_nats == pytest.approx(judge["kl_nats"], abs=1e-5)
+    assert found.kl_nats > 0.01
+    assert found.kl_p99 == pytest.approx(judge["kl_p99"], abs=1e-4)
+    assert found.top1_agreement == pytest.approx(judge["top1"], abs=1e-4)
+    assert found.perplexity == pytest.approx(judge["ppl"], abs=1e-3)
+
+
+@NEEDS_JUDGE
 def test_the_numbers_are_those_of_an_independent_judge(folders):
     """KL, its tail, agreement and perplexity from whole logits, by a program of its own."""
-    words = [folders / "teacher", folders / "text.txt", folders / "student", "--seq-len", "16"]
-    done = subprocess.run(
-        [sys.executable, JUDGE, *words], capture_output=True, text=True, check=True
-    )
-    judged = json.loads(done.stdout.splitlines()[-1])
+    paths = {name: folders / name for name in ("teacher", "student")}
     found = evaluate(
         EvaluateConfig(
-            checkpoint=str(folders / "student"),
-            teacher=str(folders / "teacher"),
+            checkpoint=str(paths["student"]),
+            teacher=str(paths["teacher"]),
             text=folders / "text.txt",
             **QUICK,
         )
     )
-    assert found.tokens == judged["tokens"]
-    assert found.kl_nats == pytest.approx(judged["kl_nats"], abs=1e-5)
-    assert found.kl_nats > 0.01
-    assert found.kl_p99 == pytest.approx(judged["kl_p99"], abs=1e-4)
-    assert found.top1_agreement == pytest.approx(judged["top1"], abs=1e-4)
-    assert found.perplexity == pytest.approx(judged["ppl"], abs=1e-3)
+    require_agreement(found, judged(paths["teacher"], folders / "text.txt", paths["student"]))
+
+
+@NEEDS_JUDGE
+def test_the_same_holds_for_a_gguf_file(tmp_path):
+    """Read by us, and by transformers for the judge; its bits are the file's."""
+    teacher = save_tiny(tmp_path / "teacher", tiny_llama())
+    text, file = tmp_path / "text.txt", tmp_path / "student.gguf"
+    text.write_text(TEXT)
+    student = tiny_student("llama", "gguf:q4_0")
+    export_to_gguf(student, file, text_source=teacher, head="q8_0")
+    config = EvaluateConfig(
+        checkpoint=str(file), model_id=str(teacher), teacher=str(teacher), text=text, **QUICK
+    )
+    found = evaluate(config)
+    require_agreement(found, judged(teacher, text, file))
+    assert 4.5 < found.bits_per_weight_model < 8.5
 
 
 def test_the_result_is_frozen_and_ordered(folders):
