@@ -11,6 +11,8 @@ COMMANDS = {
     "convert-cache": "write a cache of the seeds' form in ours",
     "pack": "make one archive of a run or a cache",
     "push": "put a cache, a run or a checkpoint into a store",
+    "compress": "make the best file of a size",
+    "frontier": "show the best file of many sizes, next to other programs'",
     "plan": "show the format of every tensor and the bytes of the file",
     "init-student": "quantize a full-precision model",
     "convert-q4-to-q2": "make a 2-bit student from a 4-bit one",

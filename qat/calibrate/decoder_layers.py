@@ -7,7 +7,6 @@ Shape legend: B batch, T tokens, D hidden size.
 """
 
 import copy
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -79,7 +78,6 @@ def walk_decoder_layers(
     for name in stream.arguments[0]:
         layer = model.get_submodule(name)
         dense_layer = copy.deepcopy(layer) if reference is None else reference.get_submodule(name)
-        weights = token_weights(dense.hidden)
         dense_inputs = watch_inputs(dense, name, dense_layer, linears.get(name, []))
         for group in groups_that_share(dense_inputs):
             shared = [f"{name}.{linear}" for linear in group]
@@ -87,7 +85,7 @@ def walk_decoder_layers(
                 (input_of(layer.get_submodule(group[0]), stream.run, name, layer, batch), expected)
                 for batch, expected in enumerate(dense_inputs[group[0]])
             )
-            yield shared, input_statistics(shared[0], inputs, weights)
+            yield shared, input_statistics(shared[0], inputs)
             for linear in group:
                 del dense_inputs[linear]
         stream.advance(name, layer)
@@ -129,26 +127,6 @@ def walk_dense_layers(
                 del inputs[linear]
     if head is not None:
         yield [head], second_moment(head, map(model.get_decoder().norm, stream.hidden))
-
-
-def token_weights(hidden: Sequence[Tensor]) -> list[Tensor]:
-    """Return how much each token counts in a layer's fit, (B, T) each, of mean one.
-
-    A layer adds to the residual stream, and what follows reads that stream normalized: an error at
-    a token counts by its size relative to the stream's. Attention sinks are a thousand times as
-    loud as other tokens, and would rule H.
-    """
-    mode = os.environ.get("TW", "inv")
-    squares = [states.float().square().mean(-1) for states in hidden]
-    middle = torch.cat([one.flatten() for one in squares]).median()
-    if mode == "none":
-        return [torch.ones_like(s) for s in squares]
-    if mode == "clip":
-        inverse = [(middle / s.clamp_min(middle)) for s in squares]
-    else:
-        inverse = [middle / s.clamp_min(0.1 * middle) for s in squares]
-    mean = torch.cat([one.flatten() for one in inverse]).mean()
-    return [one / mean for one in inverse]
 
 
 def hidden_of(output: Tensor | tuple) -> Tensor:

@@ -3,7 +3,7 @@
 Shape legend: B batch, T tokens, I in.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -89,33 +89,23 @@ class InputStatistics:
     """mean (x - x_q) x_q^T, (I, I) float32: what the layers before this one did to its inputs."""
 
 
-def input_statistics(
-    name: str, inputs: Iterable[tuple[Tensor, Tensor]], weights: Sequence[Tensor] | None = None
-) -> InputStatistics:
-    """Return the finite statistics of a module's inputs.
-
-    Args:
-        name: Of the module, for errors.
-        inputs: x_q and x of each batch, (B, T, I).
-        weights: How much each token of each batch counts, (B, T); all alike when not given.
-    """
+def input_statistics(name: str, inputs: Iterable[tuple[Tensor, Tensor]]) -> InputStatistics:
+    """Return the finite statistics of a module's inputs: of each batch x_q and x, (B, T, I)."""
     hessian = drift = None
-    total = 0.0
-    for batch, (quantized, dense) in enumerate(inputs):
-        x, change = quantized.flatten(0, -2), (dense - quantized).flatten(0, -2)
+    num_tokens = 0
+    for quantized, dense in inputs:
+        x = quantized.flatten(0, -2)
         if hessian is None:
             hessian = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             drift = torch.zeros_like(hessian)
-        total += len(x)
-        if weights is not None:
-            root = weights[batch].flatten().sqrt().unsqueeze(1)
-            x, change = (t * root.to(t.dtype) for t in (x, change))
+        change = dense.flatten(0, -2) - x
         add_gram(hessian, x.float())
         # A difference bears the compute dtype: what its product rounds away is small against H.
         drift += change.to(dense.dtype).T @ x.to(dense.dtype)
+        num_tokens += len(x)
     return InputStatistics(
-        hessian=finite_mean(name, hessian.triu() + hessian.triu(1).T, total),
-        drift=finite_mean(name, drift, total),
+        hessian=finite_mean(name, hessian.triu() + hessian.triu(1).T, num_tokens),
+        drift=finite_mean(name, drift, num_tokens),
     )
 
 

@@ -52,7 +52,7 @@ def frontier(config: FrontierConfig) -> FrontierResult:
         points = []
         for budget in config.budgets():
             points += points_of_size(config, source, cache, table, budget)
-        points += [peer_point(path, source, cache) for path in peers]
+        points += [point for path in peers if (point := peer_point(path, source, cache))]
         text = config.eval_text.name if config.eval_text else "the validation part of the data"
         report = write_frontier(
             points,
@@ -118,16 +118,23 @@ def file_point(
     )
 
 
-def peer_point(path: Path, source: Source, cache: TeacherCache) -> FrontierPoint:
-    """Return the point of another program's file, with the types that it really holds."""
+def peer_point(path: Path, source: Source, cache: TeacherCache) -> FrontierPoint | None:
+    """Return the point of another program's file, with the types that it really holds.
+
+    None for a file that cannot be read, such as one of types that only its own program knows.
+    """
     say(f"\n== {path.name}")
     key = [sha256_of_file(path), cache.fingerprint, str(source.config.eval_text)]
 
     def measure() -> dict[str, Any]:
         return measure_model(read_gguf_model(path, source.folder), source, cache)
 
-    values = once(source.work / "points" / f"peer-{path.name}.json", key, measure)
-    contents = gguf_contents(path)
+    try:
+        contents = gguf_contents(path)
+        values = once(source.work / "points" / f"peer-{path.name}.json", key, measure)
+    except ValueError as error:
+        say(f"left out: {error}")
+        return None
     return FrontierPoint(
         series="peers",
         label=path.stem,

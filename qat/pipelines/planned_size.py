@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from qat.export.gguf_file import ALIGNMENT
@@ -29,6 +30,8 @@ class PlannedSize:
     """Every parameter of the model."""
     overhead_bytes: int
     """Header, tokenizer, keys, and tensors that stay dense."""
+    dense_bytes: int = 2
+    """Of a weight that stays dense: folders keep the dtype that loses nothing."""
 
     @classmethod
     def of(cls, target: str, model: nn.Module, folder: Path) -> "PlannedSize":
@@ -51,7 +54,12 @@ class PlannedSize:
         sizes = sum(4 * numel(info.shape) for info in dense.values())
         text_bytes = sum(path.stat().st_size for path in texts)
         overhead = FOLDER_BYTES + entries + sizes + text_bytes
-        return cls(target=target, tensors=tensors, overhead_bytes=overhead)
+        return cls(
+            target=target,
+            tensors=tensors,
+            overhead_bytes=overhead,
+            dense_bytes=4 if model.config.dtype == torch.float32 else 2,
+        )
 
     @property
     def num_weights(self) -> int:
@@ -61,7 +69,9 @@ class PlannedSize:
     def tensor_bytes(self, name: str, spec: TensorSpec) -> int:
         """Return the bytes that the file holds for a tensor in a format, padding among them."""
         shape = self.tensors[name].shape
-        if self.target == "mlx" and spec.is_quantized:
+        if self.target != "gguf" and not spec.is_quantized:
+            return self.dense_bytes * numel(shape)
+        if self.target == "mlx":
             # Scales and offsets in float32, in which index * scale + offset rounds as in training.
             spec = spec.stored_as("float32")
         count = spec.size_bytes(shape)

@@ -1,0 +1,63 @@
+"""The table of costs of a whole model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qat.model.head import Tokens, hidden_states, logits_of
+from qat.model.surgery import model_tensors
+from qat.pipelines.place import Place
+from qat.pipelines.quantize_config import InitStudentConfig
+from qat.pipelines.sensitivity import first_tokens, measure_costs
+from qat.quant.fit import fit_weight
+from qat.quant.spec import TensorSpec
+from tests.tiny import TINY_MODELS
+
+PLACE = InitStudentConfig(model="none", output=Path("none"), dtype="fp32", device="cpu")
+FORMATS = [TensorSpec.from_name(name) for name in ("gguf:q4_0", "gguf:q8_0", "f16")]
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_tensor_has_a_cost_and_the_model_stays(family, tied):
+    """Costs fall with bits for linears, embedding and head; nothing in the model changes."""
+    model = TINY_MODELS[family](tied=tied).requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tensors = model_tensors(model)
+    names = [name for name, info in tensors.items() if info.is_quantizable]
+    batches = [Tokens(part) for part in torch.randint(0, 256, (8, 16)).split(4)]
+    costs = measure_costs(model, dict.fromkeys(names, FORMATS), batches, Place.of(PLACE))
+    assert costs.keys() == set(names)
+    for found in costs.values():
+        assert found["gguf:q4_0"] > 10 * found["gguf:q8_0"] > found["f16"] == 0
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_costs_are_of_the_size_of_the_kl_that_they_predict():
+    """The KL after rounding one linear is within a small factor of its cost."""
+    model = TINY_MODELS["llama"]().requires_grad_(False)
+    token_ids = torch.randint(0, 256, (48, 16), generator=torch.Generator().manual_seed(0))
+    batches = [Tokens(part) for part in token_ids.split(16)]
+    name = "model.layers.0.mlp.up_proj"
+    specs = {f"{name}.weight": [TensorSpec.from_name("gguf:q4_0")]}
+    cost = measure_costs(model, specs | head_of(model), batches, Place.of(PLACE))
+    predicted = cost[f"{name}.weight"]["gguf:q4_0"]
+    before = logits_of(model, hidden_states(model, token_ids)).log_softmax(-1)
+    weight = model.get_submodule(name).weight
+    weight.copy_(fit_weight(weight, specs[f"{name}.weight"][0]).dequantize())
+    after = logits_of(model, hidden_states(model, token_ids)).log_softmax(-1)
+    kl = float((before.exp() * (before - after)).sum(-1).mean())
+    assert 0.4 < predicted / kl < 2.5
+
+
+def head_of(model):
+    """Return the embedding with one dense candidate: the walk goes on to the head."""
+    return {"model.embed_tokens.weight": [TensorSpec.from_name("f16")]}
+
+
+def test_first_tokens_takes_whole_batches():
+    """As many batches as hold a number of tokens."""
+    batches = [Tokens(torch.zeros(2, 8, dtype=torch.long))] * 4
+    assert len(first_tokens(batches, 17)) == 2
+    assert len(first_tokens(batches, 10**6)) == 4
