@@ -66,6 +66,7 @@ def test_the_numbers_are_those_of_an_independent_judge(folders):
     require_agreement(found, judged(paths["teacher"], folders / "text.txt", paths["student"]))
 
 
+@pytest.mark.recipe  # imports a second torch, as the judge above
 @NEEDS_JUDGE
 def test_the_same_holds_for_a_gguf_file(tmp_path):
     """Read by us, and by transformers for the judge; its bits are the file's."""
