@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qat.__main__ import COMMANDS
-from qat.cli.commands import main
+from qat.cli.commands import PIPELINES, main
 from qat.legacy.student import write_seed_checkpoint
 from qat.model.checkpoint import CheckpointHeader, read_checkpoint, write_checkpoint
 from qat.model.rankwise import RankwiseLinear
@@ -216,7 +215,7 @@ def test_the_scripts_of_the_seeds_are_there():
     scripts = Path(__file__).parents[1] / "scripts"
     for name in ("convert_q4_to_q2", "convert_v1_to_v2"):
         assert (scripts / f"{name}.py").is_file()
-        assert name.replace("_", "-") in COMMANDS
+        assert name.replace("_", "-") in PIPELINES
 
 
 def test_a_header_of_theirs_is_a_header(tmp_path):

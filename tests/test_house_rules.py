@@ -10,12 +10,12 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from qat.__main__ import COMMANDS
 from qat.cli.commands import PIPELINES
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,6 @@ LONG_FUNCTIONS: set[str] = set()
 MOST_ANY = 1  # parameters typed Any: plain JSON that is checked where it is read
 # Module without a test file of its name, and what tests it.
 TESTED_ELSEWHERE = {
-    "cache/shard.py": "cache/test_read.py",
     "export/ggml.py": "parity/test_ggml_blocks.py",
     "export/llama_cpp.py": "parity/test_runtimes.py",
     "export/to_coreml.py": "parity/test_runtimes.py",
@@ -48,13 +47,9 @@ TESTED_ELSEWHERE = {
     "pipelines/batch_probe.py": "cli/test_benchmark.py",
     "pipelines/bench.py": "recipes/test_bench.py",
     "pipelines/compress_stages.py": "pipelines/test_compress.py",
-    "pipelines/open_cache.py": "legacy/test_cache.py",
     "pipelines/step_time.py": "pipelines/test_compress.py",
     "pipelines/students.py": "cli/test_init_student.py",
-    "quant/normal_equations.py": "quant/test_hessian.py and test_hessian_blocks.py",
-    "quant/quantized_tensor.py": "quant/test_fit.py",
     "train/baselines.py": "recipes/test_bench.py",
-    "train/layerwise.py": "train/test_blockwise.py and cli/test_train.py",
 }
 # Help of every command and script from one process, with the heavy modules each one loaded.
 ASK_HELP = """
@@ -89,6 +84,7 @@ def inside(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -108,6 +104,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
 def imports_of(path: Path) -> set[str]:
     """Return all modules that a file imports, wherever in it; `from a import b` gives `a.b`."""
     found = set()
@@ -275,7 +272,7 @@ def script_names() -> list[str]:
 @pytest.fixture(scope="module")
 def answers():
     """Ask every command and script for its help, in one process that starts clean."""
-    request = json.dumps([HEAVY, list(COMMANDS), script_names()])
+    request = json.dumps([HEAVY, list(PIPELINES), script_names()])
     environment = {**os.environ, "COLUMNS": "400", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", ASK_HELP, request],
@@ -287,11 +284,6 @@ def answers():
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_every_command_of_the_list_has_its_pipeline():
-    """`qat --help` lists the commands that exist, all of them."""
-    assert list(COMMANDS) == list(PIPELINES), "qat/__main__.py and qat/cli/commands.py differ"
 
 
 def test_every_command_and_script_answers_help_and_loads_nothing_heavy(answers):

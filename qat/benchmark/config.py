@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qat.runtime.config import PlaceConfig, require_at_least
+
 DEFAULT_MODEL = "models/smollm2-135m"
 DEFAULT_LENGTH = 64
 GB = 10**9
@@ -11,7 +13,7 @@ Case = Literal["plain", "fake-quant", "rank-by-rank", "formed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchConfig:
+class BenchConfig(PlaceConfig):
     """Measure what training, a cache and a conversion cost, each in a process of its own.
 
     Steps are compared with plain fine-tuning, a cache with the teacher's bare forward pass.
@@ -33,10 +35,6 @@ class BenchConfig:
     """Sequences of that cache."""
     case: Case | None = None
     """Measure one case in this process: what the others are started with."""
-    dtype: str = "auto"
-    """Compute dtype: auto, fp32, bf16 or fp16."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps, xla or tpu."""
 
     def __post_init__(self) -> None:
         if self.tokens_per_step % self.seq_len:
@@ -54,7 +52,7 @@ class BenchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchmarkConfig:
+class BenchmarkConfig(PlaceConfig):
     """Measure training steps by batch size, and find the largest batch that fits.
 
     Every batch runs in a process of its own: steps, one evaluation, one state to resume from.
@@ -82,10 +80,8 @@ class BenchmarkConfig:
     """Where to write the student that was made, for --load-model."""
     skip_baseline: bool = False
     """Leave out the steps that keep all activations."""
-    skip_checkpointing: bool = False
-    """Leave out the steps with gradient checkpointing."""
     gradient_checkpointing: bool = True
-    """--no-gradient-checkpointing is the same as --skip-checkpointing."""
+    """Measure steps with gradient checkpointing as well."""
     memory_limit: float | None = None
     """GB (10**9 bytes) that a batch may hold: of a GPU's memory, else resident in the host's."""
     probe_seconds: float = 3600.0
@@ -95,10 +91,6 @@ class BenchmarkConfig:
     standing for device, model, dtype, length, mode, versions and limits."""
     probe: int | None = None
     """Measure one batch size in this process: what the others are started with; 0 describes."""
-    dtype: str = "auto"
-    """Compute dtype: auto, fp32, bf16 or fp16."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps, xla or tpu."""
 
     def __post_init__(self) -> None:
         if not all(size.isdigit() and int(size) for size in self.batch_sizes.split(",")):
@@ -108,17 +100,15 @@ class BenchmarkConfig:
             )
         if not self.configurations and self.probe is None:
             raise ValueError(
-                "--skip-baseline and --skip-checkpointing leave nothing to measure; drop one"
+                "--skip-baseline and --no-gradient-checkpointing leave nothing to measure; drop one"
             )
         if self.load_model and self.save_model:
             raise ValueError(
                 f"--save-model {self.save_model} writes a student that was made here; "
                 "drop --load-model or it"
             )
-        if self.steps < 1 or (self.seq_len is not None and self.seq_len < 2):
-            raise ValueError(
-                f"--steps {self.steps} must be 1 or more, --seq-len {self.seq_len} 2 or more"
-            )
+        require_at_least(1, self, "steps")
+        require_at_least(2, self, "seq_len")
         for flag in ("memory_limit", "probe_seconds"):
             value = getattr(self, flag)
             if value is not None and value <= 0:
@@ -129,7 +119,7 @@ class BenchmarkConfig:
         """Return what is measured, and whether activations are recomputed in it."""
         measured = {
             "baseline": not self.skip_baseline,
-            "checkpointing": self.gradient_checkpointing and not self.skip_checkpointing,
+            "checkpointing": self.gradient_checkpointing,
         }
         return {name: name == "checkpointing" for name in measured if measured[name]}
 

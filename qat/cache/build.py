@@ -19,36 +19,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qat.cache.codec import (
-    Fields,
-    pack_hidden,
-    pack_negatives,
-    pack_sampled,
-    pack_top_k,
-    usual_size,
-)
-from qat.cache.manifest import (
-    BUILDING_FILE,
-    MANIFEST_FILE,
-    CacheIdentity,
-    CacheManifest,
-    CacheMismatch,
-    FileEntry,
-    read_identity,
-    read_manifest,
-    require_identity,
-    write_manifest,
-)
+from qat.cache import codec, shard
+from qat.cache import manifest as manifests
 from qat.cache.read import TeacherCache
-from qat.cache.shard import (
-    entry_of_file,
-    id_dtype,
-    read_fields,
-    sequences_a_shard,
-    shard_name,
-    shard_ranges,
-    write_fields,
-)
 from qat.data.blocks import Blocks
 from qat.model.head import hidden_states, logit_scaling, logits_of
 from qat.runtime.device import Device
@@ -76,7 +49,7 @@ class Job:
     forward: Forward
     """Token and document ids (B, T) to logits (B, T, V), or to hidden states (B, T, H)."""
     blocks: Blocks
-    identity: CacheIdentity
+    identity: manifests.CacheIdentity
     id_dtype: type[np.integer]
     folder: Path
     batch_size: int
@@ -85,29 +58,31 @@ class Job:
     """(H,), for hidden content."""
 
 
-def find_built(folder: Path, identity: CacheIdentity) -> CacheManifest | None:
+def find_built(folder: Path, identity: manifests.CacheIdentity) -> manifests.CacheManifest | None:
     """Return the manifest of a whole cache of this identity, None where there is none yet."""
-    if (folder / MANIFEST_FILE).is_file():
-        manifest = read_manifest(folder)
-        require_identity(manifest.identity, identity, folder)
-        (folder / BUILDING_FILE).unlink(missing_ok=True)
+    if (folder / manifests.MANIFEST_FILE).is_file():
+        manifest = manifests.read_manifest(folder)
+        manifests.require_identity(manifest.identity, identity, folder)
+        (folder / manifests.BUILDING_FILE).unlink(missing_ok=True)
         return manifest
-    if (folder / BUILDING_FILE).is_file():
-        require_identity(read_identity(folder / BUILDING_FILE), identity, folder)
+    if (folder / manifests.BUILDING_FILE).is_file():
+        manifests.require_identity(
+            manifests.read_identity(folder / manifests.BUILDING_FILE), identity, folder
+        )
     return None
 
 
 def write_cache(
     teacher: nn.Module,
     blocks: Blocks,
-    identity: CacheIdentity,
+    identity: manifests.CacheIdentity,
     folder: Path,
     *,
     teacher_name: str,
     data_name: str,
     batch_size: int,
     device: Device,
-) -> tuple[CacheManifest, BuildRates]:
+) -> tuple[manifests.CacheManifest, BuildRates]:
     """Write the teacher's signal on blocks; continue where an earlier call was cut short.
 
     The teacher is frozen and on the device. A batch has `batch_size` blocks at most; the last one
@@ -122,22 +97,22 @@ def write_cache(
     with folder_lock(folder):
         if built := find_built(folder, identity):
             return built, BuildRates(None, None)
-        write_json(folder / BUILDING_FILE, asdict(identity))
+        write_json(folder / manifests.BUILDING_FILE, asdict(identity))
         for leftover in folder.glob(".*.part"):
             leftover.unlink()
         job = Job(
             forward=teacher_forward(teacher, identity.content),
             blocks=blocks,
             identity=identity,
-            id_dtype=id_dtype(vocab_size),
+            id_dtype=shard.id_dtype(vocab_size),
             folder=folder,
-            batch_size=min(batch_size, len(blocks), sequences_a_shard(identity.seq_len)),
+            batch_size=min(batch_size, len(blocks), shard.sequences_a_shard(identity.seq_len)),
             device=device,
         )
         if identity.content == "hidden":
             job = replace(job, channel_scale=prepare_head(teacher, job))
         shards, rates = write_shards(job)
-        manifest = CacheManifest(
+        manifest = manifests.CacheManifest(
             identity=identity,
             teacher_name=teacher_name,
             data_name=data_name,
@@ -145,17 +120,17 @@ def write_cache(
             num_sequences=len(blocks),
             num_heldout=blocks.num_heldout,
             shards=shards,
-            head=None if job.channel_scale is None else entry_of_file(folder / HEAD_FILE, 0),
+            head=None if job.channel_scale is None else shard.entry_of_file(folder / HEAD_FILE, 0),
         )
-        write_manifest(folder, manifest)
-        (folder / BUILDING_FILE).unlink()
+        manifests.write_manifest(folder, manifest)
+        (folder / manifests.BUILDING_FILE).unlink()
     return manifest, rates
 
 
-def write_shards(job: Job) -> tuple[tuple[FileEntry, ...], BuildRates]:
+def write_shards(job: Job) -> tuple[tuple[manifests.FileEntry, ...], BuildRates]:
     """Write the shards that are missing; return the entries of all, and the speed."""
     seq_len = job.identity.seq_len
-    ranges = shard_ranges(len(job.blocks), seq_len)
+    ranges = shard.shard_ranges(len(job.blocks), seq_len)
     entries = {index: kept_shard(job, index, rows) for index, rows in ranges.items()}
     missing = [index for index, entry in entries.items() if entry is None]
     if not missing:
@@ -165,7 +140,7 @@ def write_shards(job: Job) -> tuple[tuple[FileEntry, ...], BuildRates]:
     num_rows = sum(len(ranges[index]) for index in missing)
     start = time.perf_counter()
     with ThreadPoolExecutor(1) as writer, tqdm(total=num_rows, unit="block") as progress:
-        futures: list[Future[FileEntry]] = []
+        futures: list[Future[manifests.FileEntry]] = []
         for index in missing:
             parts = []
             for rows in ranges[index].split(job.batch_size):
@@ -222,19 +197,19 @@ def time_forward(job: Job, rows: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def pack_batch(job: Job, rows: Tensor) -> Fields:
+def pack_batch(job: Job, rows: Tensor) -> codec.Fields:
     """Return a batch's fields on the device; nothing here waits for it."""
     output = run_teacher(job, rows)
     with torch.no_grad():
         if job.identity.content == "hidden":
-            fields = pack_hidden(output, job.channel_scale)
+            fields = codec.pack_hidden(output, job.channel_scale)
         else:
             fields = pack_logits(output, rows, job.identity)
     job.device.sync()
     return {name: field[: len(rows)] for name, field in fields.items()}
 
 
-def pack_logits(logits: Tensor, rows: Tensor, identity: CacheIdentity) -> Fields:
+def pack_logits(logits: Tensor, rows: Tensor, identity: manifests.CacheIdentity) -> codec.Fields:
     """Return the fields of logits; draws depend on the seed and the sequence alone."""
     num_positions, vocab_size = logits.shape[1:]
     row_ids = (rows.tolist() + [int(rows[-1])] * len(logits))[: len(logits)]  # padding repeats
@@ -244,17 +219,17 @@ def pack_logits(logits: Tensor, rows: Tensor, identity: CacheIdentity) -> Fields
             [generator.random(num_positions, np.float32) for generator in generators]
         )
         offsets = torch.from_numpy(offsets).to(logits.device)
-        fields = pack_sampled(logits, identity.top_k, offsets, identity.num_draws)
+        fields = codec.pack_sampled(logits, identity.top_k, offsets, identity.num_draws)
     else:
-        fields = pack_top_k(logits, identity.top_k)
+        fields = codec.pack_top_k(logits, identity.top_k)
     if identity.num_negatives:
         shape = (num_positions, identity.num_negatives)
         ids = np.stack([generator.integers(vocab_size, size=shape) for generator in generators])
-        fields |= pack_negatives(logits, torch.from_numpy(ids).to(logits.device))
+        fields |= codec.pack_negatives(logits, torch.from_numpy(ids).to(logits.device))
     return fields
 
 
-def shard_fields(job: Job, rows: Tensor, parts: list[Fields]) -> Fields:
+def shard_fields(job: Job, rows: Tensor, parts: list[codec.Fields]) -> codec.Fields:
     """Return a shard's fields from its batches', those of the teacher on the device."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} | {
         "input_ids": job.blocks.token_ids[rows],
@@ -263,7 +238,7 @@ def shard_fields(job: Job, rows: Tensor, parts: list[Fields]) -> Fields:
     }
 
 
-def write_shard(job: Job, index: int, fields: Fields) -> FileEntry:
+def write_shard(job: Job, index: int, fields: codec.Fields) -> manifests.FileEntry:
     """Bring a shard to the host and write it; return the entry.
 
     Runs during the next forward pass, so without tensor operations: they would start threads of
@@ -271,23 +246,23 @@ def write_shard(job: Job, index: int, fields: Fields) -> FileEntry:
     which takes 5% of its speed (libgomp).
     """
     fields = {name: field.cpu() for name, field in fields.items()}
-    path = job.folder / shard_name(index)
+    path = job.folder / shard.shard_name(index)
     num_sequences = len(fields["input_ids"])
-    return write_fields(path, fields, ids=job.id_dtype, num_sequences=num_sequences)
+    return shard.write_fields(path, fields, ids=job.id_dtype, num_sequences=num_sequences)
 
 
-def kept_shard(job: Job, index: int, rows: Tensor) -> FileEntry | None:
+def kept_shard(job: Job, index: int, rows: Tensor) -> manifests.FileEntry | None:
     """Return the entry of a shard that an earlier call finished, None where there is none."""
-    path = job.folder / shard_name(index)
+    path = job.folder / shard.shard_name(index)
     if not path.is_file():
         return None
     try:
-        token_ids = read_fields(path)["input_ids"].to(torch.int32)
-    except (CacheMismatch, KeyError):
+        token_ids = shard.read_fields(path)["input_ids"].to(torch.int32)
+    except (manifests.CacheMismatch, KeyError):
         return None  # written over below
     if not torch.equal(token_ids, job.blocks.token_ids[rows]):
         return None
-    return entry_of_file(path, len(rows))
+    return shard.entry_of_file(path, len(rows))
 
 
 def prepare_head(teacher: nn.Module, job: Job) -> Tensor:
@@ -298,24 +273,24 @@ def prepare_head(teacher: nn.Module, job: Job) -> Tensor:
     """
     path = job.folder / HEAD_FILE
     try:
-        return read_fields(path)["channel_scale"].to(job.device.torch_device)
-    except (CacheMismatch, KeyError):
-        for shard in job.folder.glob("shard_*"):  # packed with a scale that is lost
-            shard.unlink()
+        return shard.read_fields(path)["channel_scale"].to(job.device.torch_device)
+    except (manifests.CacheMismatch, KeyError):
+        for file in job.folder.glob("shard_*"):  # packed with a scale that is lost
+            file.unlink()
     rows = torch.arange(min(len(job.blocks), max(1, SCALE_TOKENS // job.identity.seq_len)))
     outputs = [run_teacher(job, part)[: len(part)].float() for part in rows.split(job.batch_size)]
-    channel_scale = usual_size(torch.cat(outputs))
+    channel_scale = codec.usual_size(torch.cat(outputs))
     head = teacher.get_output_embeddings()
     fields = {"weight": head.weight.detach().cpu(), "channel_scale": channel_scale.cpu()}
     if getattr(head, "bias", None) is not None:
         fields["bias"] = head.bias.detach().cpu()
     scaling = zip(("factor", "softcap"), logit_scaling(teacher.config), strict=True)
     fields |= {name: torch.tensor(float(value)) for name, value in scaling if value is not None}
-    write_fields(path, fields, ids=job.id_dtype, num_sequences=0)
+    shard.write_fields(path, fields, ids=job.id_dtype, num_sequences=0)
     return channel_scale
 
 
-def rewrite_cache(cache: TeacherCache, folder: Path) -> CacheManifest:
+def rewrite_cache(cache: TeacherCache, folder: Path) -> manifests.CacheManifest:
     """Write the fields of any cache as they are, in shards of ours, into a new folder.
 
     What the content cannot say stays unsaid: a conditional cache stays conditional, and its
@@ -323,14 +298,14 @@ def rewrite_cache(cache: TeacherCache, folder: Path) -> CacheManifest:
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists; remove it or choose another name")
-    ids = id_dtype(cache.vocab_size or 2**31)  # old caches may not say
+    ids = shard.id_dtype(cache.vocab_size or 2**31)  # old caches may not say
     with atomic_folder(folder) as made:
         entries = []
-        ranges = shard_ranges(cache.num_sequences, cache.seq_len)
+        ranges = shard.shard_ranges(cache.num_sequences, cache.seq_len)
         for index, rows in tqdm(ranges.items(), unit="shard"):
             fields = cache.fields(rows.numpy())
-            path = made / shard_name(index)
-            entries.append(write_fields(path, fields, ids=ids, num_sequences=len(rows)))
+            path = made / shard.shard_name(index)
+            entries.append(shard.write_fields(path, fields, ids=ids, num_sequences=len(rows)))
         manifest = replace(cache.manifest, shards=tuple(entries))
-        write_manifest(made, manifest)
+        manifests.write_manifest(made, manifest)
     return manifest

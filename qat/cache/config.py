@@ -7,6 +7,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from qat.data.config import TextConfig
+from qat.runtime.config import require_at_least
 
 Content = Literal["top-k", "sampled", "hidden"]
 DEFAULT_TOP_K = {"top-k": 64, "sampled": 8, "hidden": 0}
@@ -42,23 +43,18 @@ class BuildCacheConfig(TextConfig):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
-        if self.seq_len < 2:
-            raise ValueError(f"--seq-len {self.seq_len} predicts nothing; give 2 or more")
+        require_at_least(2, self, "seq_len")
+        require_at_least(1, self, "num_sequences", "batch_size")
+        require_at_least(0, self, "num_negatives")
         if not 0 <= self.heldout_ratio < 1:
             raise ValueError(f"--heldout-ratio {self.heldout_ratio} is outside 0..1; try 0.125")
-        for flag in ("num_sequences", "batch_size"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise ValueError(f"--{flag.replace('_', '-')} {value} is below 1; give more")
-        if self.num_negatives < 0:
-            raise ValueError(f"--num-negatives {self.num_negatives} is below 0; give 0 for none")
         if self.content == "hidden" and (self.top_k or self.num_negatives):
             raise ValueError(
                 "--content hidden keeps no ids: full logits follow from it; "
                 "leave out --top-k and --num-negatives"
             )
-        if self.content != "hidden" and self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"--top-k {self.top_k} is below 1; leave it out for a good value")
+        if self.content != "hidden":
+            require_at_least(1, self, "top_k")
 
     @property
     def kept_ids(self) -> int:

@@ -79,10 +79,7 @@ class TeacherCache:
     """A whole cache: what it is, and batches of any of its sequences."""
 
     def __init__(
-        self,
-        folder: Path,
-        manifest: CacheManifest,
-        load_shard: Callable[[Path], Fields],
+        self, folder: Path, manifest: CacheManifest, load_shard: Callable[[Path], Fields]
     ) -> None:
         """Join a manifest and the function that maps one of its shards."""
         self.folder = folder
@@ -250,12 +247,7 @@ def find_cache_folder(path: Path, is_cache: Callable[[Path], bool] = is_native) 
 
 
 def shuffled_batches(
-    cache: TeacherCache,
-    *,
-    split: Split = "train",
-    batch_size: int,
-    seed: int,
-    start_batch: int = 0,
+    cache: TeacherCache, *, split: Split = "train", batch_size: int, seed: int, start_batch: int = 0
 ) -> Iterator[CacheBatch]:
     """Yield batches without end: epochs in an order of their own, one after the other.
 

@@ -41,9 +41,16 @@ PIPELINES = {
 }
 
 
+def config_of(name: str) -> type:
+    """Return the config of a command, whose docstring says what the command does."""
+    module, _, config = PIPELINES[name][0].partition(":")
+    return getattr(import_module(f"qat.{module}"), config)
+
+
 def main(name: str, argv: Sequence[str] | None = None) -> int:
     """Run a command on these flags, those of the process when not given; return its exit code."""
-    module, _, config = PIPELINES[name][0].partition(":")
-    config_type = getattr(import_module(f"qat.{module}"), config)
     pipeline = f"qat.pipelines.{PIPELINES[name][1]}"
-    return run_command(f"qat {name}", config_type, pipeline, argv, has_config_flag=name == "train")
+    has_config_flag = name == "train"
+    return run_command(
+        f"qat {name}", config_of(name), pipeline, argv, has_config_flag=has_config_flag
+    )

@@ -86,10 +86,7 @@ def render(
     if thinking == "none":
         return "\n\n".join(item["content"] for item in turns if item["content"])
     text = tokenizer.apply_chat_template(
-        turns,
-        tokenize=False,
-        enable_thinking=thinking == "true",
-        add_generation_prompt=prompt,
+        turns, tokenize=False, enable_thinking=thinking == "true", add_generation_prompt=prompt
     )
     # Templates write an empty span into answers whatever enable_thinking says.
     return text if thinking == "true" else THINK_SPAN.sub("", text)

@@ -13,29 +13,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qat.distill.kl import (
-    StudentLogits,
-    confidence_kl,
-    forward_kl,
-    jensen_shannon,
-    kd_loss,
-    reverse_kl,
-    skewed_kl,
-)
+from qat.distill import kl
 from qat.distill.teacher import TeacherSignal
 
 CHUNK_TOKENS = 256  # of 49k logits in float32: 50 MB at a time; as quick as 512, 25% slower at 128
 
-Head = Callable[[Tensor, TeacherSignal], StudentLogits]
-Divergence = Callable[[StudentLogits, TeacherSignal], Tensor]
+Head = Callable[[Tensor, TeacherSignal], kl.StudentLogits]
+Divergence = Callable[[kl.StudentLogits, TeacherSignal], Tensor]
 
 DIVERGENCES: dict[str, Divergence] = {
-    "forward-kl": forward_kl,
-    "reverse-kl": reverse_kl,
-    "jensen-shannon": jensen_shannon,
-    "skewed-kl": skewed_kl,
-    "confidence-kl": confidence_kl,
-    "kd": kd_loss,
+    "forward-kl": kl.forward_kl,
+    "reverse-kl": kl.reverse_kl,
+    "jensen-shannon": kl.jensen_shannon,
+    "skewed-kl": kl.skewed_kl,
+    "confidence-kl": kl.confidence_kl,
+    "kd": kl.kd_loss,
 }
 
 
@@ -48,14 +40,17 @@ def make_divergence(name: str, *, temperature: float = 1.0) -> Divergence:
     if name not in DIVERGENCES:
         raise ValueError(f"loss {name!r} is not one of {', '.join(DIVERGENCES)}")
     if name == "kd":
-        return partial(kd_loss, temperature=temperature)
+        return partial(kl.kd_loss, temperature=temperature)
     if temperature != 1.0:
         return partial(tempered, DIVERGENCES[name], temperature)
     return DIVERGENCES[name]
 
 
 def tempered(
-    divergence: Divergence, temperature: float, student_logits: StudentLogits, signal: TeacherSignal
+    divergence: Divergence,
+    temperature: float,
+    student_logits: kl.StudentLogits,
+    signal: TeacherSignal,
 ) -> Tensor:
     """Return a divergence at a temperature, times its square.
 

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat.runtime.config import PlaceConfig, require_at_least
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig:
+class EvaluateConfig(PlaceConfig):
     """Measure a student on a cache's held-out split, or on any text against a live teacher."""
 
     checkpoint: str
@@ -27,19 +29,9 @@ class EvaluateConfig:
     """Sequences or blocks at most; all when not given."""
     batch_size: int = 16
     """Sequences of a forward pass."""
-    dtype: str = "auto"
-    """Compute dtype: auto, fp32, bf16 or fp16."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps, xla or tpu."""
 
     def __post_init__(self) -> None:
         if (self.cache_dir is None) == (self.text is None):
             raise ValueError("give one of --cache-dir and --text to measure on")
-        if self.num_sequences is not None and self.num_sequences < 1:
-            raise ValueError(
-                f"--num-sequences {self.num_sequences} must be 1 or more; leave it out for all"
-            )
-        if self.seq_len < 2 or self.batch_size < 1:
-            raise ValueError(
-                f"--seq-len {self.seq_len} must be 2 or more, --batch-size {self.batch_size} 1"
-            )
+        require_at_least(1, self, "num_sequences", "batch_size")
+        require_at_least(2, self, "seq_len")

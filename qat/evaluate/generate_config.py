@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qat.runtime.config import PlaceConfig, require_at_least
+
 Template = Literal["chat", "none"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateConfig:
+class GenerateConfig(PlaceConfig):
     """Answer prompts, or fill in the answers of an instruction file."""
 
     checkpoint: str
@@ -34,10 +36,6 @@ class GenerateConfig:
     """chat: the tokenizer's chat template, where it has one. none: continues the bare prompt."""
     seed: int = 0
     """For sampling."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps, xla or tpu."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Compute dtype; auto takes what the device is good at."""
 
     def __post_init__(self):
         if bool(self.prompt) == bool(self.data):
@@ -46,9 +44,5 @@ class GenerateConfig:
             raise ValueError("--data and --output go together; give both")
         if any(not text.strip() for text in self.prompt):
             raise ValueError("--prompt has an empty text; remove it")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} {getattr(self, name)} is below 1; give 1 or more")
-        if self.temperature < 0:
-            raise ValueError(f"--temperature {self.temperature} is below 0; give 0 or more")
+        require_at_least(1, self, "max_new_tokens", "batch_size")
+        require_at_least(0, self, "temperature")

@@ -48,20 +48,12 @@ class LazyTeacher:
             yield rows, dense_signal(self.logits(rows), mask[rows]) if is_known else None
 
 
-def teacher_of_hidden(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], mask: Tensor
-) -> LazyTeacher:
-    """Return the teacher of final hidden states (B, P, H), by a head from (n, H) to (n, V)."""
-    flat = hidden.flatten(0, 1)
-    return LazyTeacher(mask, lambda rows: head(flat[rows]))
-
-
 def live_teacher(
     model: nn.Module, token_ids: Tensor, mask: Tensor, document_ids: Tensor | None = None
 ) -> LazyTeacher:
     """Return a loaded teacher on a batch (B, L), of which the mask (B, P) counts positions."""
-    hidden = hidden_states(model, token_ids, document_ids)[:, : mask.shape[1]]
-    return teacher_of_hidden(hidden, lambda rows: logits_of(model, rows), mask)
+    hidden = hidden_states(model, token_ids, document_ids)[:, : mask.shape[1]].flatten(0, 1)
+    return LazyTeacher(mask, lambda rows: logits_of(model, hidden[rows]))
 
 
 Block = tuple[Tensor, TeacherSignal | LazyTeacher]

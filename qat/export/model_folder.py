@@ -180,9 +180,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def layers_by_grid(
-    layers: dict[str, FakeQuantWeight],
-) -> dict[tuple[int, int], list[str]]:
+def layers_by_grid(layers: dict[str, FakeQuantWeight]) -> dict[tuple[int, int], list[str]]:
     """Return the names of layers by (bits, group size), the most frequent grid first."""
     grids: dict[tuple[int, int], list[str]] = {}
     for name, layer in layers.items():

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat.runtime.config import require_at_least
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParityConfig:
@@ -29,8 +31,4 @@ class ParityConfig:
 
     def __post_init__(self) -> None:
         """Refuse counts below one."""
-        for flag in ("num_prompts", "num_new_tokens", "num_sequences"):
-            if getattr(self, flag) < 1:
-                raise ValueError(
-                    f"--{flag.replace('_', '-')} {getattr(self, flag)} must be at least 1"
-                )
+        require_at_least(1, self, "num_prompts", "num_new_tokens", "num_sequences")

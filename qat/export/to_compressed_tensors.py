@@ -16,17 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.export.model_folder import (
-    dense_parts,
-    holds,
-    layers_by_grid,
-    lossless_dtype,
-    pack_words,
-    require_integer_grid,
-    require_students,
-    unpack_words,
-    write_folder,
-)
+from qat.export import model_folder
 from qat.model.layers import FakeQuantLinear, FakeQuantWeight
 from qat.model.surgery import current_indices
 
@@ -41,9 +31,9 @@ def export_to_compressed_tensors(
 
     Loaders cast scales to the folder's dtype, so it is one that holds every scale.
     """
-    layers = require_students(student)
+    layers = model_folder.require_students(student)
     for name, layer in layers.items():
-        require_integer_grid(name, layer, bits=BITS, group_sizes=())
+        model_folder.require_integer_grid(name, layer, bits=BITS, group_sizes=())
         if not isinstance(layer, FakeQuantLinear):
             raise ValueError(
                 f"{name} is a quantized embedding, which loaders of this format keep dense; "
@@ -51,13 +41,16 @@ def export_to_compressed_tensors(
             )
     dense = [name for name, one in student.named_modules() if isinstance(one, nn.Linear)]
     scales = [layer.full_scale().detach() for layer in layers.values()]
-    dtype = dtype or lossless_dtype([*scales, *dense_parts(student).values()])
-    if not all(holds(dtype, scale) for scale in scales):
+    dtype = dtype or model_folder.lossless_dtype(
+        [*scales, *model_folder.dense_parts(student).values()]
+    )
+    if not all(model_folder.holds(dtype, scale) for scale in scales):
+        needed = model_folder.lossless_dtype(scales)
         raise ValueError(
-            f"{dtype} rounds the scales, which need {lossless_dtype(scales)}: leave --dtype out, "
-            "or train on w2a16-g64+w4a16-g32, whose scales both 16-bit dtypes hold"
+            f"{dtype} rounds the scales, which need {needed}: leave --dtype out, or train on "
+            "w2a16-g64+w4a16-g32, whose scales both 16-bit dtypes hold"
         )
-    return write_folder(
+    return model_folder.write_folder(
         student,
         output,
         text_source=text_source,
@@ -86,7 +79,7 @@ def quantization_config(
 ) -> dict[str, Any]:
     """Return the block of config.json that says how each linear is packed, and which is not."""
     groups, integers = {}, {"type": "int", "symmetric": True, "strategy": "group"}
-    grids = layers_by_grid(layers)
+    grids = model_folder.layers_by_grid(layers)
     for index, ((bits, group_size), names) in enumerate(grids.items()):
         others = [name for grid in grids.values() if grid is not names for name in grid]
         others += dense
@@ -107,7 +100,7 @@ def quantization_config(
 def packed_parts(layer: FakeQuantWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return a layer's entries by the last part of their names."""
     return {
-        PACKED: pack_words(current_indices(layer), layer.spec.bits),
+        PACKED: model_folder.pack_words(current_indices(layer), layer.spec.bits),
         SCALE: layer.full_scale().to(dtype),
         SHAPE: torch.tensor([layer.out_features, layer.in_features], dtype=torch.int64),
     }
@@ -116,7 +109,7 @@ def packed_parts(layer: FakeQuantWeight, dtype: torch.dtype) -> dict[str, Tensor
 def read_weight(layer: FakeQuantWeight, parts: dict[str, Tensor]) -> Tensor:
     """Return the weight, (O, I) float32, that entries stand for."""
     shape = tuple(parts[SHAPE].tolist())
-    codes = unpack_words(parts[PACKED], layer.spec.bits, shape).float()
+    codes = model_folder.unpack_words(parts[PACKED], layer.spec.bits, shape).float()
     codes -= 2 ** (layer.spec.bits - 1)
     scale = parts[SCALE].float()
     return (codes.view(*scale.shape, -1) * scale.unsqueeze(-1)).view(shape)

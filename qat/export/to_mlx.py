@@ -18,14 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from qat.export.model_folder import (
-    layers_by_grid,
-    pack_words,
-    require_integer_grid,
-    require_students,
-    unpack_words,
-    write_folder,
-)
+from qat.export import model_folder
 from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import current_indices
 
@@ -38,11 +31,13 @@ def export_to_mlx(
     student: nn.Module, output: Path, *, text_source: Path, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
     """Write a student as MLX safetensors with its `quantization` block."""
-    layers = require_students(student)
+    layers = model_folder.require_students(student)
     for name, layer in layers.items():
-        require_integer_grid(name, layer, kinds=("int", "uint"), bits=BITS, group_sizes=GROUP_SIZES)
+        model_folder.require_integer_grid(
+            name, layer, kinds=("int", "uint"), bits=BITS, group_sizes=GROUP_SIZES
+        )
     block = quantization_block(layers)
-    return write_folder(
+    return model_folder.write_folder(
         student,
         output,
         text_source=text_source,
@@ -70,7 +65,7 @@ def positions(config: PreTrainedConfig) -> dict[str, Any]:
 
 def quantization_block(layers: dict[str, FakeQuantWeight]) -> dict[str, Any]:
     """Return bits and group size: of most layers at the top, of the others by name."""
-    grids = layers_by_grid(layers)
+    grids = model_folder.layers_by_grid(layers)
     (bits, group_size), *others = grids
     block: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": "affine"}
     for other in others:
@@ -87,7 +82,7 @@ def affine_parts(layer: FakeQuantWeight) -> dict[str, Tensor]:
         bias = -(2 ** (bits - 1)) * scale
     dtype = torch.float16 if is_exact_in_float16(scale, bias, bits) else torch.float32
     return {
-        WEIGHT: pack_words(current_indices(layer), bits).view(torch.uint32),
+        WEIGHT: model_folder.pack_words(current_indices(layer), bits).view(torch.uint32),
         SCALES: scale.to(dtype),
         BIASES: bias.to(dtype),
     }
@@ -104,7 +99,9 @@ def read_weight(layer: FakeQuantWeight, parts: dict[str, Tensor]) -> Tensor:
     """Return the weight, (O, I) float32, computed in the entries' own dtype."""
     shape = (layer.out_features, layer.in_features)
     scale, bias = parts[SCALES].unsqueeze(-1), parts[BIASES].unsqueeze(-1)
-    indices = unpack_words(parts[WEIGHT], layer.spec.bits, shape).view(*parts[SCALES].shape, -1)
+    indices = model_folder.unpack_words(parts[WEIGHT], layer.spec.bits, shape).view(
+        *parts[SCALES].shape, -1
+    )
     return (indices.to(scale.dtype) * scale + bias).view(shape).float()
 
 

@@ -1,4 +1,4 @@
-"""The seeds' training flags, translated into those of `qat train`.
+"""The seeds' flags, translated into those of `qat train` and `qat benchmark`.
 
 `scripts/train_v2_simple.py` takes the flags below in their own sense, and those of `qat train`.
 """
@@ -38,6 +38,12 @@ SWITCHES = {
     "--no-full-logits": ("--loss.sampled-negatives", "4096"),
     "--wandb": ("--tracking.to", "wandb"),
 }
+BENCHMARK_FLAGS = {"--skip-checkpointing": "--no-gradient-checkpointing"}
+
+
+def benchmark_flags(argv: Sequence[str]) -> list[str]:
+    """Return a seeds' benchmark command line as one of `qat benchmark`."""
+    return [BENCHMARK_FLAGS.get(flag.replace("_", "-"), flag) for flag in argv]
 
 
 def train_flags(argv: Sequence[str]) -> list[str]:

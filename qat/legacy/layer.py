@@ -20,19 +20,7 @@ from torch import Tensor, nn
 
 from qat.grids.scalar import nearest_indices, snap_float16
 from qat.grids.scales import LowRank
-from qat.legacy.checkpoint import (
-    BAKED,
-    CODEBOOK,
-    CODEBOOK_STEPS,
-    INDICES,
-    LATENT,
-    MAGNITUDE,
-    SCALE_A,
-    SCALE_B,
-    VALUES,
-    Parts,
-    SeedCheckpoint,
-)
+from qat.legacy import checkpoint as keys
 from qat.model.layers import FakeQuantLinear
 from qat.model.rankwise import low_rank_factors, widen
 from qat.model.surgery import current_indices
@@ -45,16 +33,16 @@ POSITIVE = {"abs": torch.abs, "softplus": nn.functional.softplus}
 ACTIVATIONS = {"identity": lambda magnitude: magnitude, **POSITIVE}
 
 
-def read_factors(checkpoint: SeedCheckpoint, name: str) -> LowRank:
+def read_factors(checkpoint: keys.SeedCheckpoint, name: str) -> LowRank:
     """Return the factors whose product is a layer's scales, as the seeds' forward makes them."""
     parts, config = checkpoint.layers[name], checkpoint.config
     check_shapes(checkpoint, name)
-    scale_a, scale_b = parts[SCALE_A].float(), parts[SCALE_B].float()
+    scale_a, scale_b = parts[keys.SCALE_A].float(), parts[keys.SCALE_B].float()
     if checkpoint.is_first_form:
-        scale_b = scale_b[:, : parts[LATENT].shape[1]].contiguous()  # padded to whole groups
+        scale_b = scale_b[:, : parts[keys.LATENT].shape[1]].contiguous()  # padded to whole groups
         return LowRank(scale_a, torch.ones(scale_a.shape[1]), scale_b)
-    magnitude = parts[MAGNITUDE].float()
-    if BAKED in parts and int(parts[BAKED]) == 1:
+    magnitude = parts[keys.MAGNITUDE].float()
+    if keys.BAKED in parts and int(parts[keys.BAKED]) == 1:
         return LowRank(scale_a, magnitude, scale_b)
     if config.get("force_positive_scales"):
         positive = choice(config, "positive_scale_method", "abs", POSITIVE)
@@ -87,18 +75,22 @@ def choice(config: dict[str, Any], key: str, default: str, known: dict[str, Any]
     return known[name]
 
 
-def check_shapes(checkpoint: SeedCheckpoint, name: str) -> None:
+def check_shapes(checkpoint: keys.SeedCheckpoint, name: str) -> None:
     """Refuse a layer whose tensors do not go together or hold NaN or infinity; names the key."""
     parts = checkpoint.layers[name]
-    small = [part for part in (CODEBOOK, SCALE_A, SCALE_B, MAGNITUDE) if part in parts]
+    small = [
+        part
+        for part in (keys.CODEBOOK, keys.SCALE_A, keys.SCALE_B, keys.MAGNITUDE)
+        if part in parts
+    ]
     for part in small:
         if not torch.isfinite(parts[part]).all():
             raise ValueError(f"{name}.{part} holds NaN or infinity; give an earlier checkpoint")
-    num_outputs, rank = parts[SCALE_A].shape
-    width = parts[SCALE_B].shape[1]
-    num_inputs = parts[LATENT].shape[1] if checkpoint.is_first_form else width
-    expected = {SCALE_B: (rank, max(width, num_inputs)), MAGNITUDE: (rank,)}
-    expected |= dict.fromkeys((LATENT, VALUES, INDICES), (num_outputs, num_inputs))
+    num_outputs, rank = parts[keys.SCALE_A].shape
+    width = parts[keys.SCALE_B].shape[1]
+    num_inputs = parts[keys.LATENT].shape[1] if checkpoint.is_first_form else width
+    expected = {keys.SCALE_B: (rank, max(width, num_inputs)), keys.MAGNITUDE: (rank,)}
+    expected |= dict.fromkeys((keys.LATENT, keys.VALUES, keys.INDICES), (num_outputs, num_inputs))
     for part, shape in expected.items():
         if part in parts and tuple(parts[part].shape) != shape:
             raise ValueError(
@@ -107,59 +99,59 @@ def check_shapes(checkpoint: SeedCheckpoint, name: str) -> None:
             )
 
 
-def read_codebook(parts: Parts) -> Tensor:
+def read_codebook(parts: keys.Parts) -> Tensor:
     """Return the codebook that a layer's forward uses, (C,) float32.
 
     Codebooks in training are kept as steps: 8 shares of the way from 0 to the largest value, each
     no less than two float16 spacings there, mirrored. `lut` then holds what training started from.
     """
-    stored = parts[CODEBOOK].float().flatten()
-    if CODEBOOK_STEPS not in parts:
+    stored = parts[keys.CODEBOOK].float().flatten()
+    if keys.CODEBOOK_STEPS not in parts:
         return stored
     largest = float(stored.abs().max())
     least = max(2 * 2.0 ** (math.ceil(math.log2(max(largest, EPSILON))) - 10), 1e-4)
-    shares = parts[CODEBOOK_STEPS].float().softmax(0)
+    shares = parts[keys.CODEBOOK_STEPS].float().softmax(0)
     steps = least + (largest - len(shares) * least) * shares
     positive = steps.cumsum(0)
     return snap_float16(torch.cat([-positive.flip(0), positive]))
 
 
-def frozen_indices(name: str, parts: Parts, scale: Tensor) -> Tensor:
+def frozen_indices(name: str, parts: keys.Parts, scale: Tensor) -> Tensor:
     """Return a layer's indices, (O, I) uint8.
 
     Their forward reads the values `_Q`, so these decide; else the indices; else what the latent
     weight rounds to, as their training does where a checkpoint has neither.
     """
-    codebook, order = parts[CODEBOOK].float().flatten().sort()
-    if VALUES in parts and CODEBOOK_STEPS not in parts:
-        values = parts[VALUES]
+    codebook, order = parts[keys.CODEBOOK].float().flatten().sort()
+    if keys.VALUES in parts and keys.CODEBOOK_STEPS not in parts:
+        values = parts[keys.VALUES]
         found = nearest_indices(values.float(), codebook)
         wrong = int((codebook.to(values.dtype)[found.int()] != values).sum())
         if wrong:
             raise ValueError(
-                f"{name}.{VALUES} holds {wrong} values that {name}.{CODEBOOK} lacks: one of the "
-                "two is of another step of training; bake the codebook where it was trained"
+                f"{name}.{keys.VALUES} holds {wrong} values that {name}.{keys.CODEBOOK} lacks: one "
+                "of the two is of another step of training; bake the codebook where it was trained"
             )
         return order.to(torch.uint8)[found.int()]
-    if INDICES in parts:
-        indices = parts[INDICES]
+    if keys.INDICES in parts:
+        indices = parts[keys.INDICES]
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= len(codebook):
             raise ValueError(
-                f"{name}.{INDICES} reaches {low} .. {high}, {name}.{CODEBOOK} has {len(codebook)} "
-                "values; fetch the checkpoint again"
+                f"{name}.{keys.INDICES} reaches {low} .. {high}, {name}.{keys.CODEBOOK} has "
+                f"{len(codebook)} values; fetch the checkpoint again"
             )
         return indices.to(torch.uint8)
-    if LATENT not in parts:
-        raise ValueError(f"{name}.{INDICES} is missing; give a checkpoint that has it")
-    normalized = finite_weight(name, parts[LATENT]) / scale
+    if keys.LATENT not in parts:
+        raise ValueError(f"{name}.{keys.INDICES} is missing; give a checkpoint that has it")
+    normalized = finite_weight(name, parts[keys.LATENT]) / scale
     return order.to(torch.uint8)[nearest_indices(normalized, codebook).int()]
 
 
 def finite_weight(name: str, weight: Tensor) -> Tensor:
     """Return a latent weight in float32, refused if a number is not finite."""
     if not torch.isfinite(weight).all():
-        raise ValueError(f"{name}.{LATENT} holds NaN or infinity; give an earlier checkpoint")
+        raise ValueError(f"{name}.{keys.LATENT} holds NaN or infinity; give an earlier checkpoint")
     return weight.float()
 
 
@@ -181,7 +173,7 @@ def first_form_indices(weight: Tensor, scale: Tensor, codebook: Tensor) -> Tenso
 @torch.no_grad()
 def layer_parts(
     layer: FakeQuantLinear, rank: int, weight: Tensor | None, is_float16: bool = False
-) -> Parts:
+) -> keys.Parts:
     """Return a layer's tensors under the seeds' names.
 
     Args:
@@ -202,14 +194,14 @@ def layer_parts(
         weight = layer.latent_weight if moves else layer.fake_quantized_weight()
     weight = weight.detach().cpu().float().contiguous()
     return {
-        LATENT: snap_float16(weight) if is_float16 else weight,
-        CODEBOOK: codebook.clone(),
-        SCALE_A: scale_a.contiguous(),
-        SCALE_B: scale_b.contiguous(),
-        MAGNITUDE: magnitude.contiguous(),
-        VALUES: codebook[indices],
-        INDICES: indices,
-        BAKED: torch.tensor(int(is_float16), dtype=torch.int8),
+        keys.LATENT: snap_float16(weight) if is_float16 else weight,
+        keys.CODEBOOK: codebook.clone(),
+        keys.SCALE_A: scale_a.contiguous(),
+        keys.SCALE_B: scale_b.contiguous(),
+        keys.MAGNITUDE: magnitude.contiguous(),
+        keys.VALUES: codebook[indices],
+        keys.INDICES: indices,
+        keys.BAKED: torch.tensor(int(is_float16), dtype=torch.int8),
     }
 
 

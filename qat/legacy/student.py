@@ -14,20 +14,7 @@ from torch import Tensor, nn
 
 from qat.grids.scalar import snap_float16
 from qat.grids.scales import LowRank
-from qat.legacy.checkpoint import (
-    CODEBOOK,
-    CONFIG_NAMES,
-    DEFAULT_GROUP_SIZE,
-    INDICES,
-    LATENT,
-    OUR_KEY,
-    PRESETS,
-    SCALE_A,
-    Parts,
-    SeedCheckpoint,
-    content_fingerprint,
-    refuse_keys,
-)
+from qat.legacy import checkpoint as keys
 from qat.legacy.layer import (
     FLOOR,
     finite_weight,
@@ -50,7 +37,7 @@ KINDS = ("mlp", "attention")
 
 
 def read_seed_student(
-    checkpoint: SeedCheckpoint, base: Path, *, dtype: torch.dtype = torch.float32
+    checkpoint: keys.SeedCheckpoint, base: Path, *, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """Return the student that a checkpoint stands for, on the CPU, in eval mode, frozen.
 
@@ -67,22 +54,22 @@ def read_seed_student(
     model = empty_student(base, rules_of(checkpoint, factors).resolve, dtype)
     layers = quantized_layers(model)
     file = checkpoint.file
-    refuse_keys(file, "unknown", [f"{n}.{SCALE_A}" for n in factors if n not in layers])
-    refuse_keys(file, "missing", [f"{n}.{SCALE_A}" for n in layers if n not in factors])
+    keys.refuse_keys(file, "unknown", [f"{n}.{keys.SCALE_A}" for n in factors if n not in layers])
+    keys.refuse_keys(file, "missing", [f"{n}.{keys.SCALE_A}" for n in layers if n not in factors])
     for name, layer in layers.items():
         fill_layer(layer, checkpoint, name, factors[name])
     fill_dense(model, checkpoint, base, dtype)
     return model.eval().requires_grad_(False)
 
 
-def seed_rules(checkpoint: SeedCheckpoint) -> PlanRules:
+def seed_rules(checkpoint: keys.SeedCheckpoint) -> PlanRules:
     """Return how a checkpoint is quantized."""
     return rules_of(
         checkpoint, {name: read_factors(checkpoint, name) for name in checkpoint.layers}
     )
 
 
-def rules_of(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> PlanRules:
+def rules_of(checkpoint: keys.SeedCheckpoint, factors: dict[str, LowRank]) -> PlanRules:
     """Return the plan of a checkpoint whose layers of one kind agree in bits and rank."""
     specs: dict[str, TensorSpec] = {}
     firsts: dict[str, str] = {}
@@ -113,12 +100,12 @@ def rules_of(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> PlanRul
     return PlanRules(name, tuple(Rule(kind, specs[kind]) for kind in KINDS))
 
 
-def bits_of(name: str, parts: Parts) -> int:
+def bits_of(name: str, parts: keys.Parts) -> int:
     """Return the bits per index that a codebook's length stands for."""
-    count = parts[CODEBOOK].numel()
+    count = parts[keys.CODEBOOK].numel()
     bits = count.bit_length() - 1
     if count != 2**bits or not 2 <= bits <= 8:
-        raise ValueError(f"{name}.{CODEBOOK} has {count} values; students hold 4, 8, .. 256")
+        raise ValueError(f"{name}.{keys.CODEBOOK} has {count} values; students hold 4, 8, .. 256")
     return bits
 
 
@@ -130,7 +117,9 @@ def sizes_of(factors: LowRank) -> dict[str, int]:
     return {"group_size": factors.scale_b.shape[1] // groups.shape[1]}
 
 
-def stored_dtypes(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> dict[str | None, str]:
+def stored_dtypes(
+    checkpoint: keys.SeedCheckpoint, factors: dict[str, LowRank]
+) -> dict[str | None, str]:
     """Return, by kind of layer, the least dtype that holds its scales and codebooks."""
     dtypes: dict[str | None, str] = {}
     for name, parts in checkpoint.layers.items():
@@ -143,7 +132,7 @@ def stored_dtypes(checkpoint: SeedCheckpoint, factors: dict[str, LowRank]) -> di
 
 @torch.no_grad()
 def fill_layer(
-    layer: FakeQuantWeight, checkpoint: SeedCheckpoint, name: str, factors: LowRank
+    layer: FakeQuantWeight, checkpoint: keys.SeedCheckpoint, name: str, factors: LowRank
 ) -> None:
     """Put a layer's indices, codebook and factors in place."""
     parts = checkpoint.layers[name]
@@ -152,18 +141,18 @@ def fill_layer(
         for part, values in factors._asdict().items():
             put(getattr(layer, part), values, f"{name}.{part}")
     else:
-        put(layer.scale, as_group_scales(factors), f"{name}.{SCALE_A}")
-    put(layer.codebook, codebook, f"{name}.{CODEBOOK}")
+        put(layer.scale, as_group_scales(factors), f"{name}.{keys.SCALE_A}")
+    put(layer.codebook, codebook, f"{name}.{keys.CODEBOOK}")
     if checkpoint.is_first_form:
-        indices = first_form_indices(parts[LATENT].float(), layer.full_scale(), codebook)
+        indices = first_form_indices(parts[keys.LATENT].float(), layer.full_scale(), codebook)
     else:
         indices = frozen_indices(name, parts, layer.full_scale())
-    put(layer.indices, indices, f"{name}.{INDICES}")
+    put(layer.indices, indices, f"{name}.{keys.INDICES}")
 
 
 @torch.no_grad()
 def fill_dense(
-    model: nn.Module, checkpoint: SeedCheckpoint, base: Path, dtype: torch.dtype
+    model: nn.Module, checkpoint: keys.SeedCheckpoint, base: Path, dtype: torch.dtype
 ) -> None:
     """Put dense parts in place, from the checkpoint or, where it has none, from the base model."""
     targets = dense_targets(model)
@@ -176,26 +165,28 @@ def fill_dense(
             "ties to it; give the base model that it was trained from"
         )
     derived = {key for key in dense if key.endswith("rotary_emb.inv_freq")}
-    refuse_keys(checkpoint.file, "unknown", sorted(dense.keys() - targets.keys() - tied - derived))
-    refuse_keys(checkpoint.file, "missing", sorted(targets.keys() - dense.keys()))
+    keys.refuse_keys(
+        checkpoint.file, "unknown", sorted(dense.keys() - targets.keys() - tied - derived)
+    )
+    keys.refuse_keys(checkpoint.file, "missing", sorted(targets.keys() - dense.keys()))
     for key, target in targets.items():
         put(target, dense[key].to(dtype), key)
 
 
-def read_dense(folder: Path, keys: list[str]) -> Parts:
+def read_dense(folder: Path, keys: list[str]) -> keys.Parts:
     """Return the tensors of a model folder that are asked for and there."""
-    found: Parts = {}
+    found: keys.Parts = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
             found |= {key: handle.get_tensor(key) for key in keys if key in handle.keys()}  # noqa: SIM118 not a dict
     return found
 
 
-def latent_weights(checkpoint: SeedCheckpoint) -> Callable[[str], Tensor | None]:
+def latent_weights(checkpoint: keys.SeedCheckpoint) -> Callable[[str], Tensor | None]:
     """Return a function from a layer's name to its latent weight, (O, I); None where unknown."""
 
     def weight_of(name: str) -> Tensor | None:
-        weight = checkpoint.layers.get(name, {}).get(LATENT)
+        weight = checkpoint.layers.get(name, {}).get(keys.LATENT)
         return None if weight is None else finite_weight(name, weight)
 
     return weight_of
@@ -212,9 +203,9 @@ def write_seed_checkpoint(
 ) -> None:
     """Write a student as a V2 checkpoint, `config.json` next to it."""
     write_seed_state(model, file, weight_of=weight_of, is_float16=is_float16)
-    notes = {**(notes or {}), "content": content_fingerprint(file)}
-    config = {**config_of_student(model, model_id), OUR_KEY: notes}
-    write_json(file.parent / CONFIG_NAMES[0], config)
+    notes = {**(notes or {}), "content": keys.content_fingerprint(file)}
+    config = {**config_of_student(model, model_id), keys.OUR_KEY: notes}
+    write_json(file.parent / keys.CONFIG_NAMES[0], config)
 
 
 def config_of_student(model: nn.Module, model_id: str) -> dict[str, Any]:
@@ -224,7 +215,7 @@ def config_of_student(model: nn.Module, model_id: str) -> dict[str, Any]:
     specs = {tensor_kind(name): layer.spec for name, layer in layers.items()}
     mlp, attention = specs["mlp"], specs["attention"]
     sizes = (2**mlp.bits, ranks["mlp"], 2**attention.bits, ranks["attention"])
-    preset = next((name for name, preset in PRESETS.items() if preset == sizes), None)
+    preset = next((name for name, preset in keys.PRESETS.items() if preset == sizes), None)
     return {
         "version": "v2",
         "model_id": model_id,
@@ -235,7 +226,7 @@ def config_of_student(model: nn.Module, model_id: str) -> dict[str, Any]:
         "scale_rank": ranks["mlp"],
         "mlp_scale_rank": ranks["mlp"],
         "attn_scale_rank": ranks["attention"],
-        "group_size": mlp.group_size or DEFAULT_GROUP_SIZE,
+        "group_size": mlp.group_size or keys.DEFAULT_GROUP_SIZE,
         "force_positive_scales": False,
         "magnitude_activation": "identity",
     }
@@ -277,7 +268,7 @@ def write_seed_state(
             raise ValueError(f"{name} floors its scales; run `qat convert-v1-to-v2` first")
     ranks = common_ranks(layers)
 
-    def parts_of(name: str) -> Parts:
+    def parts_of(name: str) -> keys.Parts:
         weight = weight_of and weight_of(name)
         return layer_parts(layers[name], ranks[tensor_kind(name)], weight, is_float16)
 
@@ -286,7 +277,7 @@ def write_seed_state(
 
 
 def seed_tensors(
-    model: nn.Module, layers: dict[str, FakeQuantWeight], parts_of: Callable[[str], Parts]
+    model: nn.Module, layers: dict[str, FakeQuantWeight], parts_of: Callable[[str], keys.Parts]
 ) -> Iterator[tuple[str, Tensor | str]]:
     """Yield a student's tensors under the seeds' names; for a tied head, the embedding's name."""
     names: dict[int, str] = {}

@@ -21,15 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from qat.grids.scalar import fits_float16, snap_bfloat16
+from qat.model import surgery
 from qat.model.attention import widen_attention
-from qat.model.surgery import (
-    current_indices,
-    empty_layer,
-    model_tensors,
-    quantized_layers,
-    replace_weights,
-    stored_parts,
-)
 from qat.quant.plan import QuantPlan, TensorInfo, plan_from_dict, tensor_kind
 from qat.quant.spec import TensorSpec
 from qat.storage.files import atomic_folder, read_json, sha256_of_file, write_json
@@ -93,9 +86,9 @@ def write_checkpoint(
 def student_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what a checkpoint file holds, by name."""
     tensors: dict[str, Tensor] = {}
-    for name, layer in quantized_layers(model).items():
-        tensors[f"{name}.indices"] = layer.spec.grid.pack(current_indices(layer).cpu())
-        for part, values in stored_parts(layer).items():
+    for name, layer in surgery.quantized_layers(model).items():
+        tensors[f"{name}.indices"] = layer.spec.grid.pack(surgery.current_indices(layer).cpu())
+        for part, values in surgery.stored_parts(layer).items():
             tensors[f"{name}.{part}"] = as_stored(values, layer.spec, name, part)
     return tensors | dense_tensors(model)
 
@@ -196,7 +189,7 @@ def empty_student(
     """Return a student whose tensors have sizes but no values; `plan_of` its parameters."""
     model = empty_model(folder, dtype)
     widen_attention(model)
-    replace_weights(model, plan_of(model_tensors(model)), empty_layer)
+    surgery.replace_weights(model, plan_of(surgery.model_tensors(model)), surgery.empty_layer)
     return model
 
 
@@ -240,7 +233,7 @@ def fill(model: nn.Module, file: safe_open, dtype: torch.dtype) -> None:
 
     One tensor is read at a time, and takes the place of the empty one: no second copy is held.
     """
-    layers = quantized_layers(model)
+    layers = surgery.quantized_layers(model)
     left = set(file.keys())
 
     def take(name: str) -> Tensor:
@@ -252,7 +245,7 @@ def fill(model: nn.Module, file: safe_open, dtype: torch.dtype) -> None:
     for name, layer in layers.items():
         shape = (layer.out_features, layer.in_features)
         layer.indices = layer.spec.grid.unpack(take(f"{name}.indices"), shape)
-        for part, empty in stored_parts(layer).items():
+        for part, empty in surgery.stored_parts(layer).items():
             values = layer.spec.load_part(part, take(f"{name}.{part}"), tuple(empty.shape))
             put(empty, values, f"{name}.{part}")
     for key, target in dense_targets(model).items():
@@ -266,7 +259,7 @@ def dense_targets(model: nn.Module) -> dict[str, Tensor]:
 
     Biases of quantized layers are among them.
     """
-    layers = quantized_layers(model)
+    layers = surgery.quantized_layers(model)
     stored = model.state_dict(keep_vars=True)  # the parameters themselves, not views of them
     targets: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -313,7 +306,7 @@ def bits_per_weight(model: nn.Module) -> dict[str, float | None]:
     """
     bits: Counter[str] = Counter()
     weights: Counter[str] = Counter()
-    for name, layer in quantized_layers(model).items():
+    for name, layer in surgery.quantized_layers(model).items():
         kind, shape = tensor_kind(name), (layer.out_features, layer.in_features)
         bits[kind] += layer.spec.size_bits(shape)
         weights[kind] += shape[0] * shape[1]

@@ -81,7 +81,10 @@ class FakeQuantWeight(nn.Module):
         scale, offset = self.expand()
         codebook, grid = self.stored_codebook(), self.spec.grid
         if self.held_values is not None and not torch.is_grad_enabled():
-            return scale_values(self.held_values, scale, offset, dtype)
+            values = self.held_values
+            return scale_values(
+                lambda rows: values[rows].float(), values.shape, scale, offset, dtype
+            )
         if self.latent_weight is None:
             return Dequantize.apply(self.indices, scale, offset, codebook, grid, dtype)
         return fake_quantize(self.latent_weight, scale, codebook, grid, dtype, offset=offset)
@@ -141,7 +144,7 @@ class FakeQuantEmbedding(FakeQuantWeight):
 
     @classmethod
     def from_embedding(
-        cls, embedding: nn.Embedding, quantized: QuantizedTensor
+        cls, embedding: "nn.Embedding | FakeQuantEmbedding", quantized: QuantizedTensor
     ) -> "FakeQuantEmbedding":
         """Return the layer that holds a quantized table in an embedding's place."""
         layer = empty_embedding(embedding, quantized.spec)
@@ -188,12 +191,13 @@ def empty_linear(linear: nn.Linear, spec: TensorSpec) -> FakeQuantLinear:
     )
 
 
-def empty_embedding(embedding: nn.Embedding, spec: TensorSpec) -> FakeQuantEmbedding:
+def empty_embedding(
+    embedding: nn.Embedding | FakeQuantEmbedding, spec: TensorSpec
+) -> FakeQuantEmbedding:
     """Return a layer of an embedding's sizes whose values come later."""
-    return FakeQuantEmbedding(
-        embedding.num_embeddings,
-        embedding.embedding_dim,
-        spec,
-        dtype=embedding.weight.dtype,
-        embed_scale=getattr(embedding, "embed_scale", None),
-    )
+    scale = getattr(embedding, "embed_scale", None)
+    if isinstance(embedding, nn.Embedding):
+        sizes, dtype = embedding.weight.shape, embedding.weight.dtype
+    else:
+        sizes, dtype = (embedding.out_features, embedding.in_features), embedding.dtype
+    return FakeQuantEmbedding(*sizes, spec, dtype=dtype, embed_scale=scale)

@@ -1,7 +1,7 @@
 """Swapping linears and embeddings for quantized ones, and holding weights for many forwards."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -68,13 +68,7 @@ def kind_of(
 
 def add_alias(found: dict[str, TensorInfo], name: str, alias: str) -> None:
     """Note a parameter that is tied to another one."""
-    info = found[name]
-    found[name] = TensorInfo(
-        shape=info.shape,
-        kind=info.kind,
-        is_quantizable=info.is_quantizable,
-        aliases=(*info.aliases, alias),
-    )
+    found[name] = replace(found[name], aliases=(*found[name].aliases, alias))
 
 
 def dense_weights(model: nn.Module, plan: QuantPlan) -> dict[str, nn.Module]:
@@ -97,8 +91,8 @@ def replace_weights(
     model: nn.Module, plan: QuantPlan, make: Callable[[str, nn.Module, TensorSpec], nn.Module]
 ) -> None:
     """Swap each dense module that a plan quantizes for what `make(name, module, spec)` returns."""
-    for name, module in dense_weights(model, plan).items():
-        put_layer(model, name, make(name, module, plan.quantized[name]))
+    for name in list(dense_weights(model, plan)):  # so that no module outlives its turn
+        put_layer(model, name, make(name, model.get_submodule(name), plan.quantized[name]))
 
 
 def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -127,18 +121,8 @@ def swap(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def quantized_layer(module: nn.Module, quantized: QuantizedTensor) -> FakeQuantWeight:
     """Return the layer that holds a quantized weight in the place of a linear or an embedding."""
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding | FakeQuantEmbedding):
         return FakeQuantEmbedding.from_embedding(module, quantized)
-    if isinstance(module, FakeQuantEmbedding):
-        layer = FakeQuantEmbedding(
-            module.out_features,
-            module.in_features,
-            quantized.spec,
-            dtype=module.dtype,
-            embed_scale=module.embed_scale,
-        )
-        layer.take(quantized)
-        return layer
     return FakeQuantLinear.from_linear(module, quantized)
 
 
@@ -202,18 +186,6 @@ def release_weights(model: nn.Module) -> None:
         layer.held_weight = layer.held_values = None
 
 
-@contextmanager
-def held_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Hold weights inside the block; put back what was held before."""
-    former = {layer: layer.held_weight for layer in quantized_layers(model).values()}
-    hold_weights(model, dtype)
-    try:
-        yield
-    finally:
-        for layer, weight in former.items():
-            layer.held_weight = weight
-
-
 @torch.no_grad()
 def hold_values(layer: FakeQuantWeight) -> None:
     """Look the grid values of frozen indices up once, where no step changes them.
@@ -253,6 +225,7 @@ def thaw_indices(layer: FakeQuantWeight, weight: torch.Tensor | None = None) -> 
         moved = moved.repeat_interleave(grid.block_size, dim=1)
         latent = torch.where(moved, at_values, latent)
     layer.latent_weight = nn.Parameter(latent)
+    layer.indices = layer.indices.new_empty(0)  # they follow from the latent weight
     layer.held_values = None
 
 

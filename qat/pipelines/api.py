@@ -1,8 +1,9 @@
 """The Python API: each function takes what matters as parameters, the rest as settings by name.
 
 Settings are the fields of the command's config class, described there; a group of fields may be
-given as a dict. Progress is logged to the logger `qat`. A function imports its pipeline when it is
-called, so that an export loads no trainer.
+given as a dict. An unknown one is a TypeError, one out of range a ValueError, what is not there a
+FileNotFoundError. Progress is logged to the logger `qat`. A function imports its pipeline when it
+is called, so that an export loads no trainer.
 """
 
 from collections.abc import Mapping
@@ -41,9 +42,7 @@ def build_cache(teacher: PathLike, data: PathLike, **settings: object) -> "Build
         The cache's folder and fingerprint, tokens and rates.
 
     Raises:
-        TypeError: If a setting is unknown; names it.
         ValueError: If a setting is out of range.
-        FileNotFoundError: If teacher or data are not there.
 
     Example:
         >>> made = qat.build_cache("Qwen/Qwen3-0.6B", "records.jsonl", seq_len=64)
@@ -75,24 +74,15 @@ def quantize(
         The student's folder, and what was measured.
 
     Raises:
-        TypeError: If a setting is unknown; names it.
         ValueError: If the plan does not fit the model, or the cache is of another one.
-        FileNotFoundError: If model or cache are not there.
 
     Example:
         >>> qat.quantize("Qwen/Qwen3-0.6B", "deploy", cache=made.cache, output="runs/q2_init")
     """
-    config = make_config(
-        InitStudentConfig,
-        model=str(model),
-        plan=plan,
-        cache_dir=cache,
-        output=output,
-        **settings,
-    )
     from qat.pipelines.quantize import quantize as run
 
-    return run(config)
+    named = {"model": str(model), "plan": plan, "cache_dir": cache, "output": output}
+    return run(make_config(InitStudentConfig, **named, **settings))
 
 
 def compress(
@@ -140,9 +130,7 @@ def train(
         The best student's folder, and the numbers of the run.
 
     Raises:
-        TypeError: If a setting is unknown; names it.
         ValueError: If settings contradict each other, or the cache is of another teacher.
-        FileNotFoundError: If student or cache are not there.
         FloatingPointError: If the loss stops being finite.
 
     Example:
@@ -151,15 +139,8 @@ def train(
     """
     from qat.pipelines.train import train as run
 
-    return run(
-        make_config(
-            TrainConfig,
-            checkpoint=checkpoint,
-            cache_dir=cache,
-            output_dir=output_dir,
-            **settings,
-        )
-    )
+    named = {"checkpoint": checkpoint, "cache_dir": cache, "output_dir": output_dir}
+    return run(make_config(TrainConfig, **named, **settings))
 
 
 def evaluate(
@@ -183,25 +164,15 @@ def evaluate(
         KL to the teacher, perplexity, agreement and bits per weight; None where unknown.
 
     Raises:
-        TypeError: If a setting is unknown; names it.
         ValueError: If neither or both of cache and text are given, or they do not fit the student.
-        FileNotFoundError: If one of them is not there.
 
     Example:
         >>> qat.evaluate("runs/q2", cache=made.cache).kl_nats
     """
     from qat.pipelines.evaluate import evaluate as run
 
-    return run(
-        make_config(
-            EvaluateConfig,
-            checkpoint=str(checkpoint),
-            cache_dir=cache,
-            text=text,
-            teacher=teacher and str(teacher),
-            **settings,
-        )
-    )
+    named = {"checkpoint": str(checkpoint), "teacher": teacher and str(teacher)}
+    return run(make_config(EvaluateConfig, **named, cache_dir=cache, text=text, **settings))
 
 
 def export(
@@ -219,18 +190,15 @@ def export(
         The path, and what was compared.
 
     Raises:
-        TypeError: If a setting is unknown; names it.
         ValueError: If the output exists, or the format cannot hold the student exactly.
-        FileNotFoundError: If the student is not there.
 
     Example:
         >>> qat.export("runs/q2", "gguf", "exports/q2.gguf").exact
     """
     from qat.pipelines.export import export as run
 
-    return run(
-        make_config(ExportConfig, checkpoint=str(checkpoint), to=to, output=output, **settings)
-    )
+    named = {"checkpoint": str(checkpoint), "to": to, "output": output}
+    return run(make_config(ExportConfig, **named, **settings))
 
 
 def make_config(config_type: type[Config], **settings: object) -> Config:

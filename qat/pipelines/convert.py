@@ -21,6 +21,7 @@ from qat.model.layers import FakeQuantLinear
 from qat.model.load import load_dense, model_identity
 from qat.model.rankwise import low_rank_factors, widen
 from qat.model.surgery import layers_of_kind, model_tensors, quantized_layers, swap
+from qat.pipelines import students
 from qat.pipelines.fit_layers import FitTask
 from qat.pipelines.open_cache import open_cache
 from qat.pipelines.open_checkpoint import Checkpoint, latent_or_base_weights, open_checkpoint
@@ -34,16 +35,6 @@ from qat.pipelines.quantize_config import (
     bits_of_size,
     require_other,
 )
-from qat.pipelines.students import (
-    Numbers,
-    StudentResult,
-    change_student,
-    done_before,
-    finished,
-    measure_and_write,
-    recipe,
-    write_student,
-)
 from qat.quant.plan import QuantPlan, int_spec, kind_specs, plan_from_dict, read_plan, tensor_kind
 from qat.quant.spec import TensorSpec, make_spec
 from qat.tracking.messages import say
@@ -51,12 +42,12 @@ from qat.tracking.messages import say
 WeightOf = Callable[[str], Tensor | None]
 
 
-def convert(config: ConvertConfig) -> StudentResult:
+def convert(config: ConvertConfig) -> students.StudentResult:
     """Open a student, fit what changes, measure before and after, write."""
 
     def refit(
         student: nn.Module, _plan: QuantPlan, place: Place, cache: TeacherCache | None
-    ) -> tuple[QuantPlan, Numbers]:
+    ) -> tuple[QuantPlan, students.Numbers]:
         expected = read_plan(config.plan, model_tensors(student))
         specs = layers_to_change(student, expected)
         own_weight = weights_to_fit(student, lambda _name: None)
@@ -64,7 +55,7 @@ def convert(config: ConvertConfig) -> StudentResult:
         sqnr = weight_sqnr_db(student, list(specs), own_weight)
         return expected, {"layers_changed": len(specs), "weight_sqnr_db": sqnr}
 
-    return change_student("convert", config, config.checkpoint, refit)
+    return students.change_student("convert", config, config.checkpoint, refit)
 
 
 def fit_student(
@@ -142,7 +133,7 @@ def weights_to_fit(student: nn.Module, weight_of: WeightOf) -> Callable[[str], T
     return weight
 
 
-def convert_q4_to_q2(config: ConvertQ4ToQ2Config) -> StudentResult:
+def convert_q4_to_q2(config: ConvertQ4ToQ2Config) -> students.StudentResult:
     """Open a 4-bit student, fit its MLP layers anew, measure, write."""
     started = time.perf_counter()
     place = Place.of(config)
@@ -159,25 +150,21 @@ def convert_q4_to_q2(config: ConvertQ4ToQ2Config) -> StudentResult:
     cache = open_cache(config.cache_dir, opened.text_folder, base["weights"])
     fingerprint = cache and cache.fingerprint
     read = {"q4": header.sha256, "base": base["weights"], "cache": fingerprint}
-    made_by = recipe("convert-q4-to-q2", config, **read)
+    made_by = students.recipe("convert-q4-to-q2", config, **read)
     q2_specs(previous, config)  # refuses what cannot be, before long work
-    if (done := finished(config.output, made_by)) is not None:
-        return done_before(config.output, done)
+    if done := students.finished(config.output, made_by):
+        return done
     weight_of = latent_or_base_weights(opened, base)
     student, plan = fit_q2(config, opened, weight_of, base["path"], cache, place)
     header = replace(
-        header,
-        plan=plan.to_dict(),
-        base_model=base,
-        cache_fingerprint=fingerprint,
-        made_by=made_by,
+        header, plan=plan.to_dict(), base_model=base, cache_fingerprint=fingerprint, made_by=made_by
     )
-    return measure_and_write(
+    return students.measure_and_write(
         student,
         header,
         config.output,
         cache=cache if config.eval else None,
-        write=partial(write_student, text_source=opened.text_folder, weight_of=weight_of),
+        write=partial(students.write_student, text_source=opened.text_folder, weight_of=weight_of),
         started=started,
         place=place,
     )

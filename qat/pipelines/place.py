@@ -1,19 +1,12 @@
 """Where a pipeline computes, and in which dtype."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
+from qat.runtime.config import PlaceConfig
 from qat.runtime.device import Device
 from qat.tracking.messages import say
-
-
-class PlaceConfig(Protocol):
-    """What says so in a command's config."""
-
-    device: str
-    dtype: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,24 +12,10 @@ from qat.model.head import Tokens
 from qat.model.layers import FakeQuantLinear
 from qat.model.load import base_weights, load_dense, model_folder, model_identity
 from qat.model.surgery import dense_weights, model_tensors
-from qat.pipelines.fit_layers import (
-    FitTask,
-    fit_by_decoder_layers,
-    fit_with_moments,
-    head_weight,
-    token_frequencies,
-)
+from qat.pipelines import fit_layers, students
 from qat.pipelines.open_cache import open_cache
 from qat.pipelines.place import Place
 from qat.pipelines.quantize_config import CALIBRATION_BATCH, FitConfig, InitStudentConfig
-from qat.pipelines.students import (
-    StudentResult,
-    done_before,
-    finished,
-    measure_and_write,
-    recipe,
-    write_student,
-)
 from qat.quant.plan import QuantPlan, read_plan
 from qat.runtime.device import Device
 from qat.tracking.messages import say
@@ -37,16 +23,16 @@ from qat.tracking.messages import say
 LINEARS = (nn.Linear, FakeQuantLinear)
 
 
-def quantize(config: InitStudentConfig) -> StudentResult:
+def quantize(config: InitStudentConfig) -> students.StudentResult:
     """Load a model, calibrate, fit every weight of the plan, measure, write."""
     started = time.perf_counter()
     place = Place.of(config)
     base, folder = model_identity(config.model), model_folder(config.model)
     cache = open_cache(config.cache_dir, folder, base["weights"])
     fingerprint = cache and cache.fingerprint
-    made_by = recipe("init-student", config, base=base["weights"], cache=fingerprint)
-    if (done := finished(config.output, made_by)) is not None:
-        return done_before(config.output, done)
+    made_by = students.recipe("init-student", config, base=base["weights"], cache=fingerprint)
+    if done := students.finished(config.output, made_by):
+        return done
     model = load_dense(config.model, dtype=place.dtype)
     plan = read_plan(config.plan, model_tensors(model))
     quantize_model(model, plan, config, cache, place)
@@ -57,12 +43,12 @@ def quantize(config: InitStudentConfig) -> StudentResult:
         made_by=made_by,
     )
     weight_of = base_weights(config.model, base)
-    return measure_and_write(
+    return students.measure_and_write(
         model,
         header,
         config.output,
         cache=cache if config.eval else None,
-        write=partial(write_student, text_source=folder, weight_of=weight_of),
+        write=partial(students.write_student, text_source=folder, weight_of=weight_of),
         started=started,
         place=place,
     )
@@ -74,7 +60,7 @@ def quantize_model(
     """Turn a full-precision model on the CPU into a student in place."""
     dense_weights(model, plan)  # refuses a plan that quantizes nothing
     batches = calibration_batches(cache, config)
-    task = FitTask(
+    task = fit_layers.FitTask(
         specs=plan.quantized,
         # Asked of the model, so that no original module outlives its fit.
         weight_of=lambda name: model.get_submodule(name).weight,
@@ -91,12 +77,12 @@ def row_weights(model: nn.Module, plan: QuantPlan, batches: list[Tokens]) -> dic
     if name not in plan.quantized or not batches:
         return {}
     vocab_size = plan.shapes[f"{name}.weight"][0]
-    return {name: token_frequencies([batch.token_ids for batch in batches], vocab_size)}
+    return {name: fit_layers.token_frequencies([batch.token_ids for batch in batches], vocab_size)}
 
 
 def fit_on_device(
     model: nn.Module,
-    task: FitTask,
+    task: fit_layers.FitTask,
     config: FitConfig,
     batches: list[Tokens],
     place: Place,
@@ -109,24 +95,26 @@ def fit_on_device(
     """
     if config.fit == "moments" or not batches:
         moments = second_moments(reference or model, task, batches, place.device)
-        fit_with_moments(model, task, moments)
+        fit_layers.fit_with_moments(model, task, moments)
         return
     device = place.device.eager()
     batches = [batch.to(device.torch_device) for batch in batches]
     if reference is not None:
         device.place(reference)
     with device.hosting(model):
-        fit_by_decoder_layers(model, task, batches, reference=reference, dtype=place.dtype)
+        fit_layers.fit_by_decoder_layers(
+            model, task, batches, reference=reference, dtype=place.dtype
+        )
 
 
 def second_moments(
-    model: nn.Module, task: FitTask, batches: list[Tokens], device: Device
+    model: nn.Module, task: fit_layers.FitTask, batches: list[Tokens], device: Device
 ) -> dict[str, Tensor] | None:
     """Return the second moments of each weight's inputs on a text; None without one."""
     if not batches:
         say("no --cache-dir: every weight counts alike, which costs most of a 2-bit student")
         return None
-    head = head_weight(model, task.specs)
+    head = fit_layers.head_weight(model, task.specs)
     linears = {
         name: module
         for name in task.specs

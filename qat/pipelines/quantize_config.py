@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from qat.runtime.config import PlaceConfig, require_at_least
+
 CodebookKind = Literal["learned", "uniform", "balanced", "int", "iq4_nl"]
 Fit = Literal["hessian", "moments"]
 # Where more no longer pays: a second moment is known from few tokens, a Hessian from many.
@@ -16,7 +18,7 @@ SEED_MLP_RANK, SEED_ATTENTION_RANK = 32, 8  # of the seeds' preset q2a4, which t
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FitConfig:
+class FitConfig(PlaceConfig):
     """How weights are fitted, and where."""
 
     output: Path
@@ -30,14 +32,9 @@ class FitConfig:
     calibration_sequences: int | None = None
     """Training sequences of the cache that calibrate; when not given, as many as make 32768 tokens,
     for moments 4096."""
-    dtype: str = "auto"
-    """Compute dtype: auto, fp32, bf16 or fp16."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps, xla or tpu."""
 
     def __post_init__(self) -> None:
-        if self.calibration_sequences is not None:
-            require_positive("--calibration-sequences", self.calibration_sequences)
+        require_at_least(1, self, "calibration_sequences")
 
     def num_calibration_sequences(self, seq_len: int) -> int:
         """Return how many sequences of `seq_len` tokens calibrate."""
@@ -112,16 +109,10 @@ class ConvertQ4ToQ2Config(FitConfig):
         if self.eval and self.cache_dir is None:
             raise ValueError("--eval needs a cache to measure on; add --cache-dir caches/NAME")
         require_other("--q4-checkpoint", self.q4_checkpoint, self.output)
-        if (self.q2_mlp_group_size or 0) < 0 or self.mlp_rank < 0:
-            raise ValueError(
-                f"--q2-mlp-group-size {self.q2_mlp_group_size} and --q2-mlp-rank {self.mlp_rank} "
-                "must be 0 or more"
-            )
+        require_at_least(0, self, "q2_mlp_group_size", "q2_mlp_rank")
         if self.q2_attn_lut_size is not None:
             bits_of_size("--q2-attn-lut-size", self.q2_attn_lut_size)
-        for flag, rank in (("--q2-attn-rank", self.q2_attn_rank), ("--q4-rank", self.q4_rank)):
-            if rank is not None:
-                require_positive(flag, rank)
+        require_at_least(1, self, "q2_attn_rank", "q4_rank")
 
     @property
     def is_seed_form(self) -> bool:
@@ -143,7 +134,7 @@ class ConvertQ4ToQ2Config(FitConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExactConfig:
+class ExactConfig(PlaceConfig):
     """What changes a student without a fit: where its parts are, and how it is measured."""
 
     output: Path
@@ -154,8 +145,6 @@ class ExactConfig:
     """Teacher cache: measures the student before and after."""
     dtype: str = "fp32"
     """Compute dtype of measuring: fp32, bf16, fp16 or auto; others than fp32 hide the cost."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps, xla or tpu."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,9 +206,3 @@ def bits_of_size(flag: str, size: int) -> int:
     if not 2 <= bits <= 8 or size != 2**bits:
         raise ValueError(f"{flag} {size} is not one of 4, 8, .. 256; 4 is 2 bits, 16 is 4 bits")
     return bits
-
-
-def require_positive(flag: str, value: int) -> None:
-    """Refuse a count below one."""
-    if value < 1:
-        raise ValueError(f"{flag} {value} must be at least 1")

@@ -100,8 +100,8 @@ def change_student(
     weights = header.base_model.get("weights")
     cache = open_cache(config.cache_dir, opened.text_folder, weights)
     made_by = recipe(command, config, student=header.sha256, cache=cache and cache.fingerprint)
-    if (done := finished(config.output, made_by)) is not None:
-        return done_before(config.output, done)
+    if done := finished(config.output, made_by):
+        return done
     student = opened.load()
     before = measure(student, cache, place)
     plan = plan_from_dict(header.plan, model_tensors(student))
@@ -199,8 +199,8 @@ def recipe(command: str, config: FitConfig | ExactConfig, **identity: str | None
     return {"command": command, "settings": settings, "read": identity}
 
 
-def finished(output: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the metrics of a student that the same recipe has made already, None for none."""
+def finished(output: Path, made_by: dict[str, Any]) -> StudentResult | None:
+    """Return the student that the same recipe has made already, None for none."""
     if is_checkpoint(output):
         header = read_header(output)
         previous, metrics = header.made_by, header.metrics
@@ -215,16 +215,11 @@ def finished(output: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
     else:
         return None
     if fingerprint(previous) == fingerprint(made_by):
-        return metrics
+        say(f"{output} is already complete: nothing to do")
+        return StudentResult(output, metrics)
     name, old, new = first_difference(previous, made_by)
     difference = f"{name} {old} there, {new} here" if name else "settings not recorded there"
     raise FileExistsError(
         f"--output {output} holds a student that was made otherwise "
         f"({difference}); choose another --output, or remove it"
     )
-
-
-def done_before(output: Path, metrics: Numbers) -> StudentResult:
-    """Return the result of a student that the same command has made before."""
-    say(f"{output} is already complete: nothing to do")
-    return StudentResult(output, metrics)

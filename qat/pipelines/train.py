@@ -32,24 +32,10 @@ from qat.storage.files import folder_lock, write_json
 from qat.tracking.messages import say
 from qat.tracking.record import CONFIG
 from qat.tracking.sinks import Tracker, open_tracker
+from qat.train import run_folder
 from qat.train.config import TrainConfig
 from qat.train.layerwise import layerwise_stage
 from qat.train.loop import Hooks, train_end_to_end
-from qat.train.run_folder import (
-    COMMAND,
-    check_content,
-    check_lengths,
-    copy_results,
-    finished_run,
-    make_trainer,
-    peak_rates,
-    rate_at,
-    record_of,
-    rotate,
-    run_identity,
-    summary_of,
-    training_batches,
-)
 from qat.train.state import Progress, has_state, read_state, write_state
 from qat.train.step import Trainer
 from qat.train.trainable import mode
@@ -101,15 +87,15 @@ def train(config: TrainConfig) -> TrainResult:
         FileNotFoundError: If student or cache is not there.
     """
     run = open_run(config)
-    finished_run(config.output_dir, run.identity)  # refuse before the folder is touched
+    run_folder.finished_run(config.output_dir, run.identity)  # refuse before the folder is touched
     with folder_lock(config.output_dir), seeded(run.place.device.torch_device, config.seed):
-        summary = finished_run(config.output_dir, run.identity)
+        summary = run_folder.finished_run(config.output_dir, run.identity)
         if summary is None:
             summary = take_run(run)
         else:
             say(f"{config.output_dir} is already complete: nothing to do")
         if config.tracking.copy_to:
-            copied = copy_results(config.output_dir, config.tracking.copy_to)
+            copied = run_folder.copy_results(config.output_dir, config.tracking.copy_to)
             say(f"copied to {config.tracking.copy_to}: {', '.join(copied)}")
     return TrainResult(checkpoint=str(config.output_dir / BEST_NAME), **summary)
 
@@ -124,9 +110,9 @@ def open_run(config: TrainConfig) -> Run:
     teacher = header.base_model["weights"]
     cache = open_cache(config.cache_dir, student.text_folder, teacher)
     eval_cache = open_cache(config.eval_cache_dir, student.text_folder, teacher) or cache
-    check_lengths(config, cache.seq_len)
-    check_content(config, cache.manifest.identity.content)
-    identity = run_identity(
+    run_folder.check_lengths(config, cache.seq_len)
+    run_folder.check_content(config, cache.manifest.identity.content)
+    identity = run_folder.run_identity(
         config,
         header.sha256,
         cache.fingerprint,
@@ -151,12 +137,14 @@ def take_run(run: Run) -> dict[str, Any]:
     model = run.student.load(dtype=run.place.dtype)
     device.place(model)
     weight_of = latent_or_base_weights(run.student, {**header.base_model, "path": base})
-    record = record_of(config, run.identity, latent_start(config, model, weight_of))
+    record = run_folder.record_of(config, run.identity, latent_start(config, model, weight_of))
     write_json(folder / CONFIG, record)  # before anything that the run may resume from
     progress = Progress()
     if config.layerwise.sequences and not has_state(folder):
         progress.seconds = train_layer_by_layer(run, model, base, weight_of)
-    trainer = make_trainer(config, model, run.place.dtype, weight_of=weight_of, sync=device.sync)
+    trainer = run_folder.make_trainer(
+        config, model, run.place.dtype, weight_of=weight_of, sync=device.sync
+    )
     count = f"{trainer.num_trained:,} parameters in {len(trainer.layers)} layers"
     say(f"training {count}, compute dtype {dtype_name(run.place.dtype)}")
     if has_state(folder):
@@ -170,13 +158,13 @@ def take_run(run: Run) -> dict[str, Any]:
         resume_step=progress.step or None,
         wandb=wandb if config.tracking.to == "wandb" else None,
     )
-    made_by = {"command": COMMAND, **run.identity}
+    made_by = {"command": run_folder.COMMAND, **run.identity}
     header = replace(header, cache_fingerprint=run.cache.fingerprint, made_by=made_by)
     keep = partial(write_student, run, trainer, header)
     progress = train_end_to_end(
         trainer,
         partial(
-            training_batches,
+            run_folder.training_batches,
             run.cache,
             config,
             device.torch_device,
@@ -188,7 +176,7 @@ def take_run(run: Run) -> dict[str, Any]:
     )
     keep(FINAL_NAME, progress.last_eval, progress.step)
     leave_seed_files(run, base, weight_of)
-    summary = summary_of(progress) | bits_per_weight(model)
+    summary = run_folder.summary_of(progress) | bits_per_weight(model)
     track.finish(summary)
     return summary
 
@@ -216,7 +204,7 @@ def train_layer_by_layer(run: Run, model: nn.Module, base: str, weight_of: BaseW
         teacher,
         run.cache,
         weight_of=weight_of,
-        rates=peak_rates(run.config.optim, run.config.layerwise.lr),
+        rates=run_folder.peak_rates(run.config.optim, run.config.layerwise.lr),
         device=run.place.device.torch_device,
         dtype=run.place.dtype,
     )
@@ -273,7 +261,7 @@ def make_hooks(run: Run, trainer: Trainer, track: Tracker, keep: Keep) -> Hooks:
         write_state(folder, progress, trainer)
         if config.intervals.keep_checkpoints is not None:
             keep(f"checkpoints/step_{progress.step:07d}", progress.last_eval, progress.step)
-            rotate(folder / "checkpoints", config.intervals.keep_checkpoints)
+            run_folder.rotate(folder / "checkpoints", config.intervals.keep_checkpoints)
 
     def restore() -> Progress | None:
         if config.optim.on_nan == "stop" or not has_state(folder):
@@ -281,7 +269,7 @@ def make_hooks(run: Run, trainer: Trainer, track: Tracker, keep: Keep) -> Hooks:
         return read_state(folder, trainer)
 
     return Hooks(
-        rate=partial(rate_at, config),
+        rate=partial(run_folder.rate_at, config),
         hard_weight=config.hard_weight,
         evaluate=evaluate,
         track=track,

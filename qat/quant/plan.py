@@ -16,16 +16,26 @@ pair that GGUF, MLX and compressed-tensors hold alike: `w2a16-g64+w4a16-g32`.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qat.quant.spec import F16, F32, FORMATS, TensorSpec, make_spec
 
 TensorKind = Literal["mlp", "attention", "embedding", "head", "other"]
 
+# Of the patterns that are no names.
+KINDS: dict[str, tuple[TensorKind, ...]] = {
+    "mlp": ("mlp",),
+    "attention": ("attention",),
+    "embed": ("embedding",),
+    "head": ("head",),
+    "linears": ("mlp", "attention", "other"),
+    "all": get_args(TensorKind),
+}
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 INT_GROUP_SIZES = {2: 64}  # blocks of GGUF Q2_0; others as Q4_0
@@ -64,13 +74,14 @@ class TensorInfo:
     """Names of parameters that are tied to it."""
 
 
+@dataclass(frozen=True, slots=True)
 class Rule:
     """A pattern and the format of the tensors that it matches."""
 
-    def __init__(self, pattern: str, spec: TensorSpec) -> None:
-        self.pattern, self.spec = pattern, spec
+    pattern: str
+    spec: TensorSpec
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         """Return the rule as it is written."""
         return f"{self.pattern}={self.spec.name}"
 
@@ -78,17 +89,10 @@ class Rule:
         """Return whether a parameter is meant, by its own name or one that is tied to it."""
         if not info.is_quantizable:
             return False
-        match self.pattern:
-            case "all":
-                return True
-            case "linears":
-                return info.kind in ("mlp", "attention", "other")
-            case "mlp" | "attention":
-                return info.kind == self.pattern
-            case "embed":
-                return info.kind == "embedding"
-            case "head":
-                return info.kind == "head" or (info.kind == "embedding" and bool(info.aliases))
+        if self.pattern == "head" and info.kind == "embedding":
+            return bool(info.aliases)
+        if self.pattern in KINDS:
+            return info.kind in KINDS[self.pattern]
         return any(self.matches_name(each) for each in (name, *info.aliases))
 
     def matches_name(self, name: str) -> bool:
@@ -107,7 +111,7 @@ class PlanRules:
 
     def spec_of_kind(self, kind: TensorKind) -> TensorSpec | None:
         """Return the format that the last rule for a whole kind gives it."""
-        found = [rule.spec for rule in self.rules if rule.pattern in (kind, "linears", "all")]
+        found = [rule.spec for rule in self.rules if kind in KINDS.get(rule.pattern, ())]
         return found[-1] if found else None
 
     def resolve(self, tensors: Mapping[str, TensorInfo]) -> "QuantPlan":
@@ -183,7 +187,7 @@ class QuantPlan:
     @property
     def num_weights(self) -> int:
         """Number of parameters."""
-        return sum(numel(shape) for shape in self.shapes.values())
+        return sum(map(prod, self.shapes.values()))
 
     def spec_of_kind(self, kind: TensorKind) -> TensorSpec | None:
         """Return the one format of a kind's weights; None where they have several or none."""
@@ -216,7 +220,7 @@ class QuantPlan:
         rows = []
         for (pattern, spec_name), names in groups.items():
             num_bytes = sum(self.specs[name].size_bytes(self.shapes[name]) for name in names)
-            weights = sum(numel(self.shapes[name]) for name in names)
+            weights = sum(prod(self.shapes[name]) for name in names)
             rows.append(
                 {
                     "tensors": pattern.removeprefix("model.").removesuffix(".weight"),
@@ -344,16 +348,11 @@ def preset_rules(name: str) -> list[Rule]:
 
 def preset_spec(bits: int, match: re.Match[str]) -> TensorSpec:
     """Return the format of one kind of layer in a preset."""
-    if match["kind"] == "r":
-        return make_spec(bits, rank=int(match["size"]), codebook=preset_codebook(match))
-    if match["kind"] == "g":
-        return make_spec(bits, group_size=int(match["size"]), codebook=preset_codebook(match))
-    return int_spec(bits) if match["int"] else make_spec(bits)
-
-
-def preset_codebook(match: re.Match[str]) -> str:
-    """Return the codebook of a preset."""
-    return "int" if match["int"] else "learned"
+    size = {"g": "group_size", "r": "rank"}.get(match["kind"])
+    if size is None:
+        return int_spec(bits) if match["int"] else make_spec(bits)
+    codebook = "int" if match["int"] else "learned"
+    return make_spec(bits, codebook=codebook, **{size: int(match["size"])})
 
 
 def int_spec(bits: int) -> TensorSpec:
@@ -388,11 +387,3 @@ def tensor_kind(module_name: str) -> TensorKind:
     if last in ATTENTION_NAMES:
         return "attention"
     return {"embed_tokens": "embedding", "lm_head": "head"}.get(last, "other")
-
-
-def numel(shape: Iterable[int]) -> int:
-    """Return the number of elements of a shape."""
-    count = 1
-    for side in shape:
-        count *= side
-    return count

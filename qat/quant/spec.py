@@ -69,6 +69,8 @@ class TensorSpec:
     """As in the grammar of this module; found from the other fields when not given."""
 
     def __post_init__(self) -> None:
+        if self.is_quantized and self.rank and self.grid.kind == "uint":
+            raise ValueError(f"affine grids have offsets, scales of rank {self.rank} none; use int")
         if not self.name:
             object.__setattr__(self, "name", canonical_name(self))
 

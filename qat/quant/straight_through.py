@@ -16,6 +16,8 @@ Source: Bengio et al. 2013, arXiv:1308.3432 (straight-through); the scale's grad
 LSQ, Esser et al. 2020, arXiv:1902.08153, equation 3.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -67,24 +69,23 @@ class FakeQuantize(torch.autograd.Function):
         """Return W_hat, (O, I), from a latent weight (O, I), scales (O, G), a codebook (C,)."""
         ctx.save_for_backward(latent, scale, offset, codebook)
         ctx.grid = grid
-        quantized = torch.empty_like(latent, dtype=dtype)
-        for rows in row_chunks(latent):
-            scales = (scale[rows], None if offset is None else offset[rows])
-            values = grid.nearest(over_scale(latent[rows], *scales), codebook)
-            quantized[rows] = times_scale(values, *scales)
-        return quantized
+
+        def nearest(rows: slice) -> Tensor:
+            offsets = None if offset is None else offset[rows]
+            return grid.nearest(over_scale(latent[rows], scale[rows], offsets), codebook)
+
+        return scale_values(nearest, latent.shape, scale, offset, dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of latent weight, scale, offset and codebook."""
-        latent, scale, offset, codebook = ctx.saved_tensors
-        gradients = fake_quantize_gradients(
-            ctx.grid, latent, (scale, offset), codebook, gradient, ctx.needs_input_grad[:4]
-        )
-        return *gradients, None, None
+        """Return the gradients of latent weight (None of indices), scale, offset and codebook."""
+        source, scale, offset, codebook = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
+        found = weight_gradients(ctx.grid, source, (scale, offset), codebook, gradient, needed)
+        return *found, None, None
 
 
-class Dequantize(torch.autograd.Function):
+class Dequantize(FakeQuantize):
     """Frozen indices times scale, with gradients to scale, offset and codebook."""
 
     @staticmethod
@@ -100,22 +101,10 @@ class Dequantize(torch.autograd.Function):
         """Return W_hat, (O, I), from indices of blocks, scales (O, G), a codebook (C,)."""
         ctx.save_for_backward(indices, scale, offset, codebook)
         ctx.grid = grid
-        num_inputs = indices.shape[1] * grid.block_size
-        quantized = indices.new_empty(len(indices), num_inputs, dtype=dtype)
-        for rows in row_chunks(quantized):
-            values = grid.look_up(indices[rows], codebook)
-            offsets = None if offset is None else offset[rows]
-            quantized[rows] = times_scale(values, scale[rows], offsets)
-        return quantized
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of scale, offset and codebook."""
-        indices, scale, offset, codebook = ctx.saved_tensors
-        gradients = dequantize_gradients(
-            ctx.grid, indices, (scale, offset), codebook, gradient, ctx.needs_input_grad[1:4]
+        shape = (len(indices), indices.shape[1] * grid.block_size)
+        return scale_values(
+            lambda rows: grid.look_up(indices[rows], codebook), shape, scale, offset, dtype
         )
-        return None, *gradients, None, None
 
 
 def fake_quantize(
@@ -142,93 +131,97 @@ def fake_quantize(
     return FakeQuantize.apply(latent, scale, offset, codebook, grid, dtype)
 
 
-def fake_quantize_gradients(
+def weight_gradients(
     grid: Grid,
-    latent: Tensor,
+    source: Tensor,
     scales: tuple[Tensor, Tensor | None],
     codebook: Tensor | None,
     gradient: Tensor,
     needed: tuple[bool, bool, bool, bool],
+    *,
+    formed: Tensor | None = None,
+    overwrites: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of latent weight, scale, offset and codebook; None where not needed.
 
     Args:
-        grid: Rounds.
-        latent: (O, I), float32.
+        grid: Rounds, or looks values up.
+        source: Latent weight, (O, I) float32, or frozen indices, (O, I / block size) integers.
         scales: Scale (O, G), and offset (O, G) or None.
-        codebook: (C,), ascending; None where the grid has none.
+        codebook: (C,), ascending where there is a latent weight; None where the grid has none.
         gradient: dL/dW_hat, (O, I), any float dtype.
         needed: Which of the four gradients are asked for.
+        formed: W_hat, (O, I) float32, where it is at hand: spares finding C[indices] of a latent
+            weight again, as S * (C[indices] - v) = W_hat - latent. A scale of zero then gets none.
+        overwrites: Whether the latent weight's takes the place of a float32 `gradient`.
     """
     (scale, offset), (needs_latent, needs_scale, needs_offset, needs_codebook) = scales, needed
-    d_latent = torch.empty_like(latent) if needs_latent else None
-    d_scale = torch.empty_like(scale) if needs_scale else None
-    d_offset = torch.empty_like(offset) if needs_offset and offset is not None else None
-    d_codebook = torch.zeros_like(codebook) if needs_codebook else None
-    for rows in row_chunks(latent):
-        arriving = gradient[rows].float()
-        offsets = None if offset is None else offset[rows]
-        # A scale of zero makes NaN or infinity of a weight, which no product may meet.
-        normalized = over_scale(latent[rows], scale[rows], offsets).nan_to_num_()
-        on_range = grid.clamp(normalized, codebook)
-        inside = torch.eq(normalized, on_range, out=torch.empty_like(normalized))  # 0.0 or 1.0
-        if needs_latent:
-            torch.mul(arriving, inside, out=d_latent[rows])
-        if d_offset is not None:
-            d_offset[rows] = sum_groups(arriving * (1 - inside), scale.shape[1])
-        if needs_codebook:
-            indices = grid.round(normalized, codebook)
-            d_codebook += codebook_gradient(arriving, indices, scale[rows], len(codebook))
-        if needs_scale:
-            slope = grid.nearest(normalized, codebook).addcmul_(on_range, inside, value=-1)
-            d_scale[rows] = sum_groups(slope.mul_(arriving), scale.shape[1])
-    return d_latent, d_scale, d_offset, d_codebook
-
-
-def dequantize_gradients(
-    grid: Grid,
-    indices: Tensor,
-    scales: tuple[Tensor, Tensor | None],
-    codebook: Tensor | None,
-    gradient: Tensor,
-    needed: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of scale, offset and codebook for frozen indices; None if not needed.
-
-    Args:
-        grid: Looks values up.
-        indices: (O, I / block size), integers.
-        scales: Scale (O, G), and offset (O, G) or None.
-        codebook: (C,); None where the grid has none.
-        gradient: dL/dW_hat, (O, I), any float dtype.
-        needed: Which of the three gradients are asked for.
-    """
-    (scale, offset), (needs_scale, needs_offset, needs_codebook) = scales, needed
+    in_place = overwrites and gradient.dtype == torch.float32
+    d_latent = (gradient if in_place else torch.empty_like(source)) if needs_latent else None
     d_scale = torch.empty_like(scale) if needs_scale else None
     d_offset = torch.empty_like(offset) if needs_offset and offset is not None else None
     d_codebook = torch.zeros_like(codebook) if needs_codebook else None
     for rows in row_chunks(gradient):
-        arriving = gradient[rows].float()
+        arriving, part = gradient[rows].float(), source[rows]
+        if is_latent := source.is_floating_point():
+            offsets = None if offset is None else offset[rows]
+            # A scale of zero makes NaN or infinity of a weight, which no product may meet.
+            normalized = over_scale(part, scale[rows], offsets).nan_to_num_()
+            on_range = grid.clamp(normalized, codebook)
+            inside = torch.eq(normalized, on_range, out=torch.empty_like(normalized))  # 0.0 or 1.0
         if d_offset is not None:
-            d_offset[rows] = sum_groups(arriving, scale.shape[1])
+            outside = arriving * (1 - inside) if is_latent else arriving
+            d_offset[rows] = sum_groups(outside, scale.shape[1])
         if needs_codebook:
-            d_codebook += codebook_gradient(arriving, indices[rows], scale[rows], len(codebook))
+            indices = grid.round(normalized, codebook) if is_latent else part
+            d_codebook += codebook_gradient(arriving, indices, scale[rows], len(codebook))
         if needs_scale:
-            values = grid.look_up(indices[rows], codebook)
-            d_scale[rows] = sum_groups(values.mul_(arriving), scale.shape[1])
-    return d_scale, d_offset, d_codebook
+            if not is_latent:
+                slope = grid.look_up(part, codebook)
+            elif formed is not None:
+                slope = torch.addcmul(formed[rows], part, inside, value=-1)
+            else:
+                slope = grid.nearest(normalized, codebook).addcmul_(on_range, inside, value=-1)
+            d_scale[rows] = sum_groups(slope.mul_(arriving), scale.shape[1])
+        if needs_latent:
+            torch.mul(arriving, inside, out=d_latent[rows])
+    if needs_scale and formed is not None:
+        d_scale.div_(scale).masked_fill_(scale == 0, 0.0)
+    return d_latent, d_scale, d_offset, d_codebook
 
 
 @torch.no_grad()
 def scale_values(
-    values: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dtype
+    values_of: Callable[[slice], Tensor],
+    shape: tuple[int, int],
+    scale: Tensor,
+    offset: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Return W_hat, (O, I), of grid values that were looked up before, (O, I) float16."""
-    quantized = torch.empty_like(values, dtype=dtype)
-    for rows in row_chunks(values):
-        offsets = None if offset is None else offset[rows]
-        quantized[rows] = times_scale(values[rows].float(), scale[rows], offsets)
+    """Return W_hat, (O, I), of grid values times scales plus offsets, (O, G) each.
+
+    Args:
+        values_of: Makes the values of some rows, float32, which are written over.
+        shape: (O, I).
+        scale: Of groups.
+        offset: None where there is none.
+        dtype: Of the result.
+    """
+    quantized = scale.new_empty(shape, dtype=dtype)
+    for rows in row_chunks(quantized):
+        values = values_of(rows)
+        grouped = values.view(*scale[rows].shape, -1).mul_(scale[rows].unsqueeze(-1))
+        if offset is not None:
+            grouped += offset[rows].unsqueeze(-1)
+        quantized[rows] = values
     return quantized
+
+
+@torch.no_grad()
+def multiply_by_values(gradient: Tensor, values: Tensor) -> None:
+    """Multiply a gradient, (O, I), by grid values of another dtype, (O, I), in place."""
+    for rows in row_chunks(gradient):
+        gradient[rows] *= values[rows].to(gradient.dtype)
 
 
 def row_chunks(weight: Tensor) -> list[slice]:

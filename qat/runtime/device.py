@@ -196,12 +196,12 @@ def run_recorded(device: torch.device, *, wait: bool = False) -> None:
 def numbers_at_once(device: torch.device) -> int:
     """Return how many numbers a chain of elementwise operations takes at once.
 
-    On a CPU few enough for its last cache, on a GPU enough to fill it, and all where the work is
-    traced: a program grows with every chunk, and is tiled anyway.
+    On a CPU few enough for the caches of its cores, on a GPU enough to fill it, and all where the
+    work is traced: a program grows with every chunk, and is tiled anyway.
     """
     if is_traced(device):
         return sys.maxsize
-    return 2**19 if device.type == "cpu" else 2**24
+    return 2**17 if device.type == "cpu" else 2**24
 
 
 def checkpoint_function(device: torch.device) -> Callable[..., Any]:

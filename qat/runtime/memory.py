@@ -11,7 +11,7 @@ from pathlib import Path
 HIGH_WATER = re.compile(r"^VmHWM:\s+(\d+) kB", re.MULTILINE)
 WATCH_SECONDS = 0.01  # at 2 to 5 GB a second of fresh pages, 50 MB late at most
 # Numbers of malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 KEPT_BYTES = 2**30  # a larger allocation goes back to the system when freed
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
@@ -34,6 +34,7 @@ def tune_allocation() -> None:
         if mallopt is not None:
             mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            mallopt(M_ARENA_MAX, 1)  # a step takes what threads that load a model free
 
 
 def host_bytes() -> int:

@@ -99,10 +99,7 @@ def open_packed(path: Path, name: str) -> Iterator[IO[bytes]]:
             yield stream
     else:
         # Without a time and a name in its header, the same tar gives the same file.
-        with (
-            path.open("wb") as file,
-            gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as stream,
-        ):
+        with path.open("wb") as file, gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as stream:
             yield stream
 
 

@@ -13,18 +13,9 @@ from torch import Tensor, nn
 from qat.distill.kl import forward_kl
 from qat.grids.scalar import nearest_indices, over_scale
 from qat.grids.scales import GAUSSIAN_REACH, start_scale
+from qat.model import surgery
 from qat.model.layers import FakeQuantLinear, FakeQuantWeight
 from qat.model.rankwise import RankwiseLinear
-from qat.model.surgery import (
-    dense_weights,
-    empty_layer,
-    hold_weights,
-    layers_of_kind,
-    model_tensors,
-    quantized_layers,
-    replace_weights,
-    swap,
-)
 from qat.quant.fit import fit_weight
 from qat.quant.plan import QuantPlan, parse_plan, tensor_kind
 from qat.quant.spec import TensorSpec
@@ -68,7 +59,7 @@ class PlainTrainer(Trainer):
 
 def plan_of(model: nn.Module, *, is_low_rank: bool = False) -> QuantPlan:
     """Return q2a4 for a model, with the seeds' low-rank scales where asked."""
-    plan = parse_plan(GROUPED).resolve(model_tensors(model))
+    plan = parse_plan(GROUPED).resolve(surgery.model_tensors(model))
     if not is_low_rank:
         return plan
     ranks = {name: RANKS[tensor_kind(name)] for name in plan.quantized}
@@ -82,12 +73,12 @@ def round_linears(model: nn.Module, plan: QuantPlan) -> None:
     Its logits are of the size of the model's. Those of random weights are so far apart that most
     probabilities are denormal numbers, which a CPU takes ten times as long over.
     """
-    replace_weights(model, plan, rounded_layer)
+    surgery.replace_weights(model, plan, rounded_layer)
 
 
 def rounded_layer(name: str, linear: nn.Linear, spec: TensorSpec) -> FakeQuantLinear:
     """Return a layer of evenly spaced values, as far as suits a normal distribution."""
-    layer = empty_layer(name, linear, spec).to(linear.weight.device)
+    layer = surgery.empty_layer(name, linear, spec).to(linear.weight.device)
     if not spec.grid.num_values:
         layer.take(fit_weight(linear.weight, spec))
         layer.bias = linear.bias
@@ -115,16 +106,16 @@ def make_case(case: str, model: nn.Module, dtype: torch.dtype, sync: Callable[[]
     if case == "plain":
         make = PlainTrainer
         layers: list[Any] = []
-        for name, linear in dense_weights(model, plan_of(model)).items():
+        for name, linear in surgery.dense_weights(model, plan_of(model)).items():
             if tensor_kind(name) == "mlp":
                 layers.append(PlainLinear(linear).to(linear.weight.device))
-                swap(model, name, layers[-1])
+                surgery.swap(model, name, layers[-1])
         chosen = {"weights": [layer.latent_weight for layer in layers]}
     else:
         round_linears(model, plan_of(model, is_low_rank=case != "fake-quant"))
         parts = ("weights", "scales") if case == "fake-quant" else ("scales",)
         chosen = choose_trainable(model, kinds=("mlp",), parts=parts, weight_of=lambda _name: None)
-        hold_weights(model, dtype)
+        surgery.hold_weights(model, dtype)
         layers = trained_layers(model)
         if case == "rank-by-rank":
             layers, chosen = [], {"scales": go_rank_by_rank(model)}
@@ -142,11 +133,11 @@ def make_case(case: str, model: nn.Module, dtype: torch.dtype, sync: Callable[[]
 def go_rank_by_rank(model: nn.Module) -> list[nn.Parameter]:
     """Swap every quantized layer for its rank-by-rank form; return what trains in MLP layers."""
     trained: list[nn.Parameter] = []
-    mlp = layers_of_kind(model, "mlp")
-    layers: dict[str, FakeQuantWeight] = quantized_layers(model)
+    mlp = surgery.layers_of_kind(model, "mlp")
+    layers: dict[str, FakeQuantWeight] = surgery.quantized_layers(model)
     for name, layer in layers.items():
         rankwise = RankwiseLinear(layer)
-        swap(model, name, rankwise)
+        surgery.swap(model, name, rankwise)
         factors = [rankwise.scale_a, rankwise.magnitude, rankwise.scale_b]
         for factor in factors:
             factor.requires_grad_(name in mlp)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from qat.runtime.config import PlaceConfig, require_at_least
+
 KINDS = {
     "body": ("mlp", "attention", "other"),
     "embedding": ("embedding", "head"),
@@ -47,7 +49,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        require_at_least(0, self, "optim", ("warmup_steps", "weight_decay", "clip_grad_norm"))
+        require_at_least(0, self, "warmup_steps", "weight_decay", "clip_grad_norm", group="optim")
         if self.lr <= 0:
             raise ValueError(f"--optim.lr {self.lr} must be above 0; try 2e-4")
         if not 0 <= self.min_lr_ratio <= 1:
@@ -75,7 +77,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        require_at_least(0, self, "loss", ("sampled_negatives",))
+        require_at_least(0, self, "sampled_negatives", group="loss")
 
     @property
     def used_temperature(self) -> float:
@@ -103,8 +105,8 @@ class IntervalsConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        require_at_least(1, self, "intervals", ("eval_samples", "log_steps"))
-        require_at_least(0, self, "intervals", ("eval_steps", "save_steps"))
+        require_at_least(1, self, "eval_samples", "log_steps", group="intervals")
+        require_at_least(0, self, "eval_steps", "save_steps", group="intervals")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,8 +124,8 @@ class LayerwiseConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        require_at_least(0, self, "layerwise", ("sequences",))
-        require_at_least(1, self, "layerwise", ("epochs", "batch_size"))
+        require_at_least(0, self, "sequences", group="layerwise")
+        require_at_least(1, self, "epochs", "batch_size", group="layerwise")
         if self.lr <= 0:
             raise ValueError(f"--layerwise.lr {self.lr} must be above 0; try 2e-4")
 
@@ -147,8 +149,8 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """Distil a teacher's cache into a student."""
+class TrainConfig(PlaceConfig):
+    """Distil a teacher's cache into a student. What trains is float32, whatever the dtype."""
 
     checkpoint: Path
     """The student to train: a native folder, a run, a `.pt` file with its config.json."""
@@ -179,10 +181,6 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, a third more time."""
     seed: int = 0
     """Decides the order of the data, drawn negatives and dropout."""
-    dtype: str = "auto"
-    """Compute dtype: auto, fp32, bf16 or fp16. What trains is always float32."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps, xla or tpu."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     intervals: IntervalsConfig = field(default_factory=IntervalsConfig)
@@ -191,7 +189,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse values out of range and parts that exclude each other."""
-        require_at_least(1, self, "", ("max_steps", "batch_size", "accumulation_steps"))
+        require_at_least(1, self, "max_steps", "batch_size", "accumulation_steps")
         if not self.trainable:
             raise ValueError("--trainable is empty, nothing would move; name weights or scales")
         if "directions" in self.trainable and {"scales", "magnitudes"} & set(self.trainable):
@@ -243,11 +241,3 @@ class TrainConfig:
     def kinds(self) -> tuple[str, ...]:
         """Return the kinds of layers that train."""
         return KINDS.get(self.layers, (self.layers,))
-
-
-def require_at_least(least: int, config: object, group: str, names: tuple[str, ...]) -> None:
-    """Refuse numbers below the least one, naming the flag."""
-    for name in names:
-        if getattr(config, name) < least:
-            flag = f"{group}.{name}".lstrip(".").replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(config, name)} must be {least} or more")

@@ -10,27 +10,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.cache.read import TeacherCache
+from qat.model import surgery
 from qat.model.head import Tokens
 from qat.model.layers import FakeQuantWeight
-from qat.model.surgery import (
-    has_low_rank_scales,
-    hold_weights,
-    quantized_layers,
-    thaw_indices,
-)
 from qat.storage.files import atomic_file, read_json, write_json
+from qat.train import trainable
 from qat.train.blockwise import BlockPlan, train_blockwise
 from qat.train.config import TrainConfig
 from qat.train.schedule import rate_factor
-from qat.train.trainable import (
-    choose_trainable,
-    is_trained,
-    make_optimizer,
-    trained_layers,
-)
 
 BLOCKS = "blocks"
 WARMUP_SHARE = 0.05
+UNTRAINED = ("bias", "indices")  # of a layer: what it has anyway
 
 
 def layerwise_stage(
@@ -50,27 +41,27 @@ def layerwise_stage(
     on the device; `rates` are the peaks of each part in this stage.
     """
     folder, options = config.output_dir / BLOCKS, config.layerwise
-    hold_weights(student, dtype)
+    surgery.hold_weights(student, dtype)
     done, seconds = read_blocks(folder, student, weight_of)
     blocks = student.get_decoder().layers
     if done == len(blocks):
         return seconds
     chosen_ids = cache.sequence_ids("train")[: options.sequences]
-    moving = config.parts(is_low_rank=has_low_rank_scales(student))
+    moving = config.parts(is_low_rank=surgery.has_low_rank_scales(student))
     started = time.perf_counter() - seconds
 
     def prepare(
         _number: int, block: nn.Module
     ) -> tuple[list[FakeQuantWeight], torch.optim.Optimizer | None]:
         prefix = next(name for name, module in student.named_modules() if module is block)
-        parts = choose_trainable(
+        parts = trainable.choose_trainable(
             block,
             kinds=config.kinds,
             parts=tuple(part for part in moving if part != "norms"),
             weight_of=lambda name: weight_of(f"{prefix}.{name}"),
         )
-        optimizer = make_optimizer(parts, rates, weight_decay=config.optim.weight_decay)
-        return trained_layers(block), optimizer
+        optimizer = trainable.make_optimizer(parts, rates, weight_decay=config.optim.weight_decay)
+        return trainable.trained_layers(block), optimizer
 
     def finish(number: int, losses: dict[str, float]) -> None:
         report = {**losses, "seconds": time.perf_counter() - started}
@@ -110,9 +101,9 @@ def block_rate(min_ratio: float, step: int, num_steps: int) -> float:
 def write_block(folder: Path, number: int, block: nn.Module, report: dict[str, float]) -> None:
     """Keep what a block learned; its report is written last and says that it is whole."""
     tensors = {}
-    for name, layer in quantized_layers(block).items():
-        if is_trained(layer):
-            parts = {part: value for part, value in layer.state_dict().items() if part != "bias"}
+    for name, layer in surgery.quantized_layers(block).items():
+        if trainable.is_trained(layer):
+            parts = {k: value for k, value in layer.state_dict().items() if k not in UNTRAINED}
             tensors |= {f"{name}.{part}": value.cpu().contiguous() for part, value in parts.items()}
     with atomic_file(folder / f"{number:03d}.safetensors") as temporary:
         save_file(tensors, temporary)
@@ -130,12 +121,13 @@ def read_blocks(
         if not report.is_file():
             return number, seconds
         seconds = read_json(report)["seconds"]
-        layers = quantized_layers(block)
+        layers = surgery.quantized_layers(block)
         for key, value in load_file(folder / f"{number:03d}.safetensors").items():
             name, _, part = key.rpartition(".")
             layer = layers[name]
             if part == "latent_weight" and layer.latent_weight is None:
-                thaw_indices(layer)
-            getattr(layer, part).copy_(value)
-        hold_weights(block, next(iter(layers.values())).held_weight.dtype)
+                surgery.thaw_indices(layer)
+            if part not in UNTRAINED:
+                getattr(layer, part).copy_(value)
+        surgery.hold_weights(block, next(iter(layers.values())).held_weight.dtype)
     return number + 1, seconds

@@ -15,24 +15,13 @@ from qat.distill.candidates import draw_negatives, with_negatives
 from qat.distill.objective import make_divergence
 from qat.distill.teacher import TeacherSignal
 from qat.model.surgery import has_low_rank_scales, hold_weights
-from qat.tracking.record import (
-    SETTINGS,
-    config_as_json,
-    flat_settings,
-    read_config,
-    read_summary,
-)
+from qat.tracking.record import SETTINGS, config_as_json, flat_settings, read_config, read_summary
+from qat.train import trainable
 from qat.train.config import OptimConfig, TrainConfig
 from qat.train.ema import MovingAverage
 from qat.train.schedule import rate_factor
 from qat.train.state import STATE, Progress
 from qat.train.step import Batch, Trainer, loss_scaler
-from qat.train.trainable import (
-    choose_trainable,
-    enable_gradient_checkpointing,
-    make_optimizer,
-    trained_layers,
-)
 
 COMMAND = "train"
 # Settings that do not decide a run's numbers; what lies at a path is in the identity by its hash.
@@ -191,7 +180,7 @@ def make_trainer(
 ) -> Trainer:
     """Choose what trains and return what a step works with."""
     optim = config.optim
-    chosen = choose_trainable(
+    chosen = trainable.choose_trainable(
         model,
         kinds=config.kinds,
         parts=config.parts(is_low_rank=has_low_rank_scales(model)),
@@ -199,12 +188,12 @@ def make_trainer(
     )
     hold_weights(model, dtype)
     if config.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+        trainable.enable_gradient_checkpointing(model)
     parameters = [parameter for part in chosen.values() for parameter in part]
     return Trainer(
         model=model,
-        layers=trained_layers(model),
-        optimizer=make_optimizer(
+        layers=trainable.trained_layers(model),
+        optimizer=trainable.make_optimizer(
             chosen, peak_rates(optim, optim.lr), weight_decay=optim.weight_decay
         ),
         divergence=make_divergence(

@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 
 from qat.runtime.device import random_state, set_random_state
-from qat.storage.files import (
-    atomic_folder,
-    read_json,
-    recover_interrupted_replace,
-    sha256_of_file,
-    write_json,
-)
+from qat.storage import files
 from qat.train.step import Trainer
 
 STATE = "state"
@@ -49,17 +43,11 @@ def write_state(folder: Path, progress: Progress, trainer: Trainer) -> None:
     """Write the state of a run; the previous one stays until this one is whole."""
     model, ema, scaler = trainer.model, trainer.ema, trainer.scaler
     trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-    indices = {  # thawing may have renumbered them
-        name: tensor.cpu()
-        for name, tensor in model.state_dict().items()
-        if name.endswith("indices")
-    }
-    with atomic_folder(Path(folder) / STATE) as temporary:
+    with files.atomic_folder(Path(folder) / STATE) as temporary:
         path = temporary / "state.pt"
         save(
             {
                 "trained": trained,
-                "indices": indices,
                 "optimizer": on_cpu(trainer.optimizer.state_dict()),
                 "random": random_state(trainer.device),
                 "scaler": scaler.state_dict() if scaler else {},
@@ -67,7 +55,9 @@ def write_state(folder: Path, progress: Progress, trainer: Trainer) -> None:
             },
             path,
         )
-        write_json(temporary / "state.json", asdict(progress) | {"sha256": sha256_of_file(path)})
+        files.write_json(
+            temporary / "state.json", asdict(progress) | {"sha256": files.sha256_of_file(path)}
+        )
 
 
 def on_cpu(value: object) -> object:
@@ -93,7 +83,7 @@ def save(values: dict[str, Any], path: Path) -> None:
 
 def has_state(folder: Path) -> bool:
     """Return whether a run left a state to resume from."""
-    recover_interrupted_replace(Path(folder) / STATE)
+    files.recover_interrupted_replace(Path(folder) / STATE)
     return (Path(folder) / STATE / "state.json").is_file()
 
 
@@ -101,17 +91,14 @@ def has_state(folder: Path) -> bool:
 def read_state(folder: Path, trainer: Trainer) -> Progress:
     """Put a run's state back into its model, optimizer and random generators."""
     path = Path(folder) / STATE / "state.pt"
-    values: dict[str, Any] = read_json(Path(folder) / STATE / "state.json")
-    if sha256_of_file(path) != values.pop("sha256"):
+    values: dict[str, Any] = files.read_json(Path(folder) / STATE / "state.json")
+    if files.sha256_of_file(path) != values.pop("sha256"):
         raise ValueError(f"{path} does not match its sha256; remove {path.parent} to start over")
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     ema, optimizer = trainer.ema, trainer.optimizer
     parameters = dict(trainer.model.named_parameters())
     for name, tensor in state["trained"].items():
         parameters[name].copy_(tensor)
-    buffers = dict(trainer.model.named_buffers())
-    for name, tensor in state["indices"].items():
-        buffers[name].copy_(tensor)
     # Rates follow from the step, and how the optimizer works from the device, which may be another.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})

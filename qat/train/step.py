@@ -22,7 +22,7 @@ from qat.distill.teacher import TeacherSignal
 from qat.model.head import hidden_states, logits_at, logits_of
 from qat.model.layers import FakeQuantWeight, TiedHead
 from qat.model.surgery import hold_values
-from qat.quant.straight_through import dequantize_gradients, fake_quantize_gradients
+from qat.quant.straight_through import multiply_by_values, weight_gradients
 from qat.runtime.device import as_operand
 from qat.train.ema import MovingAverage
 from qat.train.trainable import mode
@@ -53,10 +53,7 @@ class Batch:
     ) -> "Batch":
         """Return a micro-batch whose signal is at hand."""
         return cls(
-            token_ids=token_ids,
-            mask=signal.mask,
-            unpack=lambda: signal,
-            document_ids=document_ids,
+            token_ids=token_ids, mask=signal.mask, unpack=lambda: signal, document_ids=document_ids
         )
 
 
@@ -93,45 +90,39 @@ def pull_gradients(layers: Iterable[FakeQuantWeight], sums: Gradients | None = N
         gradient = sums.pop(layer) if sums else gradient
         if layer.held_values is not None and layer.spec.rank and layer.spec.floor is None:
             # Factors alone train: neither scales nor indices are looked at.
-            d_scale = layer.held_values.to(gradient.dtype) * gradient
-            set_factor_gradients(layer, d_scale)
+            multiply_by_values(gradient, layer.held_values)
+            set_factor_gradients(layer, gradient)
         else:
             pull_layer(layer, gradient)
 
 
 def pull_layer(layer: FakeQuantWeight, gradient: Tensor) -> None:
-    """Turn a weight's gradient, (O, I), into those of a layer's parameters."""
-    grid, (scale, offset) = layer.spec.grid, layer.expand()
-    codebook = layer.stored_codebook()
-    needs_codebook = codebook is not None and codebook.requires_grad
-    codebook = None if codebook is None else codebook.detach()
-    scales = (scale.detach(), None if offset is None else offset.detach())
-    needed = (
-        scale.requires_grad,
-        offset is not None and offset.requires_grad,
-        needs_codebook,
+    """Turn a weight's gradient, (O, I), into those of a layer's parameters, in its place."""
+    latent, codebook, order = layer.latent_weight, layer.stored_codebook(), None
+    scale, offset = layer.expand()
+    parts = (latent, scale, offset, codebook)
+    needed = tuple(part is not None and part.requires_grad for part in parts)
+    source, *scales, codebook = (None if part is None else part.detach() for part in parts)
+    if source is None:
+        source = layer.indices
+    elif codebook is not None:
+        codebook, order = codebook.sort()
+    held = layer.held_weight.detach()
+    is_exact = latent is not None and offset is None and held.dtype == torch.float32
+    d_latent, d_scale, d_offset, d_codebook = weight_gradients(
+        layer.spec.grid,
+        source,
+        tuple(scales),
+        codebook,
+        gradient,
+        needed,
+        formed=held if is_exact else None,
+        overwrites=True,
     )
-    if layer.latent_weight is None:
-        d_scale, d_offset, d_codebook = dequantize_gradients(
-            grid, layer.indices, scales, codebook, gradient, needed
-        )
-    else:
-        order = None
-        if codebook is not None:
-            codebook, order = codebook.sort()
-        latent, d_scale, d_offset, d_codebook = fake_quantize_gradients(
-            grid,
-            layer.latent_weight.detach(),
-            scales,
-            codebook,
-            gradient,
-            (layer.latent_weight.requires_grad, *needed),
-        )
-        layer.latent_weight.grad = latent
-        if d_codebook is not None:
-            d_codebook = d_codebook[order.argsort()]
+    if d_latent is not None:
+        latent.grad = d_latent
     if d_codebook is not None:
-        layer.codebook.grad = d_codebook
+        layer.codebook.grad = d_codebook if order is None else d_codebook[order.argsort()]
     if d_scale is not None:
         scale.backward(d_scale)
     if d_offset is not None:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from qat import __main__
 from qat.cli.command import one_line, run_command
+from qat.cli.commands import PIPELINES
 from qat.tracking.messages import say
 
 
@@ -185,7 +186,7 @@ def test_qat_alone_lists_its_commands(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["qat"])
     assert __main__.main() == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in __main__.COMMANDS)
+    assert all(name in out for name in PIPELINES)
 
 
 def test_an_unknown_command_is_one_line_with_the_choices(capsys, monkeypatch):

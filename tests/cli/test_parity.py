@@ -111,5 +111,5 @@ def test_prompts_are_drawn_by_the_seed(tmp_path):
     path.write_text("\n \n")
     with pytest.raises(ValueError, match="holds no prompt; write one a line"):
         drawn(0)
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match="must be 1 or more"):
         ParityConfig(checkpoint="a", export=tmp_path, prompts=path, num_prompts=0)

@@ -485,7 +485,7 @@ def test_a_config_reproduces_its_run(run, trained, tmp_path):
     ("change", "message"),
     [
         (lambda config: config["optim"].update(speed=1), "optim.speed is not one of lr, "),
-        (lambda config: config.update(v2_checkpoint="x"), "v2_checkpoint is not one of checkpoint"),
+        (lambda config: config.update(v2_checkpoint="x"), "v2_checkpoint is not one of dtype, "),
         (lambda config: config.update(max_steps=0), "--max-steps 0 must be 1 or more"),
         (lambda config: config.pop("cache_dir"), "cache_dir is missing"),
     ],

@@ -8,11 +8,11 @@ from qat.distill.kl import forward_kl, kd_loss
 from qat.distill.teacher import dense_signal, top_k_signal
 from qat.evaluate.kl import (
     CHUNK_BYTES,
+    LazyTeacher,
     evaluate_batches,
     live_teacher,
     mean_and_stderr,
     perplexity_of,
-    teacher_of_hidden,
 )
 from qat.model.head import hidden_states, logits_of
 from tests.tiny import LargestTensor, tiny_llama
@@ -106,7 +106,8 @@ def test_a_lazy_teacher_is_the_dense_one():
     token_ids, signal = problem()
     dense = evaluate_batches(model, [(token_ids, signal)], description="test")
     hidden = hidden_states(teacher, token_ids)[:, :-1]
-    of_hidden = teacher_of_hidden(hidden, lambda rows: logits_of(teacher, rows), signal.mask)
+    flat = hidden.flatten(0, 1)
+    of_hidden = LazyTeacher(signal.mask, lambda rows: logits_of(teacher, flat[rows]))
     for lazy in (of_hidden, live_teacher(teacher, token_ids, signal.mask)):
         found = evaluate_batches(model, [(token_ids, lazy)], description="test", chunk_tokens=5)
         assert found == near(dense)

@@ -3,7 +3,8 @@ import shlex
 import pytest
 import tyro
 
-from qat.legacy.flags import flags_help, train_flags
+from qat.benchmark.config import BenchmarkConfig
+from qat.legacy.flags import benchmark_flags, flags_help, train_flags
 from qat.train.config import TrainConfig
 
 PLACES = "--v2-checkpoint q2 --cache-dir cache --output-dir run"
@@ -33,6 +34,14 @@ def test_the_seeds_command_works_as_it_was_typed():
     assert (intervals.eval_steps, intervals.eval_samples) == (50, 40)
     assert (tracking.to, tracking.name, tracking.project) == ("wandb", "SR-002", "qwen3-qat")
     assert (str(tracking.copy_to), found.loss.temperature) == ("drive/runs", 2.0)
+
+
+@pytest.mark.parametrize("flag", ["--skip-checkpointing", "--skip_checkpointing"])
+def test_the_seeds_benchmark_flags_reach_their_fields(flag):
+    """Their word for no gradient checkpointing, and what is named alike."""
+    argv = benchmark_flags([flag, "--steps", "50"])
+    found = tyro.cli(BenchmarkConfig, args=argv)
+    assert (found.gradient_checkpointing, found.steps) == (False, 50)
 
 
 @pytest.mark.parametrize(

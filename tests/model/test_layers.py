@@ -5,7 +5,7 @@ from torch.nn import functional
 
 from qat.grids.scalar import codebook_range, expand_groups, low_rank_scale, snap_float16
 from qat.model.layers import FakeQuantEmbedding, FakeQuantLinear, TiedHead
-from qat.model.surgery import thaw_indices
+from qat.model.surgery import current_indices, thaw_indices
 from qat.quant.fit import fit_weight
 from qat.quant.spec import make_spec
 from tests.tiny import TINY_MODELS, tiny_student
@@ -57,7 +57,7 @@ def test_gradients_are_those_of_plain_autograd(name, is_thawed):
         scale = low_rank_scale(stored["scale_a"], stored["magnitude"], stored["scale_b"])
     else:
         scale = expand_groups(stored["scale"], 24)
-    values = stored["codebook"][layer.indices.long()]
+    values = stored["codebook"][current_indices(layer).long()]
     offset = expand_groups(stored["offset"], 24) if "offset" in stored else 0
     weight = scale * values + offset
     if is_thawed:

@@ -231,3 +231,11 @@ def test_the_gradient_passes_through_the_rounding_to_both_dtypes():
     gradient = torch.arange(50.0)
     SnapBfloat16.apply(values).backward(gradient)
     assert torch.equal(values.grad, gradient)
+
+
+def test_offsets_and_low_rank_scales_exclude_each_other():
+    """A grid of 0 .. 15 without offsets would hold no negative weight."""
+    with pytest.raises(ValueError, match="scales of rank 4 none"):
+        make_spec(4, codebook="uint", rank=4)
+    with pytest.raises(ValueError, match="scales of rank 8 none"):
+        TensorSpec.from_name("affine4-r8")

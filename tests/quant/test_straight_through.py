@@ -17,7 +17,7 @@ from qat.quant.straight_through import (
     Dequantize,
     SnapFloat16,
     fake_quantize,
-    fake_quantize_gradients,
+    weight_gradients,
 )
 
 
@@ -127,7 +127,7 @@ def test_the_latent_gradient_is_the_identity_inside_and_zero_outside():
     latent = torch.tensor([[-2.51, -2.5, -0.4, 1.5, 1.51]])
     gradient = torch.tensor([[3.0, 5.0, 7.0, 11.0, 13.0]])
     needed = (True, False, False, False)
-    d_latent, *_ = fake_quantize_gradients(
+    d_latent, *_ = weight_gradients(
         GRID, latent, (torch.ones(1, 1), None), codebook, gradient, needed
     )
     assert d_latent.tolist() == [[0.0, 5.0, 7.0, 11.0, 0.0]]
@@ -163,7 +163,7 @@ def test_what_is_not_wanted_is_not_computed():
     scales = (scale, random_offset(scale))
     for place in range(4):
         needed = tuple(place == each for each in range(4))
-        found = fake_quantize_gradients(GRID, latent, scales, codebook, gradient, needed)
+        found = weight_gradients(GRID, latent, scales, codebook, gradient, needed)
         assert tuple(part is not None for part in found) == needed
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from qat.distill.kl import forward_kl
-from qat.model.surgery import quantized_layers
 from qat.storage.files import previous_folder
 from qat.train.ema import MovingAverage
 from qat.train.state import STATE, Progress, has_state, read_state, write_state
@@ -70,17 +69,6 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, plan, decay):
     if decay:
         for left, right in zip(run.ema.averages, other.ema.averages, strict=True):
             assert torch.equal(left, right)
-
-
-def test_frozen_indices_come_back_in_their_order(tmp_path):
-    """Training may have begun with a codebook out of order, which thawing sorts."""
-    trainer = make_run()
-    layer = next(iter(quantized_layers(trainer.model).values()))
-    layer.indices = (15 - layer.indices.int()).to(torch.uint8)
-    write_state(tmp_path, Progress(step=1), trainer)
-    other = make_run()
-    read_state(tmp_path, other)
-    assert torch.equal(next(iter(quantized_layers(other.model).values())).indices, layer.indices)
 
 
 def test_there_is_no_state_before_one_is_written(tmp_path):

@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from qat.model.surgery import hold_weights, quantized_layers, thaw_indices
+from qat.train.layerwise import block_rate, read_blocks, write_block
+from tests.tiny import tiny_student
+
+
+def test_the_rate_warms_up_and_falls():
+    """Within one block, from a share of the peak to the peak and down to the least."""
+    rates = [block_rate(0.1, step, 40) for step in range(40)]
+    assert rates[0] == pytest.approx(0.5)
+    assert max(rates) == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_finished_blocks_come_back(tmp_path):
+    """A second process continues behind the last whole block, with what the first one learned."""
+    student = tiny_student()
+    hold_weights(student, torch.float32)
+    block = student.get_decoder().layers[0]
+    for layer in quantized_layers(block).values():
+        thaw_indices(layer)
+        layer.latent_weight.data *= 1.5
+    write_block(tmp_path, 0, block, {"seconds": 2.0})
+    other = tiny_student()
+    hold_weights(other, torch.float32)
+    assert read_blocks(tmp_path, other, lambda _name: None) == (1, 2.0)
+    found = quantized_layers(other.get_decoder().layers[0])
+    for name, layer in quantized_layers(block).items():
+        assert torch.equal(found[name].latent_weight, layer.latent_weight)
+        assert torch.equal(found[name].held_weight, layer.fake_quantized_weight())
+    rest = quantized_layers(other.get_decoder().layers[1]).values()
+    assert all(layer.latent_weight is None for layer in rest)
