@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qat.runtime.config import PlaceConfig, require_at_least
+
 Target = Literal["gguf", "mlx", "compressed-tensors", "hf-quantized", "coreml"]
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20}
 UNITS["gib"] = 2**30
@@ -25,7 +27,7 @@ def parse_size(text: str) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SourceConfig:
+class SourceConfig(PlaceConfig):
     """The model, the text that decides, and where to compute."""
 
     model: str
@@ -54,22 +56,14 @@ class SourceConfig:
     """Peak learning rate of latent weights."""
     seed: int = 0
     """Decides the order of the data and every draw."""
-    dtype: str = "auto"
-    """Compute dtype: auto, fp32, bf16 or fp16."""
-    device: str = "auto"
-    """auto, cpu, cuda, mps, xla or tpu."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        for name in ("seq_len", "eval_sequences"):
-            if getattr(self, name) < 2:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {getattr(self, name)} must be 2 or more")
-        if self.minutes < 0 or self.batch_size < 1 or self.lr <= 0:
-            raise ValueError(
-                f"--minutes {self.minutes} must be 0 or more, --batch-size {self.batch_size} 1 or "
-                f"more, --lr {self.lr} above 0"
-            )
+        require_at_least(2, self, "seq_len", "eval_sequences")
+        require_at_least(1, self, "batch_size", "num_sequences")
+        require_at_least(0, self, "minutes")
+        if self.lr <= 0:
+            raise ValueError(f"--lr {self.lr} must be above 0; try 2e-4")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

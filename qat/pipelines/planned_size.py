@@ -1,5 +1,6 @@
 """The bytes of the file that an allocation comes to, for each target of export."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from qat.export.gguf_file import ALIGNMENT
 from qat.export.gguf_size import planned_file_bytes
 from qat.model.surgery import model_tensors
 from qat.quant.allocate import Allocation
-from qat.quant.plan import QuantPlan, TensorInfo, numel
+from qat.quant.plan import QuantPlan, TensorInfo
 from qat.quant.spec import F16, FORMATS, TensorSpec
 from qat.quant.targets import other_spec, tied_groups
 
@@ -51,7 +52,7 @@ class PlannedSize:
             )
         texts = [path for path in folder.iterdir() if path.name.startswith(TEXT_FILES)]
         entries = ENTRY_BYTES * ENTRIES * len(tensors)
-        sizes = sum(4 * numel(info.shape) for info in dense.values())
+        sizes = sum(4 * math.prod(info.shape) for info in dense.values())
         text_bytes = sum(path.stat().st_size for path in texts)
         overhead = FOLDER_BYTES + entries + sizes + text_bytes
         return cls(
@@ -64,13 +65,13 @@ class PlannedSize:
     @property
     def num_weights(self) -> int:
         """Number of parameters."""
-        return sum(numel(info.shape) for info in self.tensors.values())
+        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     def tensor_bytes(self, name: str, spec: TensorSpec) -> int:
         """Return the bytes that the file holds for a tensor in a format, padding among them."""
         shape = self.tensors[name].shape
         if self.target != "gguf" and not spec.is_quantized:
-            return self.dense_bytes * numel(shape)
+            return self.dense_bytes * math.prod(shape)
         if self.target == "mlx":
             # Scales and offsets in float32, in which index * scale + offset rounds as in training.
             spec = spec.stored_as("float32")

@@ -5,7 +5,8 @@ import torch
 
 from qat.export.gguf_file import read_tensor_records, read_weight
 from qat.export.gguf_size import planned_file_bytes
-from qat.export.to_gguf import export_to_gguf, row_order
+from qat.export.gguf_tensors import row_order
+from qat.export.to_gguf import export_to_gguf
 from qat.export.to_hf_quantized import export_to_hf_quantized
 from qat.model.checkpoint import read_checkpoint, student_tensors
 from qat.model.surgery import keep_scales_storable, quantized_layers, thaw_indices
