@@ -176,6 +176,15 @@ class TeacherCache:
             for name, column in gathered.items()
         }
 
+    def seen_tokens(self, vocab_size: int) -> Tensor:
+        """Return which tokens the training sequences hold, (V,) bool."""
+        seen, first = np.zeros(vocab_size, dtype=bool), 0
+        num_train = self.num_sequences - self.manifest.num_heldout
+        for index, entry in enumerate(self.manifest.shards):
+            seen[np.unique(self._shard(index)["input_ids"][: max(0, num_train - first)])] = True
+            first += entry.num_sequences
+        return torch.from_numpy(seen)
+
     def stored_bytes(self) -> dict[str, int]:
         """Return the bytes that each field takes in the first shard."""
         return {name: column.nbytes for name, column in self._shard(0).items()}

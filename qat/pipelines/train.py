@@ -145,6 +145,8 @@ def take_run(run: Run) -> dict[str, Any]:
     trainer = run_folder.make_trainer(
         config, model, run.place.dtype, weight_of=weight_of, sync=device.sync
     )
+    seen = run.cache.seen_tokens(model.config.get_text_config().vocab_size)
+    trainer.seen = seen.to(device.torch_device)
     count = f"{trainer.num_trained:,} parameters in {len(trainer.layers)} layers"
     say(f"training {count}, compute dtype {dtype_name(run.place.dtype)}")
     if has_state(folder):

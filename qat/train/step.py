@@ -185,6 +185,9 @@ class Trainer:
     ema: MovingAverage | None = None
     scaler: torch.amp.GradScaler | None = None
     """Keeps float16 gradients above its smallest number; None for other dtypes."""
+    seen: Tensor | None = None
+    """Tokens of the training data, (V,) bool: rows of others in embedding and head stay as they
+    are, where the optimizer would take steps of full size on next to no gradient. None = all."""
     sums: Gradients = field(default_factory=dict)
     """Float32 gradients of held weights while a step has several micro-batches."""
 
@@ -220,6 +223,9 @@ class Trainer:
     def pull(self) -> None:
         """Bring the gradients of held weights to what trains."""
         pull_gradients(self.layers, self.sums)
+        if self.seen is not None:
+            for layer in token_layers(self.model) & set(self.layers):
+                drop_unseen(layer, self.seen)
 
     def accumulate(self, batches: list[Batch], hard_weight: float | None) -> Tensor:
         """Add up the gradients of micro-batches; return the mean loss."""
@@ -277,6 +283,18 @@ class Trainer:
         known = logits_at(self.model, hidden, signal.token_ids)
         negatives = logits_at(self.model, hidden, signal.negative_ids[0])
         return candidate_logits(signal, known, negatives, self.model.config.vocab_size)
+
+
+def token_layers(model: nn.Module) -> set[nn.Module]:
+    """Return embedding and head: their rows are tokens."""
+    return {model.get_input_embeddings(), model.get_output_embeddings()}
+
+
+def drop_unseen(layer: FakeQuantWeight, seen: Tensor) -> None:
+    """Zero the gradients of rows whose tokens the training data lacks."""
+    for parameter in layer.parameters():
+        if parameter.grad is not None and parameter.grad.dim() == 2:
+            parameter.grad *= seen.unsqueeze(1)
 
 
 def with_hard(

@@ -205,3 +205,11 @@ def test_wrong_places_are_told(folder, tmp_path):
         cache.batch([cache.num_sequences])
     with pytest.raises(ValueError, match="'test' is not one of"):
         cache.sequence_ids("test")
+
+
+def test_seen_tokens_are_those_of_the_training_sequences(tmp_path):
+    """Held-out sequences do not count, whatever shard they are in."""
+    cache = TeacherCache.open(tiny_cache(tmp_path))
+    token_ids = cache.batch(cache.sequence_ids("train")).input_ids
+    seen = cache.seen_tokens(VOCAB_SIZE)
+    assert seen.nonzero().squeeze(1).tolist() == token_ids.unique().tolist()

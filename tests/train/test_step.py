@@ -9,11 +9,18 @@ from qat.distill.candidates import draw_negatives, with_negatives
 from qat.distill.kl import forward_kl
 from qat.distill.teacher import dense_signal, top_k_signal
 from qat.model.head import hidden_states, logits_of
-from qat.model.layers import FakeQuantLinear
+from qat.model.layers import FakeQuantLinear, FakeQuantWeight
 from qat.model.surgery import hold_weights, quantized_layers, release_weights
 from qat.quant.fit import fit_weight
 from qat.quant.spec import make_spec
-from qat.train.step import Batch, Trainer, form_weights, loss_scaler, pull_gradients
+from qat.train.step import (
+    Batch,
+    Trainer,
+    form_weights,
+    loss_scaler,
+    pull_gradients,
+    token_layers,
+)
 from qat.train.trainable import choose_trainable, make_optimizer, trained_layers
 from tests.tiny import TINY_MODELS, VOCAB_SIZE, quantize_plainly, tiny_llama, tiny_student
 
@@ -446,3 +453,24 @@ def test_factors_alone_get_the_gradients_that_autograd_finds(dtype):
         assert found.dtype == torch.float32
         gap = (found - expected[name]).norm() / expected[name].norm()
         assert gap < tolerance, name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_unseen_tokens_stay(tied):
+    """Embedding and head move in the rows that the data holds, and in no other."""
+    student = tiny_student("llama", "q4a4, all=int4-g32", tied=tied)
+    seen = torch.arange(VOCAB_SIZE) < 40
+    kinds = ("embedding",) if tied else ("embedding", "head")
+    trainer = make_trainer(student, ("weights", "scales"), kinds, seen=seen)
+    layers = list(dict.fromkeys(token_layers(student)))
+    layers = [layer for layer in layers if isinstance(layer, FakeQuantWeight)]
+    before = [{n: p.detach().clone() for n, p in layer.named_parameters()} for layer in layers]
+    token_ids = torch.randint(0, 40, (2, 12))
+    signal = dense_signal(torch.randn(2, 11, VOCAB_SIZE), torch.ones(2, 11, dtype=torch.bool))
+    trainer.step([Batch.of(token_ids, signal)], 1.0)
+    for layer, old in zip(layers, before, strict=True):
+        for name, parameter in layer.named_parameters():
+            if parameter.requires_grad and parameter.dim() == 2:
+                moved = (parameter != old[name]).any(1)
+                assert moved[:40].any() or name != "latent_weight"  # on the grid, scales wait
+                assert not moved[40:].any(), name
