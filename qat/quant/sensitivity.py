@@ -2,9 +2,11 @@
 
     cost = 1/2 sum_o g_o e_o H e_o^T    nats per token, e = W_hat - W
 
-with the second moment H of the inputs and g_o that of the gradient at output o. W_hat comes from
-the fit itself, on a sample of rows: relative errors of rows are much alike, so their weighted mean
-over few rows stands for all.
+with the second moment H of the inputs and g_o that of the gradient at output o. W_hat is fitted on
+a sample of rows: relative errors of rows are much alike, so their weighted mean over few rows
+stands for all. Each format is fitted by second moments; how much error feedback then gains depends
+on H far more than on the format, so it is measured for one of each kind: of few bits, of more, of
+blocks.
 
 Shape legend: O out, I in.
 
@@ -12,18 +14,24 @@ Source: Kronecker-factored Fisher, Martens and Grosse 2015, arXiv:1503.05671, wi
 of outputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qat.quant.hessian import fit_with_hessian
+from qat.quant.fit import fit_weight
+from qat.quant.hessian import dampen, fit_with_hessian
 from qat.quant.spec import TensorSpec
 
 SAMPLED_ROWS = 64  # of each weight that are fitted
 FEWER = 4  # times fewer where a grid rounds several weights at once, which takes longer
-NUM_SWEEPS = 1  # of the fit of sampled rows
+COARSE_BITS = 3  # up to which rounding is coarse
+NUM_ROUNDS = 1  # of the fit by second moments
+NUM_SWEEPS = 1  # of the fit with error feedback
+
+
+Fit = Callable[[Tensor, TensorSpec, Tensor], Tensor]  # rows, format and H to rows on the grid
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,12 +72,25 @@ def format_costs(
         samples[name] = info.weight[chosen].float()
         masses[name] = info.row_mass[chosen]
     costs: dict[str, dict[str, float]] = {name: {} for name in weights}
+    gains: dict[str, dict[str, float]] = {}
     for spec in specs:
         step = 1 if not spec.is_quantized or spec.grid.block_size == 1 else FEWER
         rows, mass = ({name: p[::step] for name, p in one.items()} for one in (samples, masses))
-        for name, ratio in error_ratios(rows, mass, spec, hessian).items():
-            costs[name][spec.name] = ratio * totals[name]
+        ratios = error_ratios(rows, mass, spec, hessian, fit_by_moments)
+        if spec.is_quantized and kind_of(spec) not in gains and min(ratios.values()) > 0:
+            fed = error_ratios(rows, mass, spec, hessian, fit_with_feedback)
+            gains[kind_of(spec)] = {name: min(1.0, fed[name] / ratios[name]) for name in fed}
+        gain = gains.get(kind_of(spec), {}) if spec.is_quantized else {}
+        for name, ratio in ratios.items():
+            costs[name][spec.name] = ratio * gain.get(name, 1.0) * totals[name]
     return costs
+
+
+def kind_of(spec: TensorSpec) -> str:
+    """Return what decides how much error feedback gains."""
+    if spec.grid.block_size > 1:
+        return "block"
+    return "coarse" if spec.bits <= COARSE_BITS else "fine"
 
 
 def row_errors(rows: Tensor, hessian: Tensor) -> Tensor:
@@ -78,16 +99,20 @@ def row_errors(rows: Tensor, hessian: Tensor) -> Tensor:
 
 
 def error_ratios(
-    samples: Mapping[str, Tensor], masses: Mapping[str, Tensor], spec: TensorSpec, hessian: Tensor
+    samples: Mapping[str, Tensor],
+    masses: Mapping[str, Tensor],
+    spec: TensorSpec,
+    hessian: Tensor,
+    fit: Fit,
 ) -> dict[str, float]:
     """Return the weighted error of each weight's sampled rows over that of zeros."""
     if not spec.is_quantized:
         return dict.fromkeys(samples, 0.0)
     if spec.grid.is_learned:  # a codebook of its own each
-        fitted = {name: fitted_rows(rows, spec, hessian) for name, rows in samples.items()}
+        fitted = {name: fit(rows, spec, hessian) for name, rows in samples.items()}
     else:
         sizes = [len(rows) for rows in samples.values()]
-        joint = fitted_rows(torch.cat(list(samples.values())), spec, hessian)
+        joint = fit(torch.cat(list(samples.values())), spec, hessian)
         fitted = dict(zip(samples, joint.split(sizes), strict=True))
     ratios = {}
     for name, rows in samples.items():
@@ -97,6 +122,12 @@ def error_ratios(
     return ratios
 
 
-def fitted_rows(rows: Tensor, spec: TensorSpec, hessian: Tensor) -> Tensor:
-    """Return rows as a format holds them, (R, I)."""
+def fit_by_moments(rows: Tensor, spec: TensorSpec, hessian: Tensor) -> Tensor:
+    """Return rows as a format holds them, (R, I), each weight counted by its input's power."""
+    importance = dampen(hessian).diagonal()
+    return fit_weight(rows, spec, importance=importance, num_rounds=NUM_ROUNDS).dequantize()
+
+
+def fit_with_feedback(rows: Tensor, spec: TensorSpec, hessian: Tensor) -> Tensor:
+    """Return rows as a format holds them, (R, I), fitted against all of H."""
     return fit_with_hessian(rows, spec, hessian, num_sweeps=NUM_SWEEPS).dequantize()

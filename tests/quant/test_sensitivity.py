@@ -19,20 +19,33 @@ def example(num_rows, num_inputs=64):
     return weight, mass, x.T @ x / 256
 
 
-def test_cost_of_few_rows_is_the_sum_itself():
-    """Where all rows are sampled, a cost is 1/2 sum g_o e_o H e_o^T of the fit."""
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_cost_of_few_rows_is_the_sum_itself(name):
+    """The first format of a kind costs 1/2 sum g_o e_o H e_o^T of its fit with error feedback."""
     weight, mass, hessian = example(16)
-    specs = [TensorSpec.from_name(name) for name in NAMES]
-    costs = format_costs({"w": WeightInfo(weight=weight, row_mass=mass)}, specs, hessian)["w"]
+    spec = TensorSpec.from_name(name)
+    info = {"w": WeightInfo(weight=weight, row_mass=mass)}
+    costs = format_costs(info, [spec, TensorSpec.from_name("f16")], hessian)["w"]
     assert costs["f16"] == 0
     order = sampled_rows(((weight @ hessian) * weight).sum(1) * mass, 64)
-    for spec in specs[:-1]:
-        fitted = fit_with_hessian(weight[order], spec, hessian, num_sweeps=NUM_SWEEPS)
-        error = fitted.dequantize() - weight[order]
-        expected = sum(
-            float(m * (e @ hessian @ e)) / 2 for m, e in zip(mass[order], error, strict=True)
+    fitted = fit_with_hessian(weight[order], spec, hessian, num_sweeps=NUM_SWEEPS)
+    error = fitted.dequantize() - weight[order]
+    expected = sum(
+        float(m * (e @ hessian @ e)) / 2 for m, e in zip(mass[order], error, strict=True)
+    )
+    assert costs[spec.name] == pytest.approx(expected, rel=1e-3)
+
+
+def test_gains_of_one_format_hold_for_others_of_its_kind():
+    """Costs of all formats together are near those of each alone."""
+    weight, mass, hessian = example(256)
+    info = {"w": WeightInfo(weight=weight, row_mass=mass)}
+    specs = [TensorSpec.from_name(f"gguf:{kind}") for kind in ("q4_0", "q4_1", "q5_0", "iq4_nl")]
+    together = format_costs(info, specs, hessian)["w"]
+    for spec in specs:
+        assert together[spec.name] == pytest.approx(
+            format_costs(info, [spec], hessian)["w"][spec.name], rel=0.25
         )
-        assert costs[spec.name] == pytest.approx(expected, rel=1e-3)
 
 
 def test_more_bits_cost_less_and_samples_agree():
