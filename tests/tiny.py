@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -184,6 +185,12 @@ class LargestTensor(TorchDispatchMode):
                 size = 0 if is_given else tensor.numel() * tensor.element_size()
                 self.num_bytes = max(self.num_bytes, size)
         return made
+
+
+def others_later(values):
+    """Return parameters of a test: the first in the fast tier, the others in the recipe tier."""
+    first, *others = values
+    return [first, *(pytest.param(value, marks=pytest.mark.recipe) for value in others)]
 
 
 def unpack_words(words, bits, num_inputs):

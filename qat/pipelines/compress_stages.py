@@ -202,12 +202,18 @@ def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
         model=config.model,
         plan=str(file),
         cache_dir=cache.folder,
+        calibration_sequences=calibration_tokens(config) // config.seq_len,
         output=source.work / "students" / file.stem,
         dtype=config.dtype,
         device=config.device,
         eval=False,
     )
     return quantize(settings).checkpoint
+
+
+def calibration_tokens(config: SourceConfig) -> int:
+    """Return the tokens that calibrate a fit: half the usual where minutes are left to train."""
+    return CALIBRATION_TOKENS["hessian"] // (2 if config.minutes else 1)
 
 
 def train_student(

@@ -12,7 +12,7 @@ from qat.export.to_hf_quantized import export_to_hf_quantized
 from qat.export.to_mlx import export_to_mlx
 from qat.model.surgery import quantized_layers, thaw_indices
 from qat.quant.spec import K_FORMATS
-from tests.tiny import plan_of, save_tiny, tiny_llama, tiny_student
+from tests.tiny import others_later, plan_of, save_tiny, tiny_llama, tiny_student
 
 gguf = pytest.importorskip("gguf")
 
@@ -85,7 +85,7 @@ def test_formats_of_simple_groups_refuse_the_grids(student, export, tmp_path, te
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("name", K_FORMATS)
+@pytest.mark.parametrize("name", others_later(K_FORMATS))
 def test_rows_that_are_no_super_blocks_are_refused(name):
     """The message names the tensor, the rule and the remedy."""
     with pytest.raises(ValueError, match=r"down_proj.*128.*no multiple of the 256.*gguf:q4_0"):

@@ -10,7 +10,7 @@ from qat.export.to_compressed_tensors import export_to_compressed_tensors
 from qat.export.to_gguf import export_to_gguf
 from qat.export.to_hf_quantized import export_to_hf_quantized
 from qat.model.surgery import quantized_layers, thaw_indices
-from tests.tiny import plan_of, save_tiny, tiny_llama, tiny_student
+from tests.tiny import others_later, plan_of, save_tiny, tiny_llama, tiny_student
 
 gguf = pytest.importorskip("gguf")
 
@@ -101,7 +101,7 @@ def test_formats_of_scalars_refuse_the_grid(tmp_path, text_source):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("kind", sorted({kind for _, kind in PARTS.values()}))
+@pytest.mark.parametrize("kind", others_later(sorted({kind for _, kind in PARTS.values()})))
 def test_rows_that_are_no_super_blocks_are_refused(kind):
     """The message names the tensor, the rule and the remedy."""
     with pytest.raises(ValueError, match=r"down_proj.*128.*no multiple of the 256.*gguf:q4_0"):

@@ -16,6 +16,7 @@ from qat.quant.hessian import (
 )
 from qat.quant.spec import FORMATS, K_FORMATS, TensorSpec
 from qat.quant.straight_through import fake_quantize
+from tests.tiny import others_later
 
 # Simple formats of as many bits or more.
 SIMPLE = {"q2_k": "lut2-g16", "q3_k": "lut3-g32", "q4_k": "gguf:iq4_nl", "q5_k": "affine5-g32"}
@@ -26,7 +27,7 @@ def spec_of(name):
     return FORMATS[f"gguf:{name}"]
 
 
-@pytest.mark.parametrize("name", K_FORMATS)
+@pytest.mark.parametrize("name", others_later(K_FORMATS))
 def test_parts_are_as_files_hold_them(name):
     """Integers in range, float16 numbers, indices that are the nearest ones, zeros without NaN."""
     spec, weight = spec_of(name), torch.randn(6, 512) * 0.02
@@ -49,7 +50,7 @@ def test_parts_are_as_files_hold_them(name):
     assert torch.equal(formed, found)
 
 
-@pytest.mark.parametrize("name", K_FORMATS)
+@pytest.mark.parametrize("name", others_later(K_FORMATS))
 @pytest.mark.parametrize("is_steep", [False, True])
 def test_the_fit_beats_simple_formats(name, is_steep):
     """Of as many bits or more, with even importances and steep ones."""
@@ -65,7 +66,7 @@ def test_the_fit_beats_simple_formats(name, is_steep):
     assert errors[0] < 1.05 * errors[1]  # whose scales are searched more finely
 
 
-@pytest.mark.parametrize("name", K_FORMATS)
+@pytest.mark.parametrize("name", others_later(K_FORMATS))
 def test_weights_on_the_grid_are_nearly_found_again(name):
     """A weight that the format holds comes back with a quarter of the error of another one."""
     weight = torch.randn(8, 512) * 0.02
@@ -95,7 +96,7 @@ def correlated():
     return torch.randn(16, 512) * 0.02, x.T @ x / 1024
 
 
-@pytest.mark.parametrize("name", K_FORMATS)
+@pytest.mark.parametrize("name", others_later(K_FORMATS))
 def test_steps_against_the_hessian_never_raise_the_error(name, correlated):
     """Super-scales, integers and indices, each on what the steps before it left."""
     weight, hessian = correlated
@@ -113,7 +114,7 @@ def test_steps_against_the_hessian_never_raise_the_error(name, correlated):
         assert torch.equal(values, values.round().clamp(0, 2**bits - 1))
 
 
-@pytest.mark.parametrize("name", K_FORMATS)
+@pytest.mark.parametrize("name", others_later(K_FORMATS))
 def test_the_hessian_halves_the_error(name, correlated):
     """Nearly: below 0.6 of tr(E H E^T) of the fit by second moments."""
     weight, hessian = correlated

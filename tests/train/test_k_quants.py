@@ -19,7 +19,7 @@ from qat.quant.hessian import fit_with_hessian
 from qat.quant.spec import FORMATS, K_FORMATS
 from qat.train.step import Batch, Trainer, form_weights, pull_gradients
 from qat.train.trainable import choose_trainable, make_optimizer, trained_layers
-from tests.tiny import save_student, save_tiny, tiny_llama, tiny_student
+from tests.tiny import others_later, save_student, save_tiny, tiny_llama, tiny_student
 
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
 LAYERS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -69,7 +69,7 @@ def plain_weight(layer, parts, latent):
 
 
 @pytest.mark.parametrize("is_thawed", [True, False])
-@pytest.mark.parametrize("name", K_FORMATS)
+@pytest.mark.parametrize("name", others_later(K_FORMATS))
 def test_gradients_are_those_of_autograd(name, is_thawed):
     """Of the latent weight and all parts; held weights give the same."""
     layer = some_layer(name, is_thawed=is_thawed)
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_autograd(name, is_thawed):
 
 
 @pytest.mark.parametrize("knows_weight", [True, False])
-@pytest.mark.parametrize("name", K_FORMATS)
+@pytest.mark.parametrize("name", others_later(K_FORMATS))
 def test_thaw_and_freeze_keep_the_weights(name, knows_weight):
     """Also of indices that error feedback moved to other values, and of scales that are zero."""
     weight, spec = torch.randn(6, 512) * 0.1, FORMATS[f"gguf:{name}"]
@@ -138,7 +138,7 @@ def test_checkpoints_hold_what_trains(tmp_path):
         assert held == layer.spec.size_bytes(shape) + 2 * layer.spec.grid.num_values
 
 
-@pytest.mark.parametrize("name", ["q2_k", "q3_k"])
+@pytest.mark.parametrize("name", others_later(["q2_k", "q3_k"]))
 def test_steps_lower_the_loss(name):
     """Weights and scales together, by half in 12 steps."""
     rates = {"weights": 1e-3, "scales": 1e-6}

@@ -21,7 +21,7 @@ from qat.quant.hessian import fit_with_hessian
 from qat.quant.spec import FORMATS, SUPER_SCALES
 from qat.train.step import Batch, Trainer, form_weights, pull_gradients
 from qat.train.trainable import choose_trainable, make_optimizer, trained_layers
-from tests.tiny import save_student, save_tiny, tiny_llama, tiny_student
+from tests.tiny import others_later, save_student, save_tiny, tiny_llama, tiny_student
 
 SPEC = FORMATS["gguf:iq2_s"]
 SPECS = [FORMATS[f"gguf:{kind}"] for kind in SUPER_SCALES]
@@ -37,7 +37,7 @@ SIZES = {
 }
 PARTS = ("super_scale", "sub_scale")
 
-each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+each_spec = pytest.mark.parametrize("spec", others_later(SPECS), ids=lambda spec: spec.name)
 
 
 def some_layer(spec, *, is_thawed):
@@ -151,7 +151,7 @@ def test_scales_that_training_lost_come_back():
     assert torch.isfinite(layer.fake_quantized_weight()).all()
 
 
-@pytest.mark.parametrize("kind", ["iq2_s", "iq2_xxs"])
+@pytest.mark.parametrize("kind", others_later(["iq2_s", "iq2_xxs"]))
 @pytest.mark.parametrize("rates", [{"weights": 1e-3, "scales": 1e-5}, {"scales": 1e-4}])
 def test_steps_lower_the_loss(kind, rates):
     """Weights and scales together, and scales of frozen points alone: by half in 12 steps."""
