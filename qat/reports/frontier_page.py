@@ -191,7 +191,8 @@ def ticks(least: float, most: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(step for step in (*STEPS, 10) if step * power >= rough)
     first = math.ceil(least / step)
-    return [index * step for index in range(first, math.floor(most / step) + 1)]
+    values = [index * step for index in range(first, math.floor(most / step) + 1)]
+    return [value for value in values if least <= value <= most]  # products round
 
 
 def log_ticks(least: float, most: float) -> list[float]:
