@@ -16,6 +16,7 @@ WIDTH, HEIGHT = 960, 520
 LEFT, RIGHT, TOP, BOTTOM = 76, 20, 16, 56  # margins around the plot
 RADIUS = 5.5
 LEAST_DECADES = 0.35  # of the vertical axis: a factor of 2.2, so that a tick lies inside
+LEAST_SPAN = 1e-6  # of sizes, as a share: less is one size
 STEPS = (1, 2, 5)  # of tick values, times a power of ten
 
 
@@ -161,7 +162,8 @@ def frame_of(series: Sequence[Series]) -> Frame:
     points = [(m.x, m.y) for one in series for m in one.marks]
     points += [pair for one in series for pair in one.predicted]
     across, up = [x for x, _ in points], [math.log10(y) for _, y in points]
-    beside = 0.05 * (max(across) - min(across)) or 0.1 * max(across)
+    span = max(across) - min(across)
+    beside = 0.05 * span if span > LEAST_SPAN * max(across) else 0.1 * max(across)
     above = max(0.06 * (max(up) - min(up)), (LEAST_DECADES - max(up) + min(up)) / 2)
     return Frame(min(across) - beside, max(across) + beside, min(up) - above, max(up) + above)
 
