@@ -106,7 +106,7 @@ def test_a_rehearsal_tells_seconds_and_leaves_nothing(folder, made):
     source = Source.of(config, config.work_folder)
     cache = teacher_cache(source)
     student = next((config.work_folder / "students").iterdir())
-    settings = train_config(student, source, cache)
+    settings = replace(train_config(student, source, cache), output_dir=folder / "no_run")
     assert 0 < rehearse_training(settings) < 60
     assert not settings.output_dir.exists()
 
