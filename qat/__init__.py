@@ -1,7 +1,8 @@
 """Quantization-aware distillation of small causal language models.
 
-The Python API is `build_cache`, `quantize`, `train`, `evaluate` and `export` with their configs and
-results. Names are imported when they are first used, so that `import qat` loads no torch.
+The Python API is `compress`, and its parts `build_cache`, `quantize`, `train`, `evaluate` and
+`export`, with their configs and results. Names are imported when they are first used, so that
+`import qat` loads no torch.
 
 Layers, lowest first; a module imports lower layers or its own folder only:
 

@@ -115,7 +115,7 @@ class FrontierConfig(SourceConfig):
     """Show the best KL of many sizes, next to files of other programs: table, plot, HTML page."""
 
     output: Path
-    """Folder of the report: frontier.md, frontier.png, frontier.html, points.jsonl."""
+    """Folder of the report: frontier.md, frontier.png, frontier.html, frontier.jsonl."""
     sizes: str
     """Sizes joined by commas, such as 45MB,54MB,60MB."""
     peers: Path | None = None

@@ -1,15 +1,12 @@
 """The formats that an allocation may choose among, for each target of export."""
 
 from collections.abc import Mapping
-from typing import Literal
 
 from qat.quant.plan import TensorInfo
 from qat.quant.spec import F16, F32, FORMATS, TensorSpec
 
-CompressTarget = Literal["gguf", "mlx", "compressed-tensors", "hf-quantized", "coreml"]
-
 # Formats by target; a name that this version does not have is a fault that a test finds.
-CANDIDATES: dict[CompressTarget, tuple[str, ...]] = {
+CANDIDATES: dict[str, tuple[str, ...]] = {
     "gguf": tuple(name for name in FORMATS if name.startswith("gguf:")),
     "mlx": tuple(name for name in FORMATS if name.startswith("mlx:")),
     "compressed-tensors": ("w2a16-g64", "w4a16-g32", "int8-g32-bf16"),
@@ -21,9 +18,7 @@ LINEARS_ONLY = ("compressed-tensors", "coreml")  # whose embeddings stay dense
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def candidates(
-    target: CompressTarget, tensors: Mapping[str, TensorInfo]
-) -> dict[str, list[TensorSpec]]:
+def candidates(target: str, tensors: Mapping[str, TensorInfo]) -> dict[str, list[TensorSpec]]:
     """Return the formats that each quantizable tensor may take, by parameter name.
 
     16 bits are the last resort of every tensor; others are left out where a row does not fit.
@@ -48,7 +43,7 @@ def fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def tied_groups(target: CompressTarget, names: list[str]) -> list[list[str]]:
+def tied_groups(target: str, names: list[str]) -> list[list[str]]:
     """Return parameters that must share a format, each name in one group."""
     groups: dict[str, list[str]] = {}
     for name in names:

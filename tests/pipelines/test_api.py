@@ -24,7 +24,7 @@ from tests.tiny import (
 )
 
 ROOT = Path(__file__).parent.parent.parent
-FUNCTIONS = ("build_cache", "quantize", "train", "evaluate", "export")
+FUNCTIONS = ("build_cache", "compress", "quantize", "train", "evaluate", "export")
 MOST_MILLISECONDS = 100  # 50 are aimed at; a busy machine takes longer
 
 
