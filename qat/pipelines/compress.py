@@ -18,6 +18,7 @@ from qat.pipelines.compress_stages import (
     fit_plan,
     measure_file,
     once,
+    plan_id,
     size_on_disk,
     teacher_cache,
     train_student,
@@ -110,9 +111,9 @@ def take_stages(config: CompressConfig, source: Source, budget: int | None) -> d
     """Go through the stages that are left, and return the values of the result."""
     clock = Clock(source.work / "clocks" / f"{config.output.name}.json", config.minutes)
     say_stage("cache", clock)
-    cache = teacher_cache(source)
+    cache = clock.shared_stage("cache", lambda: teacher_cache(source))
     say_stage("costs", clock)
-    table = cost_table(source, cache)
+    table = clock.shared_stage("costs", lambda: cost_table(source, cache))
     say_stage("plan", clock)
     if budget is None:
         found = search_by_kl(config.kl, table, source, cache)
@@ -121,7 +122,7 @@ def take_stages(config: CompressConfig, source: Source, budget: int | None) -> d
     plan = source.size.plan(found)
     print_table(plan, source.size.file_bytes(found))
     say_stage("fit", clock, found.cost)
-    fitted = fit_plan(plan, source, cache)
+    fitted = clock.shared_stage(f"fit-{plan_id(plan)}", lambda: fit_plan(plan, source, cache))
     kl_fit = validation_kl(fitted, source, cache)
     say_stage("train", clock, kl_fit)
     student, kl = train_student(fitted, kl_fit, source, cache, clock)

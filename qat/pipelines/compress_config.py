@@ -49,11 +49,13 @@ class SourceConfig(PlaceConfig):
     eval_sequences: int = 64
     """Blocks of a measurement."""
     minutes: float = 30.0
-    """Time for a file; training takes what the other stages leave. 0 = no training."""
+    """Time for a file; training takes what the other stages leave. 0 = no training, and formats of
+    vector grids (IQ2, IQ3) are tried on a CPU as well, which finds their points too slowly to
+    train."""
     batch_size: int = 8
     """Sequences of a training step."""
-    lr: float = 2e-4
-    """Peak learning rate of latent weights."""
+    lr: float = 0.02
+    """Peak learning rate of latent weights, as a share of their rounding errors (rms)."""
     seed: int = 0
     """Decides the order of the data and every draw."""
 
@@ -63,7 +65,7 @@ class SourceConfig(PlaceConfig):
         require_at_least(1, self, "batch_size", "num_sequences")
         require_at_least(0, self, "minutes")
         if self.lr <= 0:
-            raise ValueError(f"--lr {self.lr} must be above 0; try 2e-4")
+            raise ValueError(f"--lr {self.lr} must be above 0; try 0.02")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

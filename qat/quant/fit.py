@@ -57,7 +57,7 @@ def fit_weight(
         row_weights: How much each row counts for a learned codebook, (O,), such as the frequency
             of an embedding's tokens; all alike when not given.
         codebook: (C,) ascending, kept as it is in the place of a learned one.
-        num_rounds: Rounds of the three updates; starts of a search over integers, half as many.
+        num_rounds: Rounds of the three updates; half as many of a search over integers.
 
     Raises:
         ValueError: If a weight is not finite or beyond float16, or the format does not fit.
@@ -68,7 +68,7 @@ def fit_weight(
     if spec.scale.integer_bits and spec.grid.num_values:
         return fit_integers(weight, spec, importance, -(-num_rounds // 2))
     if spec.scale.integer_bits:
-        return fit_blocks(weight, spec, importance)
+        return fit_blocks(weight, spec, importance, max(1, num_rounds // 2))
     if spec.has_offset:
         return fit_affine(weight, spec, importance, num_rounds)
     rows = None if row_weights is None else row_weights.to(weight.device).float().unsqueeze(1)

@@ -12,23 +12,27 @@ from torch import Tensor
 
 from qat.grids.scalar import over_scale
 from qat.quant.quantized_tensor import QuantizedTensor
-from qat.quant.scale_curves import search_parts, sub_block_gains
+from qat.quant.scale_curves import FEWER_SAMPLES, NUM_SAMPLES, search_parts, sub_block_gains
 from qat.quant.spec import TensorSpec
 
 NEIGHBOURS = (-1, 1)
 NUM_ROUNDS = 2  # of super-scales and integers: the second lowers the error by 0.5% at most
 
 
-def fit_blocks(weight: Tensor, spec: TensorSpec, importance: Tensor) -> QuantizedTensor:
+def fit_blocks(
+    weight: Tensor, spec: TensorSpec, importance: Tensor, num_rounds: int = NUM_ROUNDS
+) -> QuantizedTensor:
     """Return the quantized weight of least importance-weighted squared error.
 
     Args:
         weight: (O, I), float32.
         spec: A vector grid with super-block scales.
         importance: (I,), positive.
+        num_rounds: Of super-scales and integers; fewer also sample fewer scales.
     """
-    parts = search_parts(weight, spec, importance)
-    for _ in range(NUM_ROUNDS):
+    num_samples = NUM_SAMPLES if num_rounds >= NUM_ROUNDS else FEWER_SAMPLES
+    parts = search_parts(weight, spec, importance, num_samples)
+    for _ in range(num_rounds):
         parts = refit_super_scale(weight, spec, importance, parts)
         parts = search_integers(weight, spec, importance, parts)
     normalized = over_scale(weight, expanded(spec, parts))

@@ -12,7 +12,7 @@ Shape legend: O out, I in, E weights of a sub-block, N sub-blocks, M super-block
 super-block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ def fit_integers(
         weight: (O, I), float32.
         spec: A scalar grid of fixed integers with super-block scales.
         importance: (I,), positive.
-        num_starts: Of `TOPS`, how many to try.
+        num_starts: Of `TOPS`, how many to try; one, of a fit that others improve, also tries
+            near integers only.
     """
     step = max(1, numbers_at_once(weight.device) // TEMPORARIES // weight.shape[1])
     chunks = [Search(rows, spec, importance).fit(num_starts) for rows in weight.split(step)]
@@ -73,9 +74,12 @@ class Search:
     def fit(self, num_starts: int) -> Parts:
         """Return the best parts found, a row for each row of the weight."""
         aim = torch.cat([part.view(-1, self.form.per_super) for part in self.start()], dim=1)
-        best, least = self.refined(self.placed(aim, TOPS[0]))
+        far = (self.form.top + 1) // WINDOW
+        near = min(NEAR, far)
+        reaches = (near,) if num_starts == 1 else (far, near)
+        best, least = self.refined(self.placed(aim, TOPS[0]), reaches)
         for top in TOPS[1:num_starts]:
-            found, errors = self.refined(self.placed(aim, top))
+            found, errors = self.refined(self.placed(aim, top), reaches)
             best, least = better(best, least, found, errors)
         return {name: part.view(self.num_rows, -1) for name, part in best.items()}
 
@@ -151,9 +155,9 @@ class Search:
             parts[lower] = self.form.nearest_integers(wanted, parts[upper], lower)
         return parts
 
-    def refined(self, parts: Parts) -> tuple[Parts, Tensor]:
+    def refined(self, parts: Parts, reaches: Sequence[int]) -> tuple[Parts, Tensor]:
         """Return parts after rounds of integers and super-scales, and their errors, (M, 1)."""
-        for reach in ((self.form.top + 1) // WINDOW, min(NEAR, (self.form.top + 1) // WINDOW)):
+        for reach in reaches:
             parts, errors = self.search(parts, reach)
             solved = self.with_solved_supers(parts)
             errors = [each.sum(1, keepdim=True) for each in (errors, self.errors(solved))]

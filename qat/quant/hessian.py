@@ -219,7 +219,7 @@ def feed_errors(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Quan
         start: Gives scales and codebook.
         hessian: Damped, (I, I).
     """
-    if start.spec.grid.block_size > 1:
+    if start.spec.is_vector:
         order = falling_block_order(hessian, start.spec.grid.block_size)
         return feed_block_errors(target, start, feedback_factor(hessian[order][:, order]), order)
     order = falling_order(hessian)
@@ -248,7 +248,7 @@ def descend(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Quantize
         start: Gives indices, scales and codebook.
         hessian: Damped, (I, I).
     """
-    if start.spec.grid.block_size > 1:
+    if start.spec.is_vector:
         order = falling_block_order(hessian, start.spec.grid.block_size)
         return descend_blocks(target, start, hessian[order][:, order], order)
     order = falling_order(hessian)

@@ -74,7 +74,7 @@ def format_costs(
     costs: dict[str, dict[str, float]] = {name: {} for name in weights}
     gains: dict[str, dict[str, float]] = {}
     for spec in specs:
-        step = 1 if not spec.is_quantized or spec.grid.block_size == 1 else FEWER
+        step = FEWER if spec.is_vector else 1
         rows, mass = ({name: p[::step] for name, p in one.items()} for one in (samples, masses))
         ratios = error_ratios(rows, mass, spec, hessian, fit_by_moments)
         if spec.is_quantized and kind_of(spec) not in gains and min(ratios.values()) > 0:
@@ -88,7 +88,7 @@ def format_costs(
 
 def kind_of(spec: TensorSpec) -> str:
     """Return what decides how much error feedback gains."""
-    if spec.grid.block_size > 1:
+    if spec.is_vector:
         return "block"
     return "coarse" if spec.bits <= COARSE_BITS else "fine"
 

@@ -80,6 +80,11 @@ class TensorSpec:
         return self.grid is not None
 
     @property
+    def is_vector(self) -> bool:
+        """Whether several weights are rounded together."""
+        return self.grid is not None and self.grid.block_size > 1
+
+    @property
     def bits(self) -> int | float:
         """Bits of indices per weight."""
         return self.grid.bits

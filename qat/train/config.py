@@ -26,6 +26,10 @@ class OptimConfig:
     lr: float = 2e-4
     """Peak learning rate of latent weights. After a quick fit (--fit moments) 4e-4 gets further in
     few steps; after the default fit it would undo what error feedback found."""
+    relative: bool = False
+    """Rates are shares: of latent weights, of the size (rms) of their rounding errors at the start;
+    of all else, of its own size. One rate then suits tensors of all formats, such as 0.01 with
+    --optim.scale-lr-ratio 0.2."""
     scale_lr_ratio: float = 1.0
     """Rate of scales and magnitudes over --optim.lr."""
     codebook_lr_ratio: float = 1.0

@@ -194,7 +194,10 @@ def make_trainer(
         model=model,
         layers=trainable.trained_layers(model),
         optimizer=trainable.make_optimizer(
-            chosen, peak_rates(optim, optim.lr), weight_decay=optim.weight_decay
+            chosen,
+            peak_rates(optim, optim.lr),
+            weight_decay=optim.weight_decay,
+            units=trainable.rate_units(model) if optim.relative else None,
         ),
         divergence=make_divergence(
             config.loss.divergence, temperature=config.loss.used_temperature

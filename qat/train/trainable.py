@@ -1,7 +1,8 @@
 """What trains: chosen by the type of a module and the part it plays, never by a piece of a name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,19 +105,45 @@ def is_trained(layer: FakeQuantWeight) -> bool:
     return any(parameter.requires_grad for parameter in layer.parameters())
 
 
+@torch.no_grad()
+def rate_units(model: nn.Module) -> dict[nn.Parameter, float]:
+    """Return what relative learning rates of a model's trained parameters are shares of.
+
+    Of latent weights the root mean square of their rounding errors, those at grid values left out:
+    a cell of 2 bits is many times as wide as one of 8. Of all else its own, as scales of scales are
+    a hundredth of scales and their integers a thousand times as large.
+    """
+    units = {p: root_mean_square(p) for p in model.parameters() if p.requires_grad}
+    for layer in trained_layers(model):
+        if layer.latent_weight in units:
+            error = layer.latent_weight - layer.fake_quantized_weight(torch.float32)
+            if len(error := error[error != 0]):
+                units[layer.latent_weight] = root_mean_square(error)
+    return units
+
+
+def root_mean_square(values: Tensor) -> float:
+    """Return the root mean square of values; one where all are zero."""
+    return float(values.square().mean().sqrt()) or 1.0
+
+
 def make_optimizer(
-    chosen: dict[str, list[nn.Parameter]], rates: dict[str, float], weight_decay: float = 0.0
+    chosen: dict[str, list[nn.Parameter]],
+    rates: dict[str, float],
+    weight_decay: float = 0.0,
+    units: Mapping[nn.Parameter, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """Return AdamW with one group of parameters a part."""
-    groups = [
-        {
-            "params": parameters,
-            "lr": rates[part],
-            "peak_lr": rates[part],
-            "weight_decay": weight_decay if part == "weights" else 0.0,
-        }
-        for part, parameters in chosen.items()
-    ]
+    """Return AdamW with one group of parameters a part; with units, one a parameter."""
+
+    def group(part: str, parameters: list[nn.Parameter], unit: float = 1.0) -> dict[str, Any]:
+        rate = rates[part] * unit
+        decay = weight_decay if part == "weights" else 0.0
+        return {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+
+    if units is None:
+        groups = [group(part, parameters) for part, parameters in chosen.items()]
+    else:
+        groups = [group(part, [p], units[p]) for part, some in chosen.items() for p in some]
     device = next(iter(chosen.values()))[0].device
     return torch.optim.AdamW(groups, **optimizer_settings(device))
 

@@ -1,6 +1,7 @@
 """One command from a model and a text to the best file of a size."""
 
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from qat.export.from_gguf import read_gguf_model
 from qat.pipelines import compress_stages
 from qat.pipelines.compress import compress
 from qat.pipelines.compress_config import CompressConfig, parse_size
-from qat.pipelines.compress_stages import Source, teacher_cache, train_config
+from qat.pipelines.compress_stages import Clock, Source, teacher_cache, train_config
 from qat.pipelines.evaluate import evaluate
 from qat.pipelines.step_time import rehearse_training
 from qat.storage.files import read_json, sha256_of_file
@@ -128,6 +129,19 @@ def test_other_targets_keep_to_their_size(folder, target):
     result = compress(config_of(folder, f"e-{target}", to=target, size=size))
     files = [path for path in Path(result.path).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) == result.file_bytes <= parse_size(size)
+
+
+def test_stages_of_another_file_count_for_each_once(tmp_path):
+    """What a shared stage took the first file is taken off the time of the second, also resumed."""
+    first = Clock(tmp_path / "a.json", 1.0)
+    assert first.shared_stage("costs", lambda: time.sleep(0.2) or 7) == 7
+    first.note()
+    for _ in range(2):  # the second time as a process that continues
+        second = Clock(tmp_path / "b.json", 1.0)
+        assert second.shared_stage("costs", lambda: 7) == 7
+        assert 0.2 <= second.seconds < 0.35
+        assert second.left == pytest.approx(60 - second.seconds, abs=0.1)
+        second.note()
 
 
 def test_bad_input_is_refused_before_any_work(folder):

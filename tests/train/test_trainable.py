@@ -7,6 +7,7 @@ from qat.train.trainable import (
     enable_gradient_checkpointing,
     make_optimizer,
     mode,
+    rate_units,
     trained_layers,
 )
 from tests.tiny import TINY_MODELS, tiny_llama, tiny_student
@@ -152,3 +153,30 @@ def test_modes_are_put_back():
     with mode(student, is_training=True):
         assert all(module.training for module in student.modules())
     assert [m for m in student.modules() if m.training] == [student.model.norm]
+
+
+def test_relative_rates_are_shares_of_what_they_move():
+    """A step moves latent weights by a share of their rounding errors, scales by one of their size.
+
+    Formats of few and of many bits, whose cells and scales differ, then move alike.
+    """
+    base = tiny_llama()
+    model = tiny_student("llama", "gguf:q2_0, *.down_proj=gguf:q4_0")
+    chosen = choose_trainable(
+        model,
+        kinds=("mlp",),
+        parts=("weights", "scales"),
+        weight_of=lambda name: base.get_submodule(name).weight,
+    )
+    units = rate_units(model)
+    optimizer = make_optimizer(chosen, {"weights": 0.5, "scales": 0.1}, units=units)
+    rates = {id(group["params"][0]): group["peak_lr"] for group in optimizer.param_groups}
+    for layer in trained_layers(model):
+        latent, scale = layer.latent_weight.detach(), layer.scale.detach()
+        error = latent - layer.fake_quantized_weight(torch.float32).detach()
+        error = error[error != 0]
+        assert len(error) > 0.5 * latent.numel()
+        size = float(error.norm()) / len(error) ** 0.5
+        assert rates[id(layer.latent_weight)] == pytest.approx(0.5 * size)
+        assert rates[id(layer.scale)] == pytest.approx(0.1 * float(scale.square().mean().sqrt()))
+    assert len({round(rate, 9) for rate in rates.values()}) == len(rates)
