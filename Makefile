@@ -45,7 +45,7 @@ style: setup  ## mend what lint and format can mend
 	@$(RUN)/ruff format .
 
 recipe: setup  ## real commands on tiny models
-	@$(RUN)/python -m pytest -m recipe
+	@OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m recipe -n 2 --dist loadfile
 
 parity: setup  ## exported files in their runtimes (installs those)
 	@$(RUN)/python -m pip install -qq -c constraints.txt -e '.[parity]'

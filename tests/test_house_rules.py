@@ -38,19 +38,6 @@ MOST_LINES = 60  # of a function
 # Functions that are longer, until they are split: no new entries.
 LONG_FUNCTIONS: set[str] = set()
 MOST_ANY = 1  # parameters typed Any: plain JSON that is checked where it is read
-# Module without a test file of its name, and what tests it.
-TESTED_ELSEWHERE = {
-    "export/ggml.py": "parity/test_ggml_blocks.py",
-    "export/llama_cpp.py": "parity/test_runtimes.py",
-    "export/to_coreml.py": "parity/test_runtimes.py",
-    "export/to_hf_quantized.py": "export/test_plugin.py",
-    "pipelines/batch_probe.py": "cli/test_benchmark.py",
-    "pipelines/bench.py": "recipes/test_bench.py",
-    "pipelines/compress_stages.py": "pipelines/test_compress.py",
-    "pipelines/step_time.py": "pipelines/test_compress.py",
-    "pipelines/students.py": "cli/test_init_student.py",
-    "train/baselines.py": "recipes/test_bench.py",
-}
 # Help of every command and script from one process, with the heavy modules each one loaded.
 ASK_HELP = """
 import contextlib, io, json, runpy, sys
@@ -237,16 +224,14 @@ def test_every_module_has_its_test():
             continue  # configs are tested with the flags of their commands
         folders = {"pipelines", "cli"} if folder in ("pipelines", "cli") else {folder}
         exists = any((ROOT / "tests" / one / f"test_{file}").is_file() for one in folders)
-        assert exists or {f"{one}/{file}" for one in folders} & TESTED_ELSEWHERE.keys(), (
-            f"write tests/{folder}/test_{file}, or say in TESTED_ELSEWHERE what tests it"
-        )
+        assert exists, f"write tests/{folder}/test_{file}"
 
 
-def test_every_entry_of_the_lists_exists():
+def test_every_entry_of_the_list_exists():
     """An entry of a module that is gone would hide a new one of its name."""
-    listed = {*TESTED_ELSEWHERE, *(name.split(":")[0] for name in LONG_FUNCTIONS)}
+    listed = {name.split(":")[0] for name in LONG_FUNCTIONS}
     absent = sorted(name for name in listed if not (PACKAGE / name).is_file())
-    assert not absent, f"remove from the lists on top of this file: {absent}"
+    assert not absent, f"remove from the list on top of this file: {absent}"
 
 
 def test_parameters_have_types():

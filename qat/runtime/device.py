@@ -173,9 +173,6 @@ def open_device(kind: Kind, name: str, reason: str) -> Device:
         torch_device = torch.device(name)
         if kind == "cpu":
             tune_allocation()
-            # Squares of small gradients leave float32's normal range, where a CPU is 100 times as
-            # slow: a third of a step. Threads inherit this from the one that starts them.
-            torch.set_flush_denormal(True)
     return Device(kind, torch_device, reason, default_dtype(kind))
 
 

@@ -29,7 +29,8 @@ def exact_moments(model, token_ids, name):
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_drawn_labels_give_the_expected_moments(family):
     """Second moments of drawn gradients approach those over all labels."""
-    model = TINY_MODELS[family]().requires_grad_(False)
+    tokens = {"vocab_size": 64, "eos_token_id": 1, "pad_token_id": 0}  # a gradient for each
+    model = TINY_MODELS[family](**tokens).requires_grad_(False)
     token_ids = torch.tensor([[7]])
     name = "model.layers.1.mlp.down_proj"
     batches = [token_ids.expand(2048, 1)] * 4

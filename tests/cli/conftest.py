@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 
 from qat.cli.commands import main
-from tests.tiny import tiny_cache, tiny_llama
+from tests.tiny import quick_fits, tiny_cache, tiny_llama
 
 QUICK = ("--device", "cpu", "--dtype", "fp32")
 
 
 @pytest.fixture(scope="session")
 def run():
-    """Run a command in this process: exit code, closing values, lines for people."""
+    """Run a command in this process, by quick fits: exit code, closing values, lines to read."""
 
     def run(command, **flags):
         words = []
@@ -30,7 +30,7 @@ def run():
             elif value is not None:
                 words += [flag, str(value)]
         out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quick_fits():
             code = main(command, [*words, *(() if "device" in flags else QUICK)])
         lines = out.getvalue().splitlines()
         closing = json.loads(lines[-1]) if lines else None

@@ -8,7 +8,15 @@ import torch
 from qat.cli.commands import main
 from qat.model.surgery import layers_of_kind, quantized_layers
 from qat.pipelines.open_checkpoint import load_model
-from tests.tiny import plan_of, save_student, save_tiny, tiny_cache, tiny_llama, tiny_student
+from tests.tiny import (
+    plan_of,
+    quick_fits,
+    save_student,
+    save_tiny,
+    tiny_cache,
+    tiny_llama,
+    tiny_student,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,8 @@ def folder(tmp_path_factory):
 
 def convert(folder, capsys, plan, expected, output, *flags):
     command = ["--checkpoint", folder / plan, "--plan", expected, "--output", output, *flags]
-    code = main("convert", [str(part) for part in command])
+    with quick_fits():
+        code = main("convert", [str(part) for part in command])
     said = capsys.readouterr()
     return (code, json.loads(said.out) if code == 0 else said.err.splitlines()[-1])
 

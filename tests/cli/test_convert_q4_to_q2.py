@@ -65,14 +65,14 @@ def test_a_conversion_is_the_same_every_time(run, path, tmp_path):
     assert sums[0] == sums[1] == read_header(path.q2).sha256
 
 
-@pytest.mark.parametrize("fit", ["moments", "hessian"])
 @pytest.mark.parametrize(
-    ("flags", "name"),
+    ("flags", "name", "fit"),
     [
-        ({"q2_mlp_rank": 4}, "lut2-r4"),
-        ({"q2_mlp_group_size": 16}, "lut2-g16"),
-        ({"q2_mlp_codebook": "int"}, "int2-g64"),
-        ({"q2_mlp_lut_size": 8}, "lut3-g32"),
+        ({"q2_mlp_rank": 4}, "lut2-r4", "hessian"),
+        ({"q2_mlp_rank": 4}, "lut2-r4", "moments"),
+        ({"q2_mlp_group_size": 16}, "lut2-g16", "moments"),
+        ({"q2_mlp_codebook": "int"}, "int2-g64", "hessian"),
+        ({"q2_mlp_lut_size": 8}, "lut3-g32", "hessian"),
     ],
 )
 def test_the_mlp_gets_the_form_that_is_asked_for(run, path, tmp_path, fit, flags, name):

@@ -6,8 +6,8 @@ from torch.nn import functional
 
 from qat.distill.kl import forward_kl, kd_loss
 from qat.distill.teacher import dense_signal, top_k_signal
+from qat.evaluate import kl
 from qat.evaluate.kl import (
-    CHUNK_BYTES,
     LazyTeacher,
     evaluate_batches,
     live_teacher,
@@ -130,16 +130,18 @@ def test_the_last_position_has_a_distance_and_no_label():
     assert whole["perplexity"] == pytest.approx(cut["perplexity"], rel=1e-6)
 
 
-def test_logits_of_neither_side_are_held_for_a_batch():
-    """At a vocabulary of 262,144 no tensor is larger than a chunk's logits."""
-    model = tiny_llama(vocab_size=262144, hidden_size=16, head_dim=4, intermediate_size=16)
-    token_ids = torch.arange(4 * 32).view(4, 32)  # logits of all of it: 134 MB a side
+def test_logits_of_neither_side_are_held_for_a_batch(monkeypatch):
+    """At a large vocabulary no tensor is larger than a chunk's logits."""
+    vocab_size, chunk_bytes = 8192, kl.CHUNK_BYTES // 32  # of 262,144 in whole chunks
+    monkeypatch.setattr(kl, "CHUNK_BYTES", chunk_bytes)
+    model = tiny_llama(vocab_size=vocab_size, hidden_size=16, head_dim=4, intermediate_size=16)
+    token_ids = torch.arange(4 * 32).view(4, 32)
     mask = torch.ones_like(token_ids, dtype=torch.bool)
     with torch.no_grad(), LargestTensor() as largest:
         lazy = live_teacher(model, token_ids, mask)
         found = evaluate_batches(model, [(token_ids, lazy)], description="test")
     assert abs(found["kl_nats"]) < 1e-6
-    assert CHUNK_BYTES / 2 < largest.num_bytes <= CHUNK_BYTES < 4 * 32 * 262144 * 4
+    assert chunk_bytes / 2 < largest.num_bytes <= chunk_bytes < 4 * 32 * vocab_size * 4
 
 
 def test_nothing_that_counts_has_no_numbers():

@@ -49,10 +49,10 @@ def test_round_finds_the_nearest_points(grid, kind):
 
     Where signs are free or already even the best is found; else nearly always.
     """
-    weight = some_weights(grid, 6, 24)
-    shape = {None: None, "input": (24,), "weight": (6, 24)}[kind]
+    weight = some_weights(grid, 4, 24)
+    shape = {None: None, "input": (24,), "weight": (4, 24)}[kind]
     importance = None if kind is None else torch.rand(shape) + 0.1
-    mass = torch.ones(6, 24) if kind is None else importance.expand(6, 24)
+    mass = torch.ones(4, 24) if kind is None else importance.expand(4, 24)
     errors = (mass * (weight - grid.nearest(weight, None, importance)).square()).flatten()
     errors = errors.view(-1, grid.block_size).sum(1)
     blocks, masses = (t.reshape(-1, grid.block_size) for t in (weight, mass))
@@ -85,7 +85,7 @@ def test_signs_are_even_where_the_format_says_so(grid):
 @each_grid
 def test_many_rows_round_as_each_alone(grid):
     """Chunks that bound memory change nothing, nor do their borders."""
-    weight, importance = some_weights(grid, 400, 40), torch.rand(40) + 0.1
+    weight, importance = some_weights(grid, 120, 40), torch.rand(40) + 0.1
     together = grid.round(weight, None, importance)
     alone = torch.cat([grid.round(row, None, importance) for row in weight.split(1)])
     assert torch.equal(together, alone)

@@ -12,9 +12,8 @@ from qat.export.from_gguf import read_gguf_model
 from qat.pipelines import compress_stages
 from qat.pipelines.compress import compress
 from qat.pipelines.compress_config import CompressConfig, parse_size
-from qat.pipelines.compress_stages import Clock, Source, teacher_cache, train_config
+from qat.pipelines.compress_stages import Clock
 from qat.pipelines.evaluate import evaluate
-from qat.pipelines.step_time import rehearse_training
 from qat.storage.files import read_json, sha256_of_file
 from tests.tiny import save_tiny, tiny_llama, tiny_records, write_jsonl
 
@@ -98,18 +97,6 @@ def test_minutes_are_spent_on_training(folder, monkeypatch):
     assert result.kl_nats_validation < result.kl_nats_fit
     assert result.measured_on == "heldout.txt"
     assert result.perplexity_teacher > 1
-
-
-@pytest.mark.recipe
-def test_a_rehearsal_tells_seconds_and_leaves_nothing(folder, made):
-    """A step takes some time; the student's folder is as before, and no run is there."""
-    config = config_of(folder)
-    source = Source.of(config, config.work_folder)
-    cache = teacher_cache(source)
-    student = next((config.work_folder / "students").iterdir())
-    settings = replace(train_config(student, source, cache), output_dir=folder / "no_run")
-    assert 0 < rehearse_training(settings) < 60
-    assert not settings.output_dir.exists()
 
 
 @pytest.mark.recipe

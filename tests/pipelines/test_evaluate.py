@@ -1,7 +1,9 @@
 """The Python API of evaluation, and its numbers against those of a program that shares no code."""
 
+import contextlib
+import io
 import json
-import subprocess
+import runpy
 import sys
 from dataclasses import FrozenInstanceError, asdict
 from pathlib import Path
@@ -36,9 +38,12 @@ def folders(request, tmp_path_factory):
 
 def judged(teacher, text, student):
     """Return what the independent program says of a student, by its whole logits."""
-    words = [sys.executable, JUDGE, teacher, text, student, "--seq-len", "16"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    words = [JUDGE, teacher, text, student, "--seq-len", "16"]
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "argv", [str(word) for word in words])
+        runpy.run_path(str(JUDGE))
+    return json.loads(out.getvalue().splitlines()[-1])
 
 
 def require_agreement(found, judge):
@@ -66,7 +71,6 @@ def test_the_numbers_are_those_of_an_independent_judge(folders):
     require_agreement(found, judged(paths["teacher"], folders / "text.txt", paths["student"]))
 
 
-@pytest.mark.recipe  # imports a second torch, as the judge above
 @NEEDS_JUDGE
 def test_the_same_holds_for_a_gguf_file(tmp_path):
     """Read by us, and by transformers for the judge; its bits are the file's."""

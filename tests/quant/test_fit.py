@@ -47,7 +47,7 @@ def error_of(weight, indices, scale, codebook, importance):
     return error, ((fitted * 2**-11) ** 2 * importance).sum().item() + 1e-6 * error
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(bits=st.integers(2, 4), groups=st.integers(1, 4), seed=st.integers(0, 999))
 def test_no_update_raises_the_error(bits, groups, seed):
     """Scales, codebook and indices in turn: the weighted error only falls, to float16."""
@@ -102,7 +102,7 @@ def test_a_fit_can_be_stored_and_says_what_it_is(name):
     assert torch.equal(quantized.dequantize(), expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(bits=st.integers(2, 5), size=st.sampled_from([8, 16, 32]), seed=st.integers(0, 999))
 def test_offsets_are_no_worse_than_none_on_shifted_weights(bits, size, seed):
     """Groups that lie to one side of zero waste half of a symmetric grid."""
@@ -123,7 +123,7 @@ def test_offsets_are_no_worse_than_none_on_shifted_weights(bits, size, seed):
     assert errors[0] <= errors[1]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(bits=st.integers(2, 8), seed=st.integers(0, 999))
 def test_a_weight_on_an_affine_grid_is_found_again(bits, seed):
     """Scales and offsets that are exact in float32: not a bit is lost."""

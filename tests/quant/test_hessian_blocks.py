@@ -26,9 +26,9 @@ each_spec = pytest.mark.parametrize("spec", others_later(SPECS), ids=lambda spec
 @pytest.fixture
 def case():
     """Return a weight and the second moment of correlated inputs."""
-    weight = torch.randn(24, 512) * 0.02
-    x = torch.randn(2048, 512) @ torch.randn(512, 512) / 20 * torch.randn(512).mul(0.5).exp()
-    return weight, x.T @ x / 2048
+    weight = torch.randn(12, 512) * 0.02
+    x = torch.randn(1024, 512) @ torch.randn(512, 512) / 20 * torch.randn(512).mul(0.5).exp()
+    return weight, x.T @ x / 1024
 
 
 def test_order_keeps_blocks_together():
@@ -98,7 +98,7 @@ def test_rows_in_chunks_are_rows_together(case, monkeypatch):
     """A vocabulary of any size fits memory, with the same result."""
     weight, hessian = case
     together = fit_with_hessian(weight, SPEC, hessian)
-    monkeypatch.setattr("qat.quant.hessian.FITTED_ROWS", 10)
+    monkeypatch.setattr("qat.quant.hessian.FITTED_ROWS", 5)
     chunks = fit_with_hessian(weight, SPEC, hessian)
     assert (together.indices == chunks.indices).float().mean() > 0.99
     assert hessian_error(weight, chunks, hessian) == pytest.approx(

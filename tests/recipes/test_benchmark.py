@@ -69,23 +69,3 @@ def test_a_limit_below_the_program_itself_is_told(tmp_path, teacher):
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: batch 1 does not fit: out of memory")
     assert "raise --memory-limit" in last
-
-
-def test_bench_ends_with_every_ratio(tmp_path, teacher):
-    """Steps, cache and conversion are measured, each by its own processes."""
-    words = ["--model-id", str(teacher), "--device", "cpu", "--dtype", "fp32", "--steps", "1"]
-    words += ["--repeats", "1", "--tokens-per-step", "128", "--num-sequences", "8"]
-    done = subprocess.run(
-        [sys.executable, "-m", "qat", "bench", *words],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    closing = json.loads(done.stdout)
-    names = ("step_time_over_plain", "rate_over_rank_by_rank", "peak_memory_over_plain")
-    names += ("conversion_seconds", "default_conversion_seconds", "cache_over_bare_forward")
-    assert all(closing[name] > 0 for name in names)
-    assert closing["tokens_per_step"] == 128
