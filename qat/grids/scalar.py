@@ -11,12 +11,14 @@ Shape legend: O out, I in, G groups of a row, C = 2**bits codebook values.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from qat.grids.packing import pack, unpack
+from qat.runtime.device import is_traced
 
 CodebookKind = Literal[
     "learned", "uniform", "balanced", "int", "uint", "iq4_nl", "mxfp4", "ternary"
@@ -31,6 +33,8 @@ E2M1 = (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6)
 LISTED_VALUES = {"iq4_nl": IQ4_NL, "mxfp4": E2M1, "ternary": (-1, 0, 1)}
 # Bits per index that such a codebook comes with: blocks of TQ1_0 hold 256 weights in 52 bytes.
 LISTED_BITS = {"iq4_nl": (4,), "mxfp4": (4,), "ternary": (2, 1.625)}
+# Codebooks whose midpoints are multiples of one over this.
+FINENESS = {"iq4_nl": 2, "mxfp4": 4}
 FLOAT16_TINY = 2.0**-14  # least normal float16: below it a scale would lose bits
 POWER_RANGE = (2.0**-24, 2.0**15)  # of powers of two: all that float16 holds
 
@@ -80,6 +84,17 @@ class ScalarGrid:
         """Bits of an index where each has its own, as in checkpoints."""
         return math.ceil(self.bits)
 
+    @property
+    def first_value(self) -> float | None:
+        """The least value of a codebook whose steps are all one; None of others."""
+        lowest = {"int": -(self.num_values // 2), "uint": 0, "ternary": -1}
+        lowest["balanced"] = -(self.num_values - 1) / 2
+        return lowest.get(self.kind)
+
+    def has_cells(self, values: Tensor) -> bool:
+        """Whether nearest values come from a table: where a program is traced, compares fuse."""
+        return self.kind in FINENESS and not is_traced(values.device)
+
     def check(self, shape: tuple[int, int]) -> None:
         """Refuse a weight that the grid does not fit; there is none."""
 
@@ -99,12 +114,22 @@ class ScalarGrid:
         self, normalized: Tensor, codebook: Tensor, _importance: Tensor | None = None
     ) -> Tensor:
         """Return the indices of the nearest values, uint8, of weights over their scales."""
+        if (low := self.first_value) is not None:
+            return nearest_step(normalized, low, self.num_values).sub_(low).to(torch.uint8)
+        if self.has_cells(normalized):
+            cells, _ = cell_tables(self.kind, normalized.device)
+            return look_up(cells, cells_of(normalized, self.kind))
         return nearest_indices(normalized, codebook)
 
     def nearest(
         self, normalized: Tensor, codebook: Tensor, _importance: Tensor | None = None
     ) -> Tensor:
         """Return the nearest values themselves, without indices between."""
+        if (low := self.first_value) is not None:
+            return nearest_step(normalized, low, self.num_values)
+        if self.has_cells(normalized):
+            _, cells = cell_tables(self.kind, normalized.device)
+            return look_up(cells, cells_of(normalized, self.kind))
         return nearest_values(normalized, codebook)
 
     def look_up(self, indices: Tensor, codebook: Tensor) -> Tensor:
@@ -204,6 +229,41 @@ def nearest_values(values: Tensor, codebook: Tensor) -> Tensor:
     for threshold, value in zip(midpoints(codebook), codebook[1:], strict=True):
         nearest.lerp_(value, torch.gt(values, threshold, out=claim))
     return nearest
+
+
+def nearest_step(values: Tensor, low: float, count: int) -> Tensor:
+    """Return the nearest of low, low + 1, .. in float32; a tie goes to the lower one.
+
+    What is no number becomes the lowest. Exact, as nothing is added before values are whole. On a
+    CPU a fifth of the time of compares for 4 values, a tenth for 16.
+
+    Args:
+        values: Any shape.
+        low: An integer, or half of an odd one.
+        count: Of the steps.
+    """
+    nearest = values.ceil().sub_(0.5) if low % 1 else values.mul(2).ceil_().mul_(0.5).floor_()
+    return nearest.nan_to_num_(nan=low).clamp_(low, low + count - 1)
+
+
+def cells_of(values: Tensor, kind: str) -> Tensor:
+    """Return the cell of each value, int32: between multiples of 1 / `FINENESS`, counted from 0."""
+    fineness, listed = FINENESS[kind], LISTED_VALUES[kind]
+    low, high = fineness * listed[0], fineness * listed[-1]
+    return values.mul(fineness).ceil_().nan_to_num_(nan=low).clamp_(low, high).sub_(low).int()
+
+
+@cache
+def cell_tables(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the index, uint8, and the value that is nearest to all numbers of a cell.
+
+    The upper end belongs to a cell: a tie goes to the lower value.
+    """
+    fineness, codebook = FINENESS[kind], torch.tensor(LISTED_VALUES[kind], dtype=torch.float32)
+    low, high = fineness * float(codebook[0]), fineness * float(codebook[-1])
+    ends = torch.arange(low, high + 1) / fineness
+    index = torch.bucketize(ends, midpoints(codebook))
+    return index.to(device, torch.uint8), codebook[index].to(device)
 
 
 def thresholds_below(values: Tensor, codebook: Tensor) -> Tensor:

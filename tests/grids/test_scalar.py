@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat.grids.scalar import (
+    ScalarGrid,
     dequantize,
     expand_groups,
     exponent_bytes,
@@ -52,6 +53,26 @@ def test_nearest_values_are_those_of_the_nearest_indices(bits, seed, repeats):
     values = torch.cat([2 * torch.randn(50, generator=generator), midpoints(codebook), odd])
     wanted = codebook[nearest_indices(values, codebook).long()]
     assert torch.equal(nearest_values(values, codebook), wanted)
+
+
+GRIDS = [("int", 2), ("int", 4), ("int", 8), ("uint", 3), ("balanced", 2), ("uniform", 2)]
+GRIDS += [("ternary", 2), ("iq4_nl", 4), ("mxfp4", 4)]
+
+
+@pytest.mark.parametrize(("kind", "bits"), GRIDS)
+def test_a_fixed_grid_rounds_as_compares_do(kind, bits):
+    """By arithmetic or a table, to the bit: ties and their neighbours too."""
+    grid, codebook = ScalarGrid(bits, kind), fixed_codebook(kind, bits)
+    ties = midpoints(codebook)
+    near = [torch.nextafter(ties, torch.full_like(ties, end)) for end in (-torch.inf, torch.inf)]
+    odd = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, 1e30])
+    nothing = torch.tensor([torch.nan])
+    assert grid.round(nothing, codebook).item() == 0
+    assert grid.nearest(nothing, codebook).item() == codebook[0]
+    spread = torch.linspace(float(codebook[0]) - 2, float(codebook[-1]) + 2, 1001)
+    values = torch.cat([ties, *near, codebook, odd, spread])
+    assert torch.equal(grid.round(values, codebook), nearest_indices(values, codebook))
+    assert torch.equal(grid.nearest(values, codebook), nearest_values(values, codebook))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
