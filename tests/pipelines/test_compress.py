@@ -90,7 +90,7 @@ def test_minutes_are_spent_on_training(folder, monkeypatch):
     """Training lowers the validation KL, and the better student is what is exported."""
     monkeypatch.setattr(compress_stages, "rehearse_training", lambda _settings: 20.0)
     text = folder / "heldout.txt"
-    config = config_of(folder, "c.gguf", size="52KB", minutes=10, lr=5e-4, eval_text=text)
+    config = config_of(folder, "c.gguf", size="52KB", minutes=10, lr=0.02, eval_text=text)
     result = compress(config)
     (file,) = (folder / "work" / "gguf" / "steps").iterdir()
     assert read_json(file)["value"] > 10
