@@ -44,7 +44,7 @@ from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
 CACHE_SHARE = 1 / 6  # of the minutes: as much text as training then reads about once
 LATE_SHARE = 0.1  # of the time that training is left with, kept for what comes after it
-SCALE_LR_RATIO = 0.2  # of relative rates: scales at 0.001 a step where weights have 0.005
+SCALE_LR_RATIO = 0.2  # of relative rates: scales at 0.002 a step where weights have 0.01
 Made = TypeVar("Made")
 NUMBERS = ("kl_nats", "kl_p99", "top1_agreement", "perplexity")
 
