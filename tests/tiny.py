@@ -159,7 +159,8 @@ QUICK_FITS = {
         "AFFINE_STEPS": (),
     },
     "qat.grids.codebook": {"COARSE_BINS": 64, "polish": lambda _points, _counts, centers: centers},
-    "qat.quant.scale_curves": {"NUM_SAMPLES": 6, "TOP_SHARES": (1.0,)},
+    "qat.quant.fit_blocks": {"FEWER_SAMPLES": 6},
+    "qat.quant.scale_curves": {"TOP_SHARES": (1.0,)},
     "qat.quant.fit_integers": {"WINDOW": 1, "NUDGES": 1, "NEAR": 1},
 }
 

@@ -57,8 +57,8 @@ class Clock:
 
     def __init__(self, path: Path, minutes: float) -> None:
         self.path, self.limit = path, 60 * minutes
-        kept = read_json(path) if path.is_file() else {"seconds": 0.0, "shared": []}
-        self.before, self.shared = kept["seconds"], list(kept["shared"])
+        kept = read_json(path) if path.is_file() else {}
+        self.before, self.shared = kept.get("seconds", 0.0), kept.get("shared", [])
         self.started = time.perf_counter()
 
     @property

@@ -117,8 +117,8 @@ def rate_units(model: nn.Module) -> dict[nn.Parameter, float]:
     for layer in trained_layers(model):
         if layer.latent_weight in units:
             error = layer.latent_weight - layer.fake_quantized_weight(torch.float32)
-            if len(error := error[error != 0]):
-                units[layer.latent_weight] = root_mean_square(error)
+            if size := float(error.norm() / error.count_nonzero().clamp_min(1).sqrt()):
+                units[layer.latent_weight] = size
     return units
 
 
