@@ -140,6 +140,15 @@ class TeacherCache:
             raise ValueError(f"{self.folder} has no {split} sequences; build it with more text")
         return sequence_ids
 
+    def spread_ids(self, count: int) -> np.ndarray:
+        """Return the ids of so many training sequences, spread evenly over all text; all if fewer.
+
+        Sequences that follow each other are of one document or chapter.
+        """
+        chosen = self.sequence_ids("train")
+        count = min(count, len(chosen))
+        return chosen[np.arange(count) * len(chosen) // count]
+
     def batch(self, sequence_ids: np.ndarray | list[int]) -> CacheBatch:
         """Return the given sequences, in the given order.
 

@@ -9,14 +9,23 @@ Shape legend: B batch, T tokens, D hidden size.
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.calibrate.statistics import Batch, InputStatistics, input_statistics, second_moment
+from qat.calibrate.residual import ResidualWrite, residual_writes
+from qat.calibrate.statistics import (
+    Batch,
+    Fed,
+    InputStatistics,
+    input_statistics,
+    second_moment,
+)
 from qat.model.head import Tokens, hidden_states
 
 LayerArguments = dict[str, dict[str, Any]]  # of a forward pass: by layer name, then by keyword
@@ -78,21 +87,26 @@ def walk_decoder_layers(
     for name in stream.arguments[0]:
         layer = model.get_submodule(name)
         dense_layer = copy.deepcopy(layer) if reference is None else reference.get_submodule(name)
-        dense_inputs = watch_inputs(dense, name, dense_layer, linears.get(name, []))
-        for group in groups_that_share(dense_inputs):
-            shared = [f"{name}.{linear}" for linear in group]
-            inputs = (
-                (input_of(layer.get_submodule(group[0]), stream.run, name, layer, batch), expected)
-                for batch, expected in enumerate(dense_inputs[group[0]])
-            )
-            yield shared, input_statistics(shared[0], inputs)
-            for linear in group:
-                del dense_inputs[linear]
-        stream.advance(name, layer)
+        wanted = linears.get(name, [])
+        writes = residual_writes(dense_layer, wanted, partial(dense.run, name, dense_layer, 0))
+        points = {write.stream_at for write in writes.values()}
+        watched = watch_inputs(dense, name, dense_layer, [*wanted, *points])
+        with ExitStack() as replays:
+            done: list[Replay] = []
+            for group in groups_that_share({linear: watched[linear] for linear in wanted}):
+                shared = [f"{name}.{linear}" for linear in group]
+                write = writes.get(group[0]) if len(group) == 1 else None
+                turn = Turn(stream, name, layer, group[0], write)
+                yield shared, input_statistics(shared[0], turn.feed(watched, done))
+                for linear in group:
+                    del watched[linear]
+                    done.append(replays.enter_context(Replay(layer.get_submodule(linear))))
+            rewind(done)
+            stream.advance(name, layer)
     if head is not None:
         norm, dense_norm = (one.get_decoder().norm for one in (model, reference or model))
         ends = zip(map(norm, stream.hidden), map(dense_norm, dense.hidden), strict=True)
-        yield [head], input_statistics(head, ends)
+        yield [head], input_statistics(head, starmap(Fed, ends))
 
 
 @torch.no_grad()
@@ -127,6 +141,83 @@ def walk_dense_layers(
                 del inputs[linear]
     if head is not None:
         yield [head], second_moment(head, map(model.get_decoder().norm, stream.hidden))
+
+
+class Replay(AbstractContextManager):
+    """Inside the block, a module computes in its first pass over the batches only.
+
+    Each group of a decoder layer takes a pass of its own, all that precede it over again: what
+    their linears give is kept, so that each is computed once.
+    """
+
+    def __init__(self, module: nn.Module):
+        """Take over the calls of a module."""
+        self.module = module
+        self.compute = module.forward
+        self.outputs: list[Tensor] = []
+        self.num_calls = 0  # of this pass
+        module.forward = self.forward
+
+    def forward(self, *args: Tensor) -> Tensor:
+        """Return what the same call of the first pass gave."""
+        if self.num_calls == len(self.outputs):
+            self.outputs.append(self.compute(*args))
+        self.num_calls += 1
+        return self.outputs[self.num_calls - 1]
+
+    def __exit__(self, *error: object) -> None:
+        """Give the module its own forward back."""
+        del self.module.forward
+
+
+def rewind(replays: Iterable[Replay]) -> None:
+    """Begin a pass."""
+    for replay in replays:
+        replay.num_calls = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A linear whose inputs are looked at."""
+
+    stream: Stream
+    name: str  # of its decoder layer
+    layer: nn.Module
+    linear: str  # in the layer
+    write: ResidualWrite | None
+
+    def feed(self, watched: dict[str, list[Tensor]], replays: Iterable[Replay]) -> Iterator[Fed]:
+        """Yield what it is fed in each batch, beside what the dense layer's modules were fed.
+
+        An error that is added to the residual stream counts relative to the stream's size at that
+        token, as the norms that follow make it.
+        """
+        rewind(replays)
+        module, write = self.layer.get_submodule(self.linear), self.write
+        for batch, expected in enumerate(watched[self.linear]):
+            with inputs_kept(self.layer, write and write.stream_at) as kept:
+                x = input_of(module, self.stream.run, self.name, self.layer, batch)
+            if write is None:
+                yield Fed(x, expected)
+                continue
+            before = watched[write.stream_at][batch]
+            size = before.float().square().mean(-1, keepdim=True)
+            lack = (before - kept[0]) / write.multiplier
+            yield Fed(x, expected, lack, size.clamp_min(1e-30).reciprocal())
+
+
+@contextmanager
+def inputs_kept(layer: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
+    """Inside the block, keep the inputs of a layer's module in a list; of none without a name."""
+    kept: list[Tensor] = []
+    if name is None:
+        yield kept
+        return
+    hook = layer.get_submodule(name).register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    try:
+        yield kept
+    finally:
+        hook.remove()
 
 
 def hidden_of(output: Tensor | tuple) -> Tensor:

@@ -3,15 +3,17 @@
 Shape legend: B batch, T tokens, I in.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from qat.model.head import Tokens, hidden_states
+from qat.quant.drift import Moments
 from qat.runtime.device import run_recorded
 
 GRAM_PANEL = 384  # columns of a product: spares most of the lower triangle, still wide
@@ -70,7 +72,7 @@ def collect_second_moments(
     return {name: finite_mean(name, total, num_tokens) for name, total in sums.items()}
 
 
-def finite_mean(name: str, total: Tensor, count: int) -> Tensor:
+def finite_mean(name: str, total: Tensor, count: int | Tensor) -> Tensor:
     """Return total / count, refused if it is not finite."""
     if not torch.isfinite(total).all():
         raise ValueError(
@@ -81,32 +83,81 @@ def finite_mean(name: str, total: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputStatistics:
-    """What a linear's inputs are like: x_q those of the quantized model, x of the dense one."""
+    """What a linear's inputs are like: on all tokens, and on each half of them."""
 
-    hessian: Tensor
-    """mean x_q x_q^T, (I, I) float32."""
-    drift: Tensor
-    """mean (x - x_q) x_q^T, (I, I) float32: what the layers before this one did to its inputs."""
+    all: Moments
+    halves: tuple[Moments, ...]
+    """Two; one if there is a single token."""
 
 
-def input_statistics(name: str, inputs: Iterable[tuple[Tensor, Tensor]]) -> InputStatistics:
-    """Return the finite statistics of a module's inputs: of each batch x_q and x, (B, T, I)."""
-    hessian = drift = None
-    num_tokens = 0
-    for quantized, dense in inputs:
-        x = quantized.flatten(0, -2)
-        if hessian is None:
-            hessian = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            drift = torch.zeros_like(hessian)
-        change = dense.flatten(0, -2) - x
-        add_gram(hessian, x.float())
-        # A difference bears the compute dtype: what its product rounds away is small against H.
-        drift += change.to(dense.dtype).T @ x.to(dense.dtype)
-        num_tokens += len(x)
-    return InputStatistics(
-        hessian=finite_mean(name, hessian.triu() + hessian.triu(1).T, num_tokens),
-        drift=finite_mean(name, drift, num_tokens),
+class Fed(NamedTuple):
+    """A batch of a linear's inputs."""
+
+    quantized: Tensor
+    """x_q, (B, T, I)."""
+    dense: Tensor
+    """x, (B, T, I)."""
+    lack: Tensor | None = None
+    """(s - s_q) / m, (B, T, O), where the output is added to the residual stream s, times m."""
+    weights: Tensor | None = None
+    """How much each token counts, (B, T, 1); all alike when not given."""
+
+
+def input_statistics(name: str, batches: Iterable[Fed]) -> InputStatistics:
+    """Return the finite statistics of a module's inputs.
+
+    The first half of each batch's sequences, or of a lone sequence, is one half of the tokens.
+    """
+    sums: list[Moments] = []
+    masses: list[Tensor] = []
+    for batch in batches:
+        parts = [None if part is None else part.flatten(0, -2).chunk(2) for part in batch]
+        for half in range(len(parts[0])):
+            x, expected, lack, weights = (None if part is None else part[half] for part in parts)
+            if half == len(sums):
+                sums.append(zero_moments(x, lack))
+                masses.append(torch.zeros((), device=x.device))
+            masses[half] += len(x) if weights is None else weights.sum()
+            add_moments(sums[half], x, expected, lack, weights)
+
+    halves = tuple(
+        mean_moments(name, [half], mass) for half, mass in zip(sums, masses, strict=True)
     )
+    return InputStatistics(all=mean_moments(name, sums, sum(masses)), halves=halves)
+
+
+def mean_moments(name: str, sums: Sequence[Moments], mass: Tensor) -> Moments:
+    """Return the mean over tokens of several sums, refused where not finite."""
+
+    def mean(field: str) -> Tensor | None:
+        values = [getattr(part, field) for part in sums]
+        return None if values[0] is None else finite_mean(name, torch.stack(values).sum(0), mass)
+
+    upper = mean("hessian")
+    hessian = upper.triu() + upper.triu(1).T
+    return Moments(hessian=hessian, drift=mean("drift"), lack=mean("lack"))
+
+
+def zero_moments(x: Tensor, lack: Tensor | None) -> Moments:
+    """Return moments of no token yet."""
+    size = x.shape[1]
+    return Moments(
+        hessian=torch.zeros(size, size, device=x.device),
+        drift=torch.zeros(size, size, device=x.device),
+        lack=None if lack is None else torch.zeros(lack.shape[1], size, device=x.device),
+    )
+
+
+def add_moments(
+    sums: Moments, x: Tensor, expected: Tensor, lack: Tensor | None, weights: Tensor | None
+) -> None:
+    """Add tokens, (N, I) and (N, O), to sums, of whose H the upper triangle is kept up to date."""
+    weighted = x if weights is None else x * weights.to(x.dtype)
+    add_gram(sums.hessian, x.float(), weighted.float())
+    # A difference bears the compute dtype: what its product rounds away is small against H.
+    sums.drift.add_((expected - x).T @ weighted)
+    if lack is not None:
+        sums.lack.add_(lack.T @ weighted)
 
 
 def second_moment(name: str, inputs: Iterable[Tensor], weights: Tensor | None = None) -> Tensor:
@@ -121,13 +172,13 @@ def second_moment(name: str, inputs: Iterable[Tensor], weights: Tensor | None = 
         total = torch.zeros(x.shape[1], x.shape[1], device=x.device) if total is None else total
         if weights is not None:
             x = x * weights[num_tokens : num_tokens + len(x)].sqrt().unsqueeze(1)
-        add_gram(total, x)
+        add_gram(total, x, x)
         num_tokens += len(x)
     return finite_mean(name, total.triu() + total.triu(1).T, num_tokens)
 
 
-def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add x^T x, (I, I), to a total, of which only the upper triangle is kept up to date."""
+def add_gram(total: Tensor, x: Tensor, weighted: Tensor) -> None:
+    """Add x^T (weighted x), (I, I), to a total, of which the upper triangle is kept up to date."""
     for first in range(0, x.shape[1], GRAM_PANEL):
         panel = slice(first, first + GRAM_PANEL)
-        total[panel, first:].addmm_(x[:, panel].T, x[:, first:])
+        total[panel, first:].addmm_(x[:, panel].T, weighted[:, first:])

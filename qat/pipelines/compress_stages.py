@@ -20,7 +20,6 @@ from qat.evaluate.on_text import evaluate_on_text
 from qat.export.config import ExportConfig, Target
 from qat.export.from_gguf import read_gguf_model
 from qat.model.checkpoint import empty_model
-from qat.model.head import Tokens
 from qat.model.load import load_dense, load_tokenizer, model_folder, model_identity
 from qat.pipelines.build_cache import build_cache
 from qat.pipelines.compress_config import SourceConfig
@@ -29,7 +28,7 @@ from qat.pipelines.open_cache import open_cache
 from qat.pipelines.open_checkpoint import open_checkpoint
 from qat.pipelines.place import Place
 from qat.pipelines.planned_size import PlannedSize
-from qat.pipelines.quantize import quantize
+from qat.pipelines.quantize import quantize, spread_batches
 from qat.pipelines.quantize_config import CALIBRATION_BATCH, CALIBRATION_TOKENS, InitStudentConfig
 from qat.pipelines.sensitivity import choice_table, measure_costs
 from qat.pipelines.step_time import rehearse_training
@@ -43,6 +42,9 @@ from qat.tracking.messages import say
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
 CACHE_SHARE = 1 / 6  # of the minutes: as much text as training then reads about once
+MOST_CALIBRATION_TOKENS = 65536  # of a fit: twice as many gain little
+CALIBRATION_BYTES = 3 * 10**9  # that their activations may take
+COST_TOKENS = 4096  # of the text that costs are measured on
 LATE_SHARE = 0.1  # of the time that training is left with, kept for what comes after it
 SCALE_LR_RATIO = 0.2  # of relative rates: scales at 0.002 a step where weights have 0.01
 Made = TypeVar("Made")
@@ -201,21 +203,12 @@ def cost_table(source: Source, cache: TeacherCache) -> Table:
 
     def measure() -> dict[str, dict[str, float]]:
         model = load_dense(source.config.model, dtype=source.place.dtype)
-        return measure_costs(model, source.specs, spread_batches(cache), source.place)
+        batches = spread_batches(cache, COST_TOKENS // cache.seq_len)
+        return measure_costs(model, source.specs, batches, source.place)
 
     key = [cache.fingerprint, source.base["weights"], names]
     costs = once(source.work / "costs.json", key, measure)
     return choice_table(costs, source.specs, source.size)
-
-
-def spread_batches(cache: TeacherCache) -> list[Tokens]:
-    """Return sequences spread over the training part, as many as calibrate."""
-    chosen = cache.sequence_ids("train")
-    count = CALIBRATION_TOKENS["hessian"] // cache.seq_len
-    chosen = chosen[:: max(1, len(chosen) // count)][:count]
-    starts = range(0, len(chosen), CALIBRATION_BATCH)
-    batches = (cache.batch(chosen[start : start + CALIBRATION_BATCH]) for start in starts)
-    return [Tokens(batch.input_ids, batch.document_ids) for batch in batches]
 
 
 def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
@@ -227,7 +220,7 @@ def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
         model=config.model,
         plan=str(file),
         cache_dir=cache.folder,
-        calibration_sequences=calibration_tokens(config) // config.seq_len,
+        calibration_sequences=calibration_tokens(source, cache) // config.seq_len,
         output=source.work / "students" / file.stem,
         dtype=config.dtype,
         device=config.device,
@@ -241,9 +234,18 @@ def plan_id(plan: QuantPlan) -> str:
     return fingerprint(plan.to_dict())[:12]
 
 
-def calibration_tokens(config: SourceConfig) -> int:
-    """Return the tokens that calibrate a fit: half the usual where minutes are left to train."""
-    return CALIBRATION_TOKENS["hessian"] // (2 if config.minutes else 1)
+def calibration_tokens(source: Source, cache: TeacherCache) -> int:
+    """Return the tokens that calibrate a fit: as many as time and memory allow.
+
+    Each takes as long as the teacher takes for 3.5, and keeps the inputs and outputs of a decoder
+    layer's linears.
+    """
+    first = [info.shape for name, info in source.size.tensors.items() if ".0." in name]
+    numbers = sum(sum(shape) for shape in first if len(shape) == 2)
+    in_memory = CALIBRATION_BYTES // (4 * max(1, numbers))
+    num_cached = cache.num_sequences * cache.seq_len
+    in_time = num_cached * 3 // 8 if source.config.minutes else num_cached
+    return max(cache.seq_len, min(MOST_CALIBRATION_TOKENS, in_memory, in_time))
 
 
 def train_student(

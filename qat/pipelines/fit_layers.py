@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qat.calibrate.decoder_layers import walk_decoder_layers
-from qat.calibrate.statistics import Batch
+from qat.calibrate.statistics import Batch, InputStatistics
 from qat.model.surgery import put_layer, quantized_layer, release_weights
+from qat.quant.drift import choose_correction, wanted_weight
 from qat.quant.fit import check_weight, fit_weight
 from qat.quant.hessian import fit_with_hessian
 from qat.quant.quantized_tensor import QuantizedTensor
@@ -49,15 +50,17 @@ class FitTask:
         name: str,
         *,
         importance: Tensor | None = None,
-        hessian: Tensor | None = None,
-        drift: Tensor | None = None,
+        statistics: InputStatistics | None = None,
     ) -> QuantizedTensor:
         """Return a fitted weight; errors name its module."""
         weight, spec, rows = self.weight_of(name), self.specs[name], self.row_weights.get(name)
         try:
-            if hessian is None:
+            if statistics is None:
                 return fit_weight(weight, spec, importance=importance, row_weights=rows)
-            return fit_with_hessian(weight, spec, hessian, drift=drift, row_weights=rows)
+            correction = choose_correction(weight, statistics.halves)
+            wanted = wanted_weight(weight, statistics.all, correction)
+            hessian = statistics.all.hessian
+            return fit_with_hessian(weight, spec, hessian, target=wanted, row_weights=rows)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -108,7 +111,7 @@ def fit_by_decoder_layers(
     for names, statistics in walk if body or head else ():
         for name in names:
             progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)
-            put(name, task.fit(name, hessian=statistics.hessian, drift=statistics.drift))
+            put(name, task.fit(name, statistics=statistics))
     for name in task.specs:  # an untied embedding, whose inputs are tokens
         if name != head and name not in body:
             put(name, task.fit(name))

@@ -130,7 +130,12 @@ def calibration_batches(cache: TeacherCache | None, config: FitConfig) -> list[T
     """Return the training sequences that calibrate, as the teacher read them; none without one."""
     if cache is None:
         return []
-    chosen = cache.sequence_ids("train")[: config.num_calibration_sequences(cache.seq_len)]
+    return spread_batches(cache, config.num_calibration_sequences(cache.seq_len))
+
+
+def spread_batches(cache: TeacherCache, count: int) -> list[Tokens]:
+    """Return so many training sequences, spread over all text, in batches."""
+    chosen = cache.spread_ids(count)
     starts = range(0, len(chosen), CALIBRATION_BATCH)
     batches = (cache.batch(chosen[start : start + CALIBRATION_BATCH]) for start in starts)
     return [Tokens(batch.input_ids, batch.document_ids) for batch in batches]

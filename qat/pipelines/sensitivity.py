@@ -18,8 +18,6 @@ from qat.quant.spec import TensorSpec
 from qat.quant.targets import tied_groups
 from qat.tracking.messages import say
 
-COST_TOKENS = 4096  # of the text that gradients and second moments are taken on
-
 Costs = dict[str, dict[str, float]]
 
 
@@ -41,7 +39,7 @@ def measure_costs(
     modules = {name.removesuffix(".weight"): specs for name, specs in candidates.items()}
     body = [name for name in modules if NUMBERED.search(name)]
     device = place.device.eager()
-    batches = [batch.to(device.torch_device) for batch in first_tokens(batches, COST_TOKENS)]
+    batches = [batch.to(device.torch_device) for batch in batches]
     with device.hosting(model):
         fisher, head = output_fisher(model, body, batches), head_weight(model, modules)
         walk = walk_dense_layers(
@@ -60,17 +58,6 @@ def measure_costs(
         f"costs of {sum(map(len, costs.values()))} formats in {time.perf_counter() - started:.0f} s"
     )
     return costs
-
-
-def first_tokens(batches: Sequence[Tokens], count: int) -> list[Tokens]:
-    """Return as many batches as hold a number of tokens."""
-    found, total = [], 0
-    for batch in batches:
-        if total >= count:
-            break
-        found.append(batch)
-        total += batch.token_ids.numel()
-    return found
 
 
 def group_costs(

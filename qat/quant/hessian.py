@@ -8,17 +8,16 @@ errors of correlated inputs may cancel. Four steps, each vectorized over all row
     scales        least squares given indices: G x G normal equations per row
     codebook      least squares given indices and scales: C x C normal equations
 
-The last three never raise the error. When the quantized model feeds other inputs (x_q) to the layer
-than the full-precision one (x), the wanted weight is the one that makes the most of x_q:
-
-    W* = argmin |W x - W* x_q|^2 + damping |W - W*|^2 = W + W drift (H + damping)^-1,
-    drift = mean (x - x_q) x_q^T
+The last three never raise the error. Where earlier layers are quantized already, all of it aims at
+the wanted weight of `qat.quant.drift` in the place of W.
 
 Shape legend: O out, I in, G groups of a row, C codebook values, B columns of a block.
 
 Source: error feedback: GPTQ, Frantar et al. 2022, arXiv:2210.17323. Descent and codebook: LNQ, in
-GuidedQuant, Kim et al. 2025, arXiv:2505.07004. Target: GPTAQ, Li et al. 2025, arXiv:2504.02692.
+GuidedQuant, Kim et al. 2025, arXiv:2505.07004.
 """
+
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -45,7 +44,6 @@ from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 
 DAMPING = 0.1  # of the mean diagonal of H; held-out KL falls by a tenth from 0.01 to it
-CORRECTION = 1.0  # share of the way from W to W*
 REFITTED_BITS = 3  # codebooks of more values are dense enough as the start has them
 START_ROUNDS = 2  # of the fit by second moments: three more change the end by under 0.5%
 NUM_SWEEPS = 2  # of scales, codebook and descent after the feedback; two more gain 3%
@@ -59,7 +57,7 @@ def fit_with_hessian(
     spec: TensorSpec,
     hessian: Tensor,
     *,
-    drift: Tensor | None = None,
+    target: Tensor | None = None,
     row_weights: Tensor | None = None,
     num_sweeps: int = NUM_SWEEPS,
 ) -> QuantizedTensor:
@@ -72,25 +70,26 @@ def fit_with_hessian(
         weight: (O, I), any float dtype.
         spec: The format.
         hessian: mean x_q x_q^T over the inputs that the quantized model feeds, (I, I).
-        drift: mean (x - x_q) x_q^T with the full-precision model's inputs x, (I, I); none when not
-            given.
+        target: The wanted weight, (O, I); the weight itself when not given.
         row_weights: As in `fit_weight`.
         num_sweeps: Rounds of scales, codebook and descent.
 
     Raises:
         ValueError: If a weight or a statistic is not finite, or the format does not fit.
     """
-    check_statistics(weight, hessian, drift)
+    check_hessian(weight, hessian)
     if len(weight) <= FITTED_ROWS or spec.rank:
-        return fit_rows(weight, spec, hessian, drift, row_weights, num_sweeps)
+        return fit_rows(weight, spec, hessian, target, row_weights, num_sweeps)
     codebook = None
     if spec.grid.is_learned:
         spread = slice(None, None, -(-len(weight) // FITTED_ROWS))
         sample = None if row_weights is None else row_weights[spread]
-        codebook = fit_rows(weight[spread], spec, hessian, drift, sample, num_sweeps).codebook
+        wanted = None if target is None else target[spread]
+        codebook = fit_rows(weight[spread], spec, hessian, wanted, sample, num_sweeps).codebook
+    targets = repeat(None) if target is None else target.split(FITTED_ROWS)
     chunks = [
-        fit_rows(rows, spec, hessian, drift, None, num_sweeps, codebook)
-        for rows in weight.split(FITTED_ROWS)
+        fit_rows(rows, spec, hessian, wanted, None, num_sweeps, codebook)
+        for rows, wanted in zip(weight.split(FITTED_ROWS), targets, strict=False)
     ]
     parts = {
         name: values if name == "codebook" else torch.cat([chunk.parts[name] for chunk in chunks])
@@ -103,17 +102,15 @@ def fit_rows(
     weight: Tensor,
     spec: TensorSpec,
     hessian: Tensor,
-    drift: Tensor | None,
+    target: Tensor | None,
     row_weights: Tensor | None,
     num_sweeps: int,
     codebook: Tensor | None = None,
 ) -> QuantizedTensor:
     """Return the fit of rows that fit memory together; a given codebook stays as it is."""
-    hessian = hessian.to(weight.device)
-    damped = dampen(hessian)
-    target = weight.detach().float()
-    if drift is not None:
-        target = corrected_target(target, hessian, drift.to(weight.device))
+    damped = dampen(hessian.to(weight.device))
+    is_moved = target is not None
+    target = (target if is_moved else weight).detach().to(damped)
     importance = damped.diagonal()
     start = fit_weight(
         target,
@@ -125,7 +122,7 @@ def fit_rows(
     )
     refits_codebook = spec.grid.is_learned and spec.bits <= REFITTED_BITS and codebook is None
     quantized = feed_errors(target, start, damped)
-    if drift is not None and is_fine(spec):
+    if is_moved and is_fine(spec):
         plain = fit_weight(weight, spec, importance=importance, num_rounds=START_ROUNDS)
         quantized = better_rows(target, quantized, plain, damped)
     for _ in range(num_sweeps):
@@ -162,17 +159,14 @@ def better_rows(
     )
 
 
-def check_statistics(weight: Tensor, hessian: Tensor, drift: Tensor | None) -> None:
+def check_hessian(weight: Tensor, hessian: Tensor) -> None:
     """Refuse statistics of another layer, or that are not finite."""
     wanted = (weight.shape[1], weight.shape[1])
-    for name, statistic in (("H", hessian), ("drift", drift)):
-        if statistic is None:
-            continue
-        if tuple(statistic.shape) != wanted or not torch.isfinite(statistic).all():
-            raise ValueError(
-                f"{name} of shape {tuple(statistic.shape)} must be finite and {wanted} for a "
-                f"{tuple(weight.shape)} weight; calibrate on this model, with --dtype fp32"
-            )
+    if tuple(hessian.shape) != wanted or not torch.isfinite(hessian).all():
+        raise ValueError(
+            f"H of shape {tuple(hessian.shape)} must be finite and {wanted} for a "
+            f"{tuple(weight.shape)} weight; calibrate on this model, with --dtype fp32"
+        )
 
 
 def dampen(hessian: Tensor) -> Tensor:
@@ -183,16 +177,6 @@ def dampen(hessian: Tensor) -> Tensor:
     if mean <= 0:  # inputs that are always zero: every weight counts alike
         return identity
     return hessian / mean + DAMPING * identity
-
-
-def corrected_target(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
-    """Return W*, the weight that best turns the quantized model's inputs into W x, (O, I)."""
-    mean = hessian.diagonal().mean()
-    if mean <= 0:
-        return weight
-    factor = torch.linalg.cholesky(dampen(hessian))
-    change = weight @ (drift.float() / mean)  # (O, I)
-    return weight + CORRECTION * torch.cholesky_solve(change.T, factor).T
 
 
 def feedback_factor(hessian: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-6  # of the mean diagonal: keeps nearly collinear groups solvable in float32
+HARD_RIDGE = 1e-3  # where that is not enough
 NUMBERS_AT_ONCE = 2**22  # of normal matrices: they stay in a CPU's cache, and memory is bounded
 
 
@@ -55,12 +56,23 @@ def with_offsets(normal: Tensor, values: Tensor, hessian: Tensor, num_groups: in
 
 
 def solve_damped(normal: Tensor, wanted: Tensor) -> Tensor:
-    """Return x of normal @ x = wanted, (N, D), for (N, D, D) matrices that may be singular."""
+    """Return x of normal @ x = wanted, (N, D), for symmetric (N, D, D) that may be singular.
+
+    Rows that rounding has left without a Cholesky factor are damped harder. LU factors are not an
+    option: MKL's, threaded over a batch, were seen to hang.
+    """
     normal = normal.double()
-    ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    mean = normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    factor, failed = damped_factor(normal, RIDGE * mean)
+    if (failed := failed > 0).any():
+        factor[failed] = damped_factor(normal[failed], HARD_RIDGE * mean[failed])[0]
+    return torch.cholesky_solve(wanted.double().unsqueeze(-1), factor).squeeze(-1).float()
+
+
+def damped_factor(normal: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """Return lower Cholesky factors of (N, D, D) with ridges (N,) added, and which failed, (N,)."""
     identity = torch.eye(normal.shape[1], dtype=normal.dtype, device=normal.device)
-    normal = normal + ridge.view(-1, 1, 1) * identity
-    return torch.linalg.solve(normal, wanted.double().unsqueeze(-1)).squeeze(-1).float()
+    return torch.linalg.cholesky_ex(normal + ridge.view(-1, 1, 1) * identity)
 
 
 def descend_scales(

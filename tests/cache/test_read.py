@@ -49,6 +49,20 @@ def test_splits_part_the_cache(folder):
     assert not documents[0] & documents[1]
 
 
+@pytest.mark.parametrize("count", [1, 7, 10, 10_000])
+def test_some_training_sequences_are_spread_over_all(folder, count):
+    """Each once, in order, at even distances; all where there are no more."""
+    cache = TeacherCache.open(folder)
+    train = cache.sequence_ids("train")
+    chosen = cache.spread_ids(count)
+    assert len(chosen) == min(count, len(train))
+    assert chosen[0] == train[0]
+    assert set(chosen) <= set(train)
+    gaps = np.diff([*chosen, train[-1] + 1])
+    assert gaps.min() >= 1
+    assert gaps.max() - gaps.min() <= 1
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 500])
 def test_batches_resume_anywhere(folder, batch_size):
     """Batch b is the same whether reached from the start or asked for."""

@@ -7,7 +7,10 @@ from tests.tiny import TINY_MODELS, plan_of
 
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_statistics_are_those_of_the_inputs_really_fed(family):
-    """mean x_q x_q^T and mean (x - x_q) x_q^T, with x_q behind all layers replaced so far."""
+    """mean x_q x_q^T and mean (x - x_q) x_q^T, with x_q behind all layers replaced so far.
+
+    What is added to the residual stream counts by the stream's size, and what it lacks is told.
+    """
     model, dense = TINY_MODELS[family](), TINY_MODELS[family]()
     batches = list(torch.randint(0, 256, (6, 12)).split(4))
     names = list(plan_of(model).quantized)
@@ -18,12 +21,27 @@ def test_statistics_are_those_of_the_inputs_really_fed(family):
             weight = model.get_submodule(name).weight
             weight.data = (weight.data * 8).round() / 8
     assert list(found) == names
-    inputs, dense_inputs = inputs_of(model, names, batches), inputs_of(dense, names, batches)
+    streams = {name: stream_before(name) for name in names if found[name].all.lack is not None}
+    assert len(streams) == (0 if family == "gemma" else 2 * len(dense.model.layers))
+    watched = [*names, *streams.values()]
+    inputs, dense_inputs = inputs_of(model, watched, batches), inputs_of(dense, watched, batches)
     for name, statistics in found.items():
-        x, expected = inputs[name], dense_inputs[name]
-        torch.testing.assert_close(statistics.hessian, x.T @ x / len(x), atol=1e-4, rtol=1e-3)
-        drift = (expected - x).T @ x / len(x)
-        torch.testing.assert_close(statistics.drift, drift, atol=1e-4, rtol=1e-3)
+        x, expected, weights = inputs[name], dense_inputs[name], torch.ones(72, 1)
+        if name in streams:
+            before = dense_inputs[streams[name]]
+            weights = before.square().mean(1, keepdim=True).reciprocal()
+            lack = (before - inputs[streams[name]]).T @ (weights * x) / weights.sum()
+            torch.testing.assert_close(statistics.all.lack, lack, atol=1e-4, rtol=1e-3)
+        weighted = weights * x / weights.sum()
+        torch.testing.assert_close(statistics.all.hessian, x.T @ weighted, atol=1e-4, rtol=1e-3)
+        drift = (expected - x).T @ weighted
+        torch.testing.assert_close(statistics.all.drift, drift, atol=1e-4, rtol=1e-3)
+
+
+def stream_before(name: str) -> str:
+    """Return the norm that reads the residual stream which a linear's output is added to."""
+    norm = "input_layernorm" if "self_attn" in name else "post_attention_layernorm"
+    return f"{name.rsplit('.', 2)[0]}.{norm}"
 
 
 @pytest.mark.parametrize("family", TINY_MODELS)

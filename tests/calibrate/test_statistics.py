@@ -123,11 +123,11 @@ def test_packed_documents_calibrate_as_if_alone(family):
     found, expected = (collect_second_moments(model, linears, x) for x in ([whole], alone))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     (found, expected) = (
-        {tuple(names): x.hessian for names, x in walk_decoder_layers(model, linears, batch)}
+        {tuple(names): x.all.hessian for names, x in walk_decoder_layers(model, linears, batch)}
         for batch in ([whole], alone)
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     joined = next(iter(walk_decoder_layers(model, list(linears)[-1:], [whole.token_ids])))[
         1
-    ].hessian
+    ].all.hessian
     assert not torch.allclose(joined, list(found.values())[-1], atol=1e-3)

@@ -9,7 +9,7 @@ from qat.model.head import Tokens, hidden_states, logits_of
 from qat.model.surgery import model_tensors
 from qat.pipelines.place import Place
 from qat.pipelines.quantize_config import InitStudentConfig
-from qat.pipelines.sensitivity import first_tokens, measure_costs
+from qat.pipelines.sensitivity import measure_costs
 from qat.quant.fit import fit_weight
 from qat.quant.spec import TensorSpec
 from tests.tiny import TINY_MODELS
@@ -54,10 +54,3 @@ def test_costs_are_of_the_size_of_the_kl_that_they_predict():
 def head_of(model):
     """Return the embedding with one dense candidate: the walk goes on to the head."""
     return {"model.embed_tokens.weight": [TensorSpec.from_name("f16")]}
-
-
-def test_first_tokens_takes_whole_batches():
-    """As many batches as hold a number of tokens."""
-    batches = [Tokens(torch.zeros(2, 8, dtype=torch.long))] * 4
-    assert len(first_tokens(batches, 17)) == 2
-    assert len(first_tokens(batches, 10**6)) == 4

@@ -7,9 +7,9 @@ from qat.grids.scalar import nearest_power
 from qat.model.surgery import dense_weights, quantized_layers
 from qat.pipelines.fit_layers import FitTask, fit_by_decoder_layers
 from qat.quant import hessian as hessian_fit
+from qat.quant.drift import Correction, Moments, wanted_weight
 from qat.quant.fit import fit_weight
 from qat.quant.hessian import (
-    corrected_target,
     dampen,
     descend,
     falling_order,
@@ -236,25 +236,6 @@ def test_a_weight_on_the_grid_comes_back_exactly():
     assert torch.equal(fitted.dequantize(), weight)
 
 
-def test_the_target_makes_the_most_of_the_quantized_inputs():
-    """W* is the ridge regression of W x on x_q, drawn to W."""
-    x = random_inputs(32).double()
-    generator = torch.Generator().manual_seed(5)
-    noise = torch.randn(*x.shape, dtype=torch.float64, generator=generator)
-    fed = x + 0.3 * noise * x.std(0)
-    weight, _ = random_layer(4, 32)
-    hessian, cross = fed.T @ fed / len(x), x.T @ fed / len(x)
-    target = corrected_target(weight, hessian.float(), (cross - hessian).float())
-    ridge = (
-        hessian.diagonal().mean() * (dampen(hessian) - hessian / hessian.diagonal().mean())[0, 0]
-    )
-    normal = hessian + ridge * torch.eye(32)
-    expected = torch.linalg.solve(normal, (weight.double() @ (cross + ridge * torch.eye(32))).T).T
-    torch.testing.assert_close(target.double(), expected, atol=1e-4, rtol=1e-3)
-    unmoved = corrected_target(weight, hessian.float(), torch.zeros(32, 32))
-    torch.testing.assert_close(unmoved, weight)
-
-
 def test_a_model_fitted_by_decoder_layers_is_a_student():
     """Every linear is replaced; nothing is left held."""
     model = TINY_MODELS["llama"]()
@@ -276,7 +257,7 @@ def test_a_singular_hessian_is_no_obstacle(spec):
     few = random_inputs(96, num_tokens=3)
     few[:, 10:30] = 0
     for hessian in (few.T @ few, torch.zeros(96, 96)):
-        fitted = fit_with_hessian(weight, spec, hessian, drift=torch.zeros(96, 96))
+        fitted = fit_with_hessian(weight, spec, hessian, target=weight)
         assert torch.isfinite(fitted.dequantize()).all()
         assert hessian_error(weight, fitted, dampen(hessian)) < 0.5
 
@@ -322,11 +303,10 @@ def test_a_weight_on_the_grid_stays_although_inputs_drift():
     codes = torch.randint(0, 16, (32, 64), generator=generator).float()
     codes[:, ::32], codes[:, 1::32] = 0, 15
     weight = codes * 0.25 - 1.5
+    moments = Moments(hessian=fed.T @ fed / 512, drift=(x - fed).T @ fed / 512)
+    wanted = wanted_weight(weight, moments, Correction(ridge=0.1, share=1.0))
     found = fit_with_hessian(
-        weight,
-        TensorSpec.from_name("gguf:q4_1"),
-        fed.T @ fed / 512,
-        drift=(x - fed).T @ fed / 512,
+        weight, TensorSpec.from_name("gguf:q4_1"), moments.hessian, target=wanted
     )
     assert torch.equal(found.indices, codes.to(torch.uint8))
     assert (found.dequantize() - weight).abs().max() < 0.05  # scales move a fifth of a step
