@@ -89,7 +89,7 @@ def walk_decoder_layers(
         dense_layer = copy.deepcopy(layer) if reference is None else reference.get_submodule(name)
         wanted = linears.get(name, [])
         writes = residual_writes(dense_layer, wanted, partial(dense.run, name, dense_layer, 0))
-        points = {write.stream_at for write in writes.values()}
+        points = {write.after for write in writes.values()} - {""}
         watched = watch_inputs(dense, name, dense_layer, [*wanted, *points])
         with ExitStack() as replays:
             done: list[Replay] = []
@@ -97,16 +97,19 @@ def walk_decoder_layers(
                 shared = [f"{name}.{linear}" for linear in group]
                 write = writes.get(group[0]) if len(group) == 1 else None
                 turn = Turn(stream, name, layer, group[0], write)
-                yield shared, input_statistics(shared[0], turn.feed(watched, done))
+                ends = watched[write.after] if write and write.after else dense.hidden
+                fed = turn.feed(watched[group[0]], ends, done)
+                yield shared, input_statistics(shared[0], fed)
                 for linear in group:
                     del watched[linear]
-                    done.append(replays.enter_context(Replay(layer.get_submodule(linear))))
+                for module in finished_modules(group, watched):
+                    done.append(replays.enter_context(Replay(layer.get_submodule(module))))
             rewind(done)
             stream.advance(name, layer)
     if head is not None:
         norm, dense_norm = (one.get_decoder().norm for one in (model, reference or model))
-        ends = zip(map(norm, stream.hidden), map(dense_norm, dense.hidden), strict=True)
-        yield [head], input_statistics(head, starmap(Fed, ends))
+        fed = zip(map(norm, stream.hidden), map(dense_norm, dense.hidden), strict=True)
+        yield [head], input_statistics(head, starmap(Fed, fed))
 
 
 @torch.no_grad()
@@ -154,20 +157,31 @@ class Replay(AbstractContextManager):
         """Take over the calls of a module."""
         self.module = module
         self.compute = module.forward
-        self.outputs: list[Tensor] = []
+        self.outputs: list[object] = []
         self.num_calls = 0  # of this pass
         module.forward = self.forward
 
-    def forward(self, *args: Tensor) -> Tensor:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """Return what the same call of the first pass gave."""
         if self.num_calls == len(self.outputs):
-            self.outputs.append(self.compute(*args))
+            self.outputs.append(self.compute(*args, **kwargs))
         self.num_calls += 1
         return self.outputs[self.num_calls - 1]
 
     def __exit__(self, *error: object) -> None:
         """Give the module its own forward back."""
         del self.module.forward
+
+
+def finished_modules(group: Sequence[str], coming: Iterable[str]) -> list[str]:
+    """Return what of a decoder layer computes the same from now on, by name.
+
+    The linears fitted last, or the module that they are in (attention) where none of its linears is
+    to come.
+    """
+    parents = {linear.rpartition(".")[0] for linear in group} - {""}
+    whole = [one for one in parents if not any(name.startswith(f"{one}.") for name in coming)]
+    return whole or list(group)
 
 
 def rewind(replays: Iterable[Replay]) -> None:
@@ -186,24 +200,33 @@ class Turn:
     linear: str  # in the layer
     write: ResidualWrite | None
 
-    def feed(self, watched: dict[str, list[Tensor]], replays: Iterable[Replay]) -> Iterator[Fed]:
-        """Yield what it is fed in each batch, beside what the dense layer's modules were fed.
+    def feed(
+        self, dense: Sequence[Tensor], ends: Sequence[Tensor], replays: Iterable[Replay]
+    ) -> Iterator[Fed]:
+        """Yield what it is fed in each batch.
 
-        An error that is added to the residual stream counts relative to the stream's size at that
-        token, as the norms that follow make it.
+        Where it writes into the residual stream, it is asked for all that takes the stream of the
+        quantized model to that of the dense one. What it does not reach counts relative to the
+        stream's size at that token, as the norms that follow make it.
+
+        Args:
+            dense: What the dense layer's linear is fed, (B, T, I) each.
+            ends: The dense stream after it, (B, T, D) each; looked at if it writes there.
+            replays: Of what comes before it.
         """
         rewind(replays)
         module, write = self.layer.get_submodule(self.linear), self.write
-        for batch, expected in enumerate(watched[self.linear]):
-            with inputs_kept(self.layer, write and write.stream_at) as kept:
+        for batch, (expected, end) in enumerate(zip(dense, ends, strict=True)):
+            with inputs_kept(self.layer, write and write.before) as kept:
                 x = input_of(module, self.stream.run, self.name, self.layer, batch)
             if write is None:
-                yield Fed(x, expected)
+                yield Fed(x, dense=expected)
                 continue
-            before = watched[write.stream_at][batch]
-            size = before.float().square().mean(-1, keepdim=True)
-            lack = (before - kept[0]) / write.multiplier
-            yield Fed(x, expected, lack, size.clamp_min(1e-30).reciprocal())
+            wanted = (end - kept[0]) / write.multiplier
+            if module.bias is not None:
+                wanted = wanted - module.bias
+            size = end.float().square().mean(-1, keepdim=True)
+            yield Fed(x, wanted=wanted, weights=size.clamp_min(1e-30).reciprocal())
 
 
 @contextmanager

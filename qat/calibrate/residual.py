@@ -23,8 +23,10 @@ ROUNDED_SHARE = 0.05
 class ResidualWrite:
     """What a linear's output is added to."""
 
-    stream_at: str
+    before: str
     """Module of the decoder layer whose input s is."""
+    after: str
+    """Module whose input s' is; empty where it is the layer's output."""
     multiplier: float
     """m."""
 
@@ -59,10 +61,10 @@ def residual_writes(
         points.append(("", run()))
     stream = [(name, value) for name, value in points if value.shape == points[-1][1].shape]
     found: dict[str, ResidualWrite] = {}
-    for (name, before), (_, after) in zip(stream, stream[1:], strict=False):
+    for (at, before), (then, after) in zip(stream, stream[1:], strict=False):
         for linear, output in outputs.items():
             if (multiplier := share_added(before, after, output)) is not None:
-                found[linear] = ResidualWrite(stream_at=name, multiplier=multiplier)
+                found[linear] = ResidualWrite(before=at, after=then, multiplier=multiplier)
     return found
 
 

@@ -91,14 +91,14 @@ class InputStatistics:
 
 
 class Fed(NamedTuple):
-    """A batch of a linear's inputs."""
+    """A batch of a linear's inputs, and what shows what its output should be."""
 
     quantized: Tensor
     """x_q, (B, T, I)."""
-    dense: Tensor
+    dense: Tensor | None = None
     """x, (B, T, I)."""
-    lack: Tensor | None = None
-    """(s - s_q) / m, (B, T, O), where the output is added to the residual stream s, times m."""
+    wanted: Tensor | None = None
+    """y, (B, T, O), in the place of W x."""
     weights: Tensor | None = None
     """How much each token counts, (B, T, 1); all alike when not given."""
 
@@ -113,13 +113,13 @@ def input_statistics(name: str, batches: Iterable[Fed]) -> InputStatistics:
     for batch in batches:
         parts = [None if part is None else part.flatten(0, -2).chunk(2) for part in batch]
         for half in range(len(parts[0])):
-            x, expected, lack, weights = (None if part is None else part[half] for part in parts)
+            tokens = Fed(*(None if part is None else part[half] for part in parts))
             if half == len(sums):
-                sums.append(zero_moments(x, lack))
-                masses.append(torch.zeros((), device=x.device))
-            masses[half] += len(x) if weights is None else weights.sum()
-            add_moments(sums[half], x, expected, lack, weights)
-
+                sums.append(zero_moments(tokens))
+                masses.append(torch.zeros((), device=tokens.quantized.device))
+            weights = tokens.weights
+            masses[half] += len(tokens.quantized) if weights is None else weights.sum()
+            add_moments(sums[half], tokens)
     halves = tuple(
         mean_moments(name, [half], mass) for half, mass in zip(sums, masses, strict=True)
     )
@@ -135,29 +135,33 @@ def mean_moments(name: str, sums: Sequence[Moments], mass: Tensor) -> Moments:
 
     upper = mean("hessian")
     hessian = upper.triu() + upper.triu(1).T
-    return Moments(hessian=hessian, drift=mean("drift"), lack=mean("lack"))
+    return Moments(hessian=hessian, drift=mean("drift"), wanted=mean("wanted"))
 
 
-def zero_moments(x: Tensor, lack: Tensor | None) -> Moments:
-    """Return moments of no token yet."""
-    size = x.shape[1]
+def zero_moments(tokens: Fed) -> Moments:
+    """Return sums over no token yet, for tokens (N, I) such as these."""
+    x, wanted = tokens.quantized, tokens.wanted
+
+    def zeros(num_rows: int) -> Tensor:
+        return torch.zeros(num_rows, x.shape[1], device=x.device)
+
     return Moments(
-        hessian=torch.zeros(size, size, device=x.device),
-        drift=torch.zeros(size, size, device=x.device),
-        lack=None if lack is None else torch.zeros(lack.shape[1], size, device=x.device),
+        hessian=zeros(x.shape[1]),
+        drift=None if tokens.dense is None else zeros(x.shape[1]),
+        wanted=None if wanted is None else zeros(wanted.shape[1]),
     )
 
 
-def add_moments(
-    sums: Moments, x: Tensor, expected: Tensor, lack: Tensor | None, weights: Tensor | None
-) -> None:
+def add_moments(sums: Moments, tokens: Fed) -> None:
     """Add tokens, (N, I) and (N, O), to sums, of whose H the upper triangle is kept up to date."""
+    x, expected, wanted, weights = tokens
     weighted = x if weights is None else x * weights.to(x.dtype)
     add_gram(sums.hessian, x.float(), weighted.float())
     # A difference bears the compute dtype: what its product rounds away is small against H.
-    sums.drift.add_((expected - x).T @ weighted)
-    if lack is not None:
-        sums.lack.add_(lack.T @ weighted)
+    if expected is not None:
+        sums.drift.add_((expected - x).T @ weighted)
+    if wanted is not None:
+        sums.wanted.add_(wanted.float().T @ weighted.float())
 
 
 def second_moment(name: str, inputs: Iterable[Tensor], weights: Tensor | None = None) -> Tensor:

@@ -54,7 +54,7 @@ class SourceConfig(PlaceConfig):
     train."""
     batch_size: int = 8
     """Sequences of a training step."""
-    lr: float = 0.01
+    lr: float = 0.005
     """Peak learning rate of latent weights, as a share of their rounding errors (rms)."""
     seed: int = 0
     """Decides the order of the data and every draw."""
@@ -65,7 +65,7 @@ class SourceConfig(PlaceConfig):
         require_at_least(1, self, "batch_size", "num_sequences")
         require_at_least(0, self, "minutes")
         if self.lr <= 0:
-            raise ValueError(f"--lr {self.lr} must be above 0; try 0.01")
+            raise ValueError(f"--lr {self.lr} must be above 0; try 0.005")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -42,11 +42,11 @@ from qat.tracking.messages import say
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
 CACHE_SHARE = 1 / 6  # of the minutes: as much text as training then reads about once
-MOST_CALIBRATION_TOKENS = 65536  # of a fit: twice as many gain little
-CALIBRATION_BYTES = 3 * 10**9  # that their activations may take
+MOST_CALIBRATION_TOKENS = 131072  # of a fit
+CALIBRATION_BYTES = 6 * 10**9  # that their activations may take
 COST_TOKENS = 4096  # of the text that costs are measured on
 LATE_SHARE = 0.1  # of the time that training is left with, kept for what comes after it
-SCALE_LR_RATIO = 0.2  # of relative rates: scales at 0.002 a step where weights have 0.01
+SCALE_LR_RATIO = 0.1  # of relative rates: scales at 0.0005 a step where weights have 0.005
 Made = TypeVar("Made")
 NUMBERS = ("kl_nats", "kl_p99", "top1_agreement", "perplexity")
 
@@ -244,7 +244,7 @@ def calibration_tokens(source: Source, cache: TeacherCache) -> int:
     numbers = sum(sum(shape) for shape in first if len(shape) == 2)
     in_memory = CALIBRATION_BYTES // (4 * max(1, numbers))
     num_cached = cache.num_sequences * cache.seq_len
-    in_time = num_cached * 3 // 8 if source.config.minutes else num_cached
+    in_time = num_cached * 3 // 4 if source.config.minutes else num_cached
     return max(cache.seq_len, min(MOST_CALIBRATION_TOKENS, in_memory, in_time))
 
 
@@ -287,7 +287,9 @@ def train_config(student: Path, source: Source, cache: TeacherCache) -> TrainCon
         seed=config.seed,
         dtype=config.dtype,
         device=config.device,
-        optim=OptimConfig(lr=config.lr, scale_lr_ratio=SCALE_LR_RATIO, relative=True),
+        optim=OptimConfig(
+            lr=config.lr, scale_lr_ratio=SCALE_LR_RATIO, relative=True, min_lr_ratio=0.0
+        ),
         intervals=IntervalsConfig(eval_steps=0, eval_samples=config.eval_sequences, save_steps=50),
     )
 

@@ -1,20 +1,20 @@
 """What the errors of earlier layers do to a layer's inputs, and the weight that makes up for it.
 
-The quantized model feeds x_q to a layer where the full-precision one feeds x. Where the layer's
-output is added to the residual stream, times m, that is s_q in the place of s. The wanted weight W*
-gives W x, and what the stream lacks, as nearly as x_q allows:
+The quantized model feeds x_q to a layer where the full-precision one feeds x. The wanted output y
+is W x, or what takes the residual stream to where the full-precision model has it. The wanted
+weight gives it as nearly as x_q allows:
 
-    W* = W + share (W drift + lack) (H + ridge)^-1
-    H = mean x_q x_q^T,    drift = mean (x - x_q) x_q^T,    lack = mean (s - s_q) x_q^T / m
+    W* = W + share aim (H + ridge)^-1
+    aim = mean (y - W x_q) x_q^T,    H = mean x_q x_q^T
 
-which is the ridge regression of W (x - x_q) + (s - s_q) / m on x_q. It has I unknowns a row and
-learns the calibration text by heart: with a fixed small ridge, a model that is fitted layer by
-layer is several times nearer to the teacher on that text than on any other. So ridge and share are
-chosen by two-fold cross-validation, each half of the tokens predicting the other's.
+which is the ridge regression of y - W x_q on x_q. It has I unknowns a row and learns the
+calibration text by heart: with a fixed small ridge, a model that is fitted layer by layer is
+several times nearer to the teacher on that text than on any other. So ridge and share are chosen by
+two-fold cross-validation, each half of the tokens predicting the other's.
 
 Shape legend: O out, I in, S sampled rows.
 
-Source: the target without the stream is that of GPTAQ, Li et al. 2025, arXiv:2504.02692.
+Source: the target with y = W x is that of GPTAQ, Li et al. 2025, arXiv:2504.02692.
 """
 
 from collections.abc import Sequence
@@ -33,15 +33,17 @@ class Moments:
 
     hessian: Tensor
     """mean x_q x_q^T, (I, I) float32."""
-    drift: Tensor
-    """mean (x - x_q) x_q^T, (I, I) float32."""
-    lack: Tensor | None = None
-    """mean (s - s_q) x_q^T / m, (O, I) float32; None where outputs go elsewhere."""
+    drift: Tensor | None = None
+    """mean (x - x_q) x_q^T, (I, I) float32, where W x is wanted."""
+    wanted: Tensor | None = None
+    """mean y x_q^T, (O, I) float32, where another output is."""
 
     def aim(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Return W drift + lack of a weight's rows, (O, I) float32."""
-        aim = weight[rows].detach().to(self.hessian) @ self.drift
-        return aim if self.lack is None else aim + self.lack[rows]
+        """Return mean (y - W x_q) x_q^T of a weight's rows, (O, I) float32."""
+        weight = weight[rows].detach().to(self.hessian)
+        if self.wanted is None:
+            return weight @ self.drift
+        return self.wanted[rows] - weight @ self.hessian
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

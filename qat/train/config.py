@@ -28,8 +28,8 @@ class OptimConfig:
     few steps; after the default fit it would undo what error feedback found."""
     relative: bool = False
     """Rates are shares: of latent weights, of the size (rms) of their rounding errors at the start;
-    of all else, of its own size. One rate then suits tensors of all formats, such as 0.01 with
-    --optim.scale-lr-ratio 0.2."""
+    of all else, of its own size. One rate then suits tensors of all formats, such as 0.005
+    with --optim.scale-lr-ratio 0.1."""
     scale_lr_ratio: float = 1.0
     """Rate of scales and magnitudes over --optim.lr."""
     codebook_lr_ratio: float = 1.0
@@ -124,7 +124,7 @@ class LayerwiseConfig:
     batch_size: int = 8
     """Sequences of a step."""
     lr: float = 2e-4
-    """Peak learning rate of latent weights."""
+    """Peak learning rate of latent weights; a share where --optim.relative says so."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""

@@ -46,7 +46,7 @@ def layerwise_stage(
     blocks = student.get_decoder().layers
     if done == len(blocks):
         return seconds
-    chosen_ids = cache.sequence_ids("train")[: options.sequences]
+    chosen_ids = cache.spread_ids(options.sequences)
     moving = config.parts(is_low_rank=surgery.has_low_rank_scales(student))
     started = time.perf_counter() - seconds
 
@@ -60,7 +60,8 @@ def layerwise_stage(
             parts=tuple(part for part in moving if part != "norms"),
             weight_of=lambda name: weight_of(f"{prefix}.{name}"),
         )
-        optimizer = trainable.make_optimizer(parts, rates, weight_decay=config.optim.weight_decay)
+        units = trainable.rate_units(block) if config.optim.relative else None
+        optimizer = trainable.make_optimizer(parts, rates, config.optim.weight_decay, units)
         return trainable.trained_layers(block), optimizer
 
     def finish(number: int, losses: dict[str, float]) -> None:

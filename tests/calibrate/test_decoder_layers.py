@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from qat.calibrate.decoder_layers import walk_decoder_layers, walk_dense_layers
-from tests.tiny import TINY_MODELS, plan_of
+from tests.tiny import TINY_MODELS, plan_of, tiny_model
 
 
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_statistics_are_those_of_the_inputs_really_fed(family):
     """mean x_q x_q^T and mean (x - x_q) x_q^T, with x_q behind all layers replaced so far.
 
-    What is added to the residual stream counts by the stream's size, and what it lacks is told.
+    What writes into the residual stream is asked for the dense one, and counts by its size.
     """
     model, dense = TINY_MODELS[family](), TINY_MODELS[family]()
     batches = list(torch.randint(0, 256, (6, 12)).split(4))
@@ -21,27 +21,46 @@ def test_statistics_are_those_of_the_inputs_really_fed(family):
             weight = model.get_submodule(name).weight
             weight.data = (weight.data * 8).round() / 8
     assert list(found) == names
-    streams = {name: stream_before(name) for name in names if found[name].all.lack is not None}
-    assert len(streams) == (0 if family == "gemma" else 2 * len(dense.model.layers))
-    watched = [*names, *streams.values()]
+    writers = [name for name in names if found[name].all.wanted is not None]
+    assert len(writers) == (0 if family == "gemma" else 2 * len(dense.model.layers))
+    ends = {name: stream_around(name) for name in writers}
+    watched = {*names, *(module for pair in ends.values() for module in pair)}
     inputs, dense_inputs = inputs_of(model, watched, batches), inputs_of(dense, watched, batches)
     for name, statistics in found.items():
-        x, expected, weights = inputs[name], dense_inputs[name], torch.ones(72, 1)
-        if name in streams:
-            before = dense_inputs[streams[name]]
-            weights = before.square().mean(1, keepdim=True).reciprocal()
-            lack = (before - inputs[streams[name]]).T @ (weights * x) / weights.sum()
-            torch.testing.assert_close(statistics.all.lack, lack, atol=1e-4, rtol=1e-3)
-        weighted = weights * x / weights.sum()
-        torch.testing.assert_close(statistics.all.hessian, x.T @ weighted, atol=1e-4, rtol=1e-3)
-        drift = (expected - x).T @ weighted
-        torch.testing.assert_close(statistics.all.drift, drift, atol=1e-4, rtol=1e-3)
+        x, moments, weights = inputs[name], statistics.all, torch.ones(72, 1)
+        if name in writers:
+            before, after = ends[name]
+            end = dense_inputs[after]
+            weights = end.square().mean(1, keepdim=True).reciprocal()
+            wanted = (end - inputs[before]).T @ (weights * x) / weights.sum()
+            torch.testing.assert_close(moments.wanted, wanted, atol=1e-4, rtol=1e-3)
+        else:
+            drift = (dense_inputs[name] - x).T @ x / len(x)
+            torch.testing.assert_close(moments.drift, drift, atol=1e-4, rtol=1e-3)
+        hessian = x.T @ (weights * x) / weights.sum()
+        torch.testing.assert_close(moments.hessian, hessian, atol=1e-4, rtol=1e-3)
 
 
-def stream_before(name: str) -> str:
-    """Return the norm that reads the residual stream which a linear's output is added to."""
-    norm = "input_layernorm" if "self_attn" in name else "post_attention_layernorm"
-    return f"{name.rsplit('.', 2)[0]}.{norm}"
+def test_a_model_that_is_not_quantized_wants_its_own_weights():
+    """Whatever writes into the residual stream, biases and multipliers among it."""
+    model = tiny_model("granite", residual_multiplier=0.5, attention_bias=True, mlp_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    names = list(plan_of(model).quantized)
+    for group, statistics in walk_decoder_layers(model, names, [torch.randint(0, 256, (4, 12))]):
+        for name in group:
+            aim = statistics.all.aim(model.get_submodule(name).weight)
+            torch.testing.assert_close(aim, torch.zeros_like(aim), atol=1e-4, rtol=0)
+
+
+def stream_around(name: str) -> tuple[str, str]:
+    """Return the norms that read the residual stream before and after a linear adds to it."""
+    layer, number = name.rsplit(".", 2)[0], int(name.split(".")[2])
+    if "self_attn" in name:
+        return f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"
+    last = "model.norm" if number == 1 else f"model.layers.{number + 1}.input_layernorm"
+    return f"{layer}.post_attention_layernorm", last
 
 
 @pytest.mark.parametrize("family", TINY_MODELS)

@@ -37,7 +37,9 @@ def test_linears_that_write_into_the_stream_are_found(family):
         assert not found
     else:
         assert set(found) == {"self_attn.o_proj", "mlp.down_proj"}
-        assert found["mlp.down_proj"].stream_at == "post_attention_layernorm"
+        assert found["self_attn.o_proj"].after == "post_attention_layernorm"
+        assert found["mlp.down_proj"].before == "post_attention_layernorm"
+        assert found["mlp.down_proj"].after == ""
         assert all(write.multiplier == pytest.approx(1, rel=1e-3) for write in found.values())
 
 

@@ -1,7 +1,11 @@
 """Parts of a compression that leave their results and find them again; whole: test_compress."""
 
+from types import SimpleNamespace
+
+import pytest
+
 from qat.pipelines import compress_stages
-from qat.pipelines.compress_stages import Clock, once, size_on_disk
+from qat.pipelines.compress_stages import Clock, calibration_tokens, once, size_on_disk
 
 
 def test_a_clock_goes_on_in_the_next_process(tmp_path, monkeypatch):
@@ -39,3 +43,37 @@ def test_a_folder_is_as_large_as_its_files(tmp_path):
     (tmp_path / "a" / "b" / "y").write_bytes(b"4567")
     assert size_on_disk(tmp_path) == 7
     assert size_on_disk(tmp_path / "a" / "x") == 3
+
+
+@pytest.mark.parametrize(
+    ("minutes", "num_sequences", "width", "expected"),
+    [(30, 2000, 10, 96_000), (0, 2000, 10, 128_000), (30, 10**4, 10, 131_072), (30, 1, 10, 64)],
+)
+def test_a_fit_reads_as_much_as_time_allows(minutes, num_sequences, width, expected):
+    """Three quarters of the cache where training takes the rest, and never none."""
+    assert calibration_tokens(source_of(minutes, width), cache_of(num_sequences)) == expected
+
+
+def test_wide_models_calibrate_on_less_text():
+    """What a decoder layer's linears keep of every token stays within the bound."""
+    source = source_of(0, 100_000)
+    tokens = calibration_tokens(source, cache_of(10**4))
+    kept = 4 * tokens * 2 * (100_000 + 100_000)  # two linears, inputs and outputs
+    assert 0.9 * compress_stages.CALIBRATION_BYTES < kept <= compress_stages.CALIBRATION_BYTES
+
+
+def cache_of(num_sequences):
+    """Return what is asked of a cache of sequences of 64 tokens."""
+    return SimpleNamespace(num_sequences=num_sequences, seq_len=64)
+
+
+def source_of(minutes, width):
+    """Return what is asked of a source: two decoder layers of two square linears and a norm."""
+    shapes = {"embed.weight": (1000, width), "norm.weight": (width,)}
+    for layer in (0, 1):
+        shapes |= {f"layers.{layer}.{one}.weight": (width, width) for one in ("up", "down")}
+        shapes[f"layers.{layer}.norm.weight"] = (width,)
+    tensors = {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
+    return SimpleNamespace(
+        config=SimpleNamespace(minutes=minutes), size=SimpleNamespace(tensors=tensors)
+    )
