@@ -1,9 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from qat.model.surgery import hold_weights, quantized_layers, thaw_indices
-from qat.train.layerwise import block_rate, read_blocks, write_block
-from tests.tiny import tiny_student
+from qat.train import layerwise
+from qat.train.config import LayerwiseConfig, OptimConfig, TrainConfig
+from qat.train.layerwise import block_rate, layerwise_stage, read_blocks, write_block
+from qat.train.trainable import rate_units
+from tests.tiny import tiny_llama, tiny_student
 
 
 def test_the_rate_warms_up_and_falls():
@@ -33,3 +38,38 @@ def test_finished_blocks_come_back(tmp_path):
         assert torch.equal(found[name].held_weight, layer.fake_quantized_weight())
     rest = quantized_layers(other.get_decoder().layers[1]).values()
     assert all(layer.latent_weight is None for layer in rest)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_rates_of_the_stage_are_shares_where_those_of_the_run_are(tmp_path, monkeypatch, relative):
+    """Each parameter's peak is the rate times what it is a share of, or the rate itself."""
+    base, found = tiny_llama(), []
+    student = tiny_student()
+    block = student.get_decoder().layers[0]
+
+    def prepare_one(*_arguments, prepare, **_hooks):
+        found.append(prepare(0, block))
+
+    monkeypatch.setattr(layerwise, "train_blockwise", prepare_one)
+    layerwise_stage(
+        TrainConfig(
+            checkpoint=tmp_path,
+            cache_dir=tmp_path,
+            output_dir=tmp_path / "run",
+            optim=OptimConfig(relative=relative),
+            layerwise=LayerwiseConfig(sequences=4),
+        ),
+        student,
+        base,
+        SimpleNamespace(spread_ids=range),
+        weight_of=lambda name: base.get_submodule(name).weight,
+        rates={"weights": 0.5, "scales": 0.1, "codebooks": 0.1},
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    ((layers, optimizer),) = found
+    peaks = {p: group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
+    units = rate_units(block)
+    for layer in layers:
+        unit = units[layer.latent_weight] if relative else 1.0
+        assert peaks[layer.latent_weight] == pytest.approx(0.5 * unit)
