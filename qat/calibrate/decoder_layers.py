@@ -11,14 +11,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from qat.calibrate.residual import ResidualWrite, residual_writes
+from qat.calibrate.residual import ResidualWrite, first_input, residual_writes
 from qat.calibrate.statistics import (
     Batch,
     Fed,
@@ -28,6 +28,7 @@ from qat.calibrate.statistics import (
 )
 from qat.model.head import Tokens, hidden_states
 
+NORM_EPS = 1e-6  # as norms have it: a token whose stream is next to nothing rules no fit
 LayerArguments = dict[str, dict[str, Any]]  # of a forward pass: by layer name, then by keyword
 
 
@@ -88,24 +89,31 @@ def walk_decoder_layers(
         layer = model.get_submodule(name)
         dense_layer = copy.deepcopy(layer) if reference is None else reference.get_submodule(name)
         wanted = linears.get(name, [])
-        writes = residual_writes(dense_layer, wanted, partial(dense.run, name, dense_layer, 0))
+        writes = residual_writes(*in_float32(dense_layer, wanted, dense, name))
         points = {write.after for write in writes.values()} - {""}
         watched = watch_inputs(dense, name, dense_layer, [*wanted, *points])
+        inputs = {linear: fed for linear, fed in watched.items() if linear in wanted}
+        if missing := [linear for linear in wanted if linear not in inputs]:
+            raise ValueError(
+                f"{name}.{missing[0]} takes no part in the forward pass; keep it as it is with "
+                f"--plan '..., {name}.{missing[0]}=f16'"
+            )
         with ExitStack() as replays:
             done: list[Replay] = []
-            for group in groups_that_share({linear: watched[linear] for linear in wanted}):
+            for group in groups_that_share(inputs):
                 shared = [f"{name}.{linear}" for linear in group]
                 write = writes.get(group[0]) if len(group) == 1 else None
                 turn = Turn(stream, name, layer, group[0], write)
                 ends = watched[write.after] if write and write.after else dense.hidden
-                fed = turn.feed(watched[group[0]], ends, done)
+                fed = turn.feed(inputs[group[0]], ends, done)
                 yield shared, input_statistics(shared[0], fed)
                 for linear in group:
-                    del watched[linear]
-                for module in finished_modules(group, watched):
+                    del inputs[linear], watched[linear]
+                for module in finished_modules(group, inputs):
                     done.append(replays.enter_context(Replay(layer.get_submodule(module))))
             rewind(done)
             stream.advance(name, layer)
+        del watched, dense_layer  # not held while the next layer's are made, or the head is fitted
     if head is not None:
         norm, dense_norm = (one.get_decoder().norm for one in (model, reference or model))
         fed = zip(map(norm, stream.hidden), map(dense_norm, dense.hidden), strict=True)
@@ -146,6 +154,24 @@ def walk_dense_layers(
         yield [head], second_moment(head, map(model.get_decoder().norm, stream.hidden))
 
 
+def in_float32(
+    layer: nn.Module, linears: Sequence[str], stream: Stream, name: str
+) -> tuple[nn.Module, Sequence[str], Callable[[], Tensor]]:
+    """Return what `residual_writes` takes: a layer that computes in float32 on some sequences."""
+    copied = copy.deepcopy(layer).float()
+    hidden = stream.hidden[0].float()
+    arguments = {
+        key: tree_map(lambda x: x.float() if is_float(x) else x, value)
+        for key, value in stream.arguments[0][name].items()
+    }
+    return copied, linears, lambda: hidden_of(copied(hidden, **arguments))
+
+
+def is_float(value: object) -> bool:
+    """Return whether a value is a tensor of floats."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 class Replay(AbstractContextManager):
     """Inside the block, a module computes in its first pass over the batches only.
 
@@ -159,18 +185,25 @@ class Replay(AbstractContextManager):
         self.compute = module.forward
         self.outputs: list[object] = []
         self.num_calls = 0  # of this pass
+        self.own = module.__dict__.get("forward")  # set on the module itself, by a hook library
         module.forward = self.forward
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Return what the same call of the first pass gave."""
         if self.num_calls == len(self.outputs):
-            self.outputs.append(self.compute(*args, **kwargs))
+            output = self.compute(*args, **kwargs)
+            if isinstance(output, tuple):  # attention's probabilities are not looked at
+                output = (output[0], *[None] * (len(output) - 1))
+            self.outputs.append(output)
         self.num_calls += 1
         return self.outputs[self.num_calls - 1]
 
     def __exit__(self, *error: object) -> None:
-        """Give the module its own forward back."""
+        """Give the module its own forward back, and drop what was kept."""
         del self.module.forward
+        if self.own is not None:
+            self.module.forward = self.own
+        self.outputs.clear()
 
 
 def finished_modules(group: Sequence[str], coming: Iterable[str]) -> list[str]:
@@ -226,7 +259,7 @@ class Turn:
             if module.bias is not None:
                 wanted = wanted - module.bias
             size = end.float().square().mean(-1, keepdim=True)
-            yield Fed(x, wanted=wanted, weights=size.clamp_min(1e-30).reciprocal())
+            yield Fed(x, wanted=wanted, weights=(size + NORM_EPS).reciprocal())
 
 
 @contextmanager
@@ -236,7 +269,9 @@ def inputs_kept(layer: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
     if name is None:
         yield kept
         return
-    hook = layer.get_submodule(name).register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    hook = layer.get_submodule(name).register_forward_pre_hook(
+        lambda _module, args, kwargs: kept.append(first_input(args, kwargs)), with_kwargs=True
+    )
     try:
         yield kept
     finally:
@@ -335,15 +370,16 @@ def watch_inputs(
     inputs: dict[str, list[Tensor]] = {}
 
     def watch(linear: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple) -> None:
-            inputs.setdefault(linear, []).append(args[0])
+        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            inputs.setdefault(linear, []).append(first_input(args, kwargs))
 
         return hook
 
     with ExitStack() as hooks:
         for linear in linears:
             module = layer.get_submodule(linear)
-            hooks.enter_context(module.register_forward_pre_hook(watch(linear)))
+            hook = module.register_forward_pre_hook(watch(linear), with_kwargs=True)
+            hooks.enter_context(hook)
         stream.advance(name, layer)
     return inputs
 

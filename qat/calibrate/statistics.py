@@ -6,6 +6,7 @@ Shape legend: B batch, T tokens, I in.
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -106,7 +107,7 @@ class Fed(NamedTuple):
 def input_statistics(name: str, batches: Iterable[Fed]) -> InputStatistics:
     """Return the finite statistics of a module's inputs.
 
-    The first half of each batch's sequences, or of a lone sequence, is one half of the tokens.
+    The first half of each batch's tokens is one half of them: of its sequences, or of a lone one.
     """
     sums: list[Moments] = []
     masses: list[Tensor] = []
@@ -120,21 +121,22 @@ def input_statistics(name: str, batches: Iterable[Fed]) -> InputStatistics:
             weights = tokens.weights
             masses[half] += len(tokens.quantized) if weights is None else weights.sum()
             add_moments(sums[half], tokens)
-    halves = tuple(
-        mean_moments(name, [half], mass) for half, mass in zip(sums, masses, strict=True)
-    )
-    return InputStatistics(all=mean_moments(name, sums, sum(masses)), halves=halves)
+    mass = torch.stack(masses).sum()
+    whole = mean_moments(name, sums, mass)
+    halves = tuple(mean_moments(name, [half], one) for half, one in zip(sums, masses, strict=True))
+    return InputStatistics(all=whole, halves=halves)
 
 
 def mean_moments(name: str, sums: Sequence[Moments], mass: Tensor) -> Moments:
-    """Return the mean over tokens of several sums, refused where not finite."""
+    """Return the mean over tokens of one or more sums, refused where not finite."""
 
     def mean(field: str) -> Tensor | None:
         values = [getattr(part, field) for part in sums]
-        return None if values[0] is None else finite_mean(name, torch.stack(values).sum(0), mass)
+        return None if values[0] is None else finite_mean(name, reduce(torch.add, values), mass)
 
-    upper = mean("hessian")
-    hessian = upper.triu() + upper.triu(1).T
+    hessian = mean("hessian")
+    lower = torch.ones_like(hessian, dtype=torch.bool).tril(-1)
+    hessian = torch.where(lower, hessian.T, hessian)
     return Moments(hessian=hessian, drift=mean("drift"), wanted=mean("wanted"))
 
 
@@ -155,13 +157,13 @@ def zero_moments(tokens: Fed) -> Moments:
 def add_moments(sums: Moments, tokens: Fed) -> None:
     """Add tokens, (N, I) and (N, O), to sums, of whose H the upper triangle is kept up to date."""
     x, expected, wanted, weights = tokens
-    weighted = x if weights is None else x * weights.to(x.dtype)
-    add_gram(sums.hessian, x.float(), weighted.float())
-    # A difference bears the compute dtype: what its product rounds away is small against H.
+    weighted = x.float() if weights is None else x.float() * weights.float()
+    add_gram(sums.hessian, x.float(), weighted)
     if expected is not None:
-        sums.drift.add_((expected - x).T @ weighted)
+        # A difference bears the compute dtype: what its product rounds away is small against H.
+        sums.drift.add_((expected - x).T @ (x if weights is None else weighted.to(x.dtype)))
     if wanted is not None:
-        sums.wanted.add_(wanted.float().T @ weighted.float())
+        sums.wanted.add_(wanted.float().T @ weighted)
 
 
 def second_moment(name: str, inputs: Iterable[Tensor], weights: Tensor | None = None) -> Tensor:

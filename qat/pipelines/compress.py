@@ -15,10 +15,10 @@ from qat.pipelines.compress_stages import (
     Source,
     byte_table,
     cost_table,
+    fit_id,
     fit_plan,
     measure_file,
     once,
-    plan_id,
     size_on_disk,
     teacher_cache,
     train_student,
@@ -122,7 +122,8 @@ def take_stages(config: CompressConfig, source: Source, budget: int | None) -> d
     plan = source.size.plan(found)
     print_table(plan, source.size.file_bytes(found))
     say_stage("fit", clock, found.cost)
-    fitted = clock.shared_stage(f"fit-{plan_id(plan)}", lambda: fit_plan(plan, source, cache))
+    fit = f"fit-{fit_id(plan, source, cache)}"
+    fitted = clock.shared_stage(fit, lambda: fit_plan(plan, source, cache))
     kl_fit = validation_kl(fitted, source, cache)
     say_stage("train", clock, kl_fit)
     student, kl = train_student(fitted, kl_fit, source, cache, clock)

@@ -203,17 +203,17 @@ def cost_table(source: Source, cache: TeacherCache) -> Table:
 
     def measure() -> dict[str, dict[str, float]]:
         model = load_dense(source.config.model, dtype=source.place.dtype)
-        batches = spread_batches(cache, COST_TOKENS // cache.seq_len)
+        batches = spread_batches(cache, max(1, COST_TOKENS // cache.seq_len))
         return measure_costs(model, source.specs, batches, source.place)
 
-    key = [cache.fingerprint, source.base["weights"], names]
+    key = [cache.fingerprint, source.base["weights"], names, COST_TOKENS]
     costs = once(source.work / "costs.json", key, measure)
     return choice_table(costs, source.specs, source.size)
 
 
 def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
-    """Fit the model to a plan; return the student's folder, one for each plan."""
-    file = source.work / "plans" / f"{plan_id(plan)}.json"
+    """Fit the model to a plan; return the student's folder, one for each fit."""
+    file = source.work / "plans" / f"{fit_id(plan, source, cache)}.json"
     write_json(file, plan.to_dict())
     config = source.config
     settings = InitStudentConfig(
@@ -229,9 +229,10 @@ def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
     return quantize(settings).checkpoint
 
 
-def plan_id(plan: QuantPlan) -> str:
-    """Return what names a plan's files."""
-    return fingerprint(plan.to_dict())[:12]
+def fit_id(plan: QuantPlan, source: Source, cache: TeacherCache) -> str:
+    """Return what names the files of a fit: its plan and the text that calibrates it."""
+    text = [cache.fingerprint, calibration_tokens(source, cache)]
+    return fingerprint([plan.to_dict(), text])[:12]
 
 
 def calibration_tokens(source: Source, cache: TeacherCache) -> int:

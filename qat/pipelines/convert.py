@@ -115,8 +115,8 @@ def weight_sqnr_db(
     """
     power = noise = 0.0
     for name in names:
-        before = previous(name).double()
-        change = student.get_submodule(name).fake_quantized_weight().double() - before
+        before = previous(name).cpu().double()  # a fit on another device may have left it there
+        change = student.get_submodule(name).fake_quantized_weight().cpu().double() - before
         power += float(before.square().sum())
         noise += float(change.square().sum())
     return round(10 * math.log10(power / max(noise, 1e-300)), 2)

@@ -6,6 +6,7 @@ what the quantized body makes of the text.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qat.calibrate.decoder_layers import walk_decoder_layers
-from qat.calibrate.statistics import Batch, InputStatistics
+from qat.calibrate.statistics import Batch
 from qat.model.surgery import put_layer, quantized_layer, release_weights
-from qat.quant.drift import choose_correction, wanted_weight
+from qat.quant.drift import Correction, Moments, choose_correction, wanted_weight
 from qat.quant.fit import check_weight, fit_weight
 from qat.quant.hessian import fit_with_hessian
 from qat.quant.quantized_tensor import QuantizedTensor
@@ -50,17 +51,17 @@ class FitTask:
         name: str,
         *,
         importance: Tensor | None = None,
-        statistics: InputStatistics | None = None,
+        moments: Moments | None = None,
+        correction: Correction | None = None,
     ) -> QuantizedTensor:
         """Return a fitted weight; errors name its module."""
         weight, spec, rows = self.weight_of(name), self.specs[name], self.row_weights.get(name)
         try:
-            if statistics is None:
+            if moments is None:
                 return fit_weight(weight, spec, importance=importance, row_weights=rows)
-            correction = choose_correction(weight, statistics.halves)
-            wanted = wanted_weight(weight, statistics.all, correction)
-            hessian = statistics.all.hessian
-            return fit_with_hessian(weight, spec, hessian, target=wanted, row_weights=rows)
+            weight = weight.to(moments.hessian.device)
+            wanted = correction and wanted_weight(weight, moments, correction)
+            return fit_with_hessian(weight, spec, moments.hessian, target=wanted, row_weights=rows)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -108,10 +109,16 @@ def fit_by_decoder_layers(
     head = head_weight(model, task.specs)
     body = [name for name in task.specs if NUMBERED.search(name)]
     walk = walk_decoder_layers(model, body, batches, head=head, reference=reference)
-    for names, statistics in walk if body or head else ():
-        for name in names:
-            progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)
-            put(name, task.fit(name, statistics=statistics))
+    with closing(walk):
+        for names, statistics in walk if body or head else ():
+            corrections = [
+                choose_correction(task.weight_of(name), statistics.halves) for name in names
+            ]
+            moments = statistics.all
+            del statistics  # its halves: of a wide layer they are gigabytes
+            for name, correction in zip(names, corrections, strict=True):
+                progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)
+                put(name, task.fit(name, moments=moments, correction=correction))
     for name in task.specs:  # an untied embedding, whose inputs are tokens
         if name != head and name not in body:
             put(name, task.fit(name))

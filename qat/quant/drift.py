@@ -82,19 +82,43 @@ def choose_correction(weight: Tensor, halves: Sequence[Moments]) -> Correction:
 
 
 def regression(aim: Tensor, hessian: Tensor, ridge: float) -> Tensor:
-    """Return aim (H + ridge)^-1, (O, I); zeros for inputs that are all zero."""
+    """Return aim (H + ridge)^-1, (O, I); zeros where H is zero or has no factor."""
+    factor, mean = damped_factor(hessian, ridge)
+    return solved(aim, factor, mean)
+
+
+def damped_factor(hessian: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return the lower factor of H / mean + ridge, and the mean of H's diagonal.
+
+    That there is no factor is told by a mean of zero, without a look at the device.
+    """
     mean = hessian.diagonal().mean()
-    if mean <= 0:
-        return torch.zeros_like(aim)
-    damped = hessian / mean
+    damped = hessian / mean.clamp_min(1e-30)
     damped.diagonal().add_(ridge)
-    return torch.cholesky_solve(aim.T / mean, torch.linalg.cholesky(damped)).T
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    return factor, torch.where(failed > 0, 0.0, mean)
 
 
-def wanted_weight(weight: Tensor, moments: Moments, correction: Correction) -> Tensor:
-    """Return W*, (O, I) float32, where the moments are."""
-    wanted = weight.detach().to(moments.hessian)
-    if not correction.share:
-        return wanted
-    change = regression(moments.aim(weight), moments.hessian, correction.ridge)
-    return wanted + correction.share * change
+def solved(aim: Tensor, factor: Tensor, mean: Tensor) -> Tensor:
+    """Return aim times the inverse of a damped H, (O, I), given what `damped_factor` returns."""
+    answer = torch.cholesky_solve(aim.T, factor).T / mean
+    return torch.where(mean > 0, answer, 0.0)
+
+
+class WantedWeight:
+    """W*, (O, I) float32 where the moments are, some rows at a time."""
+
+    def __init__(self, weight: Tensor, moments: Moments, correction: Correction):
+        """Take a weight, (O, I), and how far to go."""
+        self.weight, self.moments, self.share = weight.detach(), moments, correction.share
+        self.factor = damped_factor(moments.hessian, correction.ridge)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Return some rows."""
+        change = solved(self.moments.aim(self.weight, rows), *self.factor)
+        return self.weight[rows].to(change) + self.share * change
+
+
+def wanted_weight(weight: Tensor, moments: Moments, correction: Correction) -> WantedWeight | None:
+    """Return W*; None where it is the weight itself."""
+    return WantedWeight(weight, moments, correction) if correction.share else None

@@ -17,13 +17,12 @@ Source: error feedback: GPTQ, Frantar et al. 2022, arXiv:2210.17323. Descent and
 GuidedQuant, Kim et al. 2025, arXiv:2505.07004.
 """
 
-from itertools import repeat
-
 import torch
 from torch import Tensor
 
 from qat.grids.scalar import expand_groups, midpoints, snap_float16, snap_stored
 from qat.grids.scales import nearest_stored_scale
+from qat.quant.drift import WantedWeight
 from qat.quant.fit import away_from_zero, fit_weight
 from qat.quant.hessian_blocks import (
     descend_blocks,
@@ -57,7 +56,7 @@ def fit_with_hessian(
     spec: TensorSpec,
     hessian: Tensor,
     *,
-    target: Tensor | None = None,
+    target: Tensor | WantedWeight | None = None,
     row_weights: Tensor | None = None,
     num_sweeps: int = NUM_SWEEPS,
 ) -> QuantizedTensor:
@@ -70,7 +69,7 @@ def fit_with_hessian(
         weight: (O, I), any float dtype.
         spec: The format.
         hessian: mean x_q x_q^T over the inputs that the quantized model feeds, (I, I).
-        target: The wanted weight, (O, I); the weight itself when not given.
+        target: The wanted weight, (O, I), asked for by rows; the weight itself when not given.
         row_weights: As in `fit_weight`.
         num_sweeps: Rounds of scales, codebook and descent.
 
@@ -78,18 +77,23 @@ def fit_with_hessian(
         ValueError: If a weight or a statistic is not finite, or the format does not fit.
     """
     check_hessian(weight, hessian)
+
+    def wanted(rows: slice) -> Tensor | None:
+        return None if target is None else target[rows]
+
     if len(weight) <= FITTED_ROWS or spec.rank:
-        return fit_rows(weight, spec, hessian, target, row_weights, num_sweeps)
+        return fit_rows(weight, spec, hessian, wanted(slice(None)), row_weights, num_sweeps)
     codebook = None
     if spec.grid.is_learned:
         spread = slice(None, None, -(-len(weight) // FITTED_ROWS))
         sample = None if row_weights is None else row_weights[spread]
-        wanted = None if target is None else target[spread]
-        codebook = fit_rows(weight[spread], spec, hessian, wanted, sample, num_sweeps).codebook
-    targets = repeat(None) if target is None else target.split(FITTED_ROWS)
+        fitted = fit_rows(weight[spread], spec, hessian, wanted(spread), sample, num_sweeps)
+        codebook = fitted.codebook
+    starts = range(0, len(weight), FITTED_ROWS)
+    slices = [slice(start, start + FITTED_ROWS) for start in starts]
     chunks = [
-        fit_rows(rows, spec, hessian, wanted, None, num_sweeps, codebook)
-        for rows, wanted in zip(weight.split(FITTED_ROWS), targets, strict=False)
+        fit_rows(weight[rows], spec, hessian, wanted(rows), None, num_sweeps, codebook)
+        for rows in slices
     ]
     parts = {
         name: values if name == "codebook" else torch.cat([chunk.parts[name] for chunk in chunks])

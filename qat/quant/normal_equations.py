@@ -58,7 +58,8 @@ def with_offsets(normal: Tensor, values: Tensor, hessian: Tensor, num_groups: in
 def solve_damped(normal: Tensor, wanted: Tensor) -> Tensor:
     """Return x of normal @ x = wanted, (N, D), for symmetric (N, D, D) that may be singular.
 
-    Rows that rounding has left without a Cholesky factor are damped harder. LU factors are not an
+    Rows that rounding has left without a Cholesky factor are damped harder; callers compare what
+    comes out, as a second failure gives just anything. LU factors are not an
     option: MKL's, threaded over a batch, were seen to hang.
     """
     normal = normal.double()

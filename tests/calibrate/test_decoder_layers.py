@@ -4,6 +4,8 @@ import torch
 from qat.calibrate.decoder_layers import walk_decoder_layers, walk_dense_layers
 from tests.tiny import TINY_MODELS, plan_of, tiny_model
 
+BATCH = torch.arange(48).view(4, 12)
+
 
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_statistics_are_those_of_the_inputs_really_fed(family):
@@ -31,7 +33,7 @@ def test_statistics_are_those_of_the_inputs_really_fed(family):
         if name in writers:
             before, after = ends[name]
             end = dense_inputs[after]
-            weights = end.square().mean(1, keepdim=True).reciprocal()
+            weights = (end.square().mean(1, keepdim=True) + 1e-6).reciprocal()
             wanted = (end - inputs[before]).T @ (weights * x) / weights.sum()
             torch.testing.assert_close(moments.wanted, wanted, atol=1e-4, rtol=1e-3)
         else:
@@ -61,6 +63,34 @@ def stream_around(name: str) -> tuple[str, str]:
         return f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"
     last = "model.norm" if number == 1 else f"model.layers.{number + 1}.input_layernorm"
     return f"{layer}.post_attention_layernorm", last
+
+
+def test_linears_come_in_the_order_of_their_calls():
+    """Phi-3 lists the projection of attention's output before that of its inputs."""
+    model = tiny_model("phi3")
+    names = list(plan_of(model).quantized)
+    found = [name for group, _ in walk_decoder_layers(model, names, [BATCH]) for name in group]
+    called = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+    assert [name.split(".", 3)[3] for name in found[:4]] == called
+
+
+def test_a_walk_that_ends_early_leaves_the_model_as_it_is():
+    """No module keeps what its forward was replaced by."""
+    model = TINY_MODELS["llama"]()
+    walk = walk_decoder_layers(model, list(plan_of(model).quantized), [BATCH])
+    for _ in range(3):
+        next(walk)
+    assert any("forward" in vars(module) for module in model.modules())
+    walk.close()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_linear_that_is_never_called_is_told():
+    """It would stay as it is without a word."""
+    model = TINY_MODELS["llama"]()
+    model.model.layers[0].extra = torch.nn.Linear(64, 64)
+    with pytest.raises(ValueError, match="extra takes no part in the forward pass"):
+        next(walk_decoder_layers(model, ["model.layers.0.extra"], [BATCH]))
 
 
 @pytest.mark.parametrize("family", TINY_MODELS)
