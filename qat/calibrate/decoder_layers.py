@@ -92,12 +92,7 @@ def walk_decoder_layers(
         writes = residual_writes(*in_float32(dense_layer, wanted, dense, name))
         points = {write.after for write in writes.values()} - {""}
         watched = watch_inputs(dense, name, dense_layer, [*wanted, *points])
-        inputs = {linear: fed for linear, fed in watched.items() if linear in wanted}
-        if missing := [linear for linear in wanted if linear not in inputs]:
-            raise ValueError(
-                f"{name}.{missing[0]} takes no part in the forward pass; keep it as it is with "
-                f"--plan '..., {name}.{missing[0]}=f16'"
-            )
+        inputs = inputs_in_order(name, wanted, watched)
         with ExitStack() as replays:
             done: list[Replay] = []
             for group in groups_that_share(inputs):
@@ -152,6 +147,19 @@ def walk_dense_layers(
                 del inputs[linear]
     if head is not None:
         yield [head], second_moment(head, map(model.get_decoder().norm, stream.hidden))
+
+
+def inputs_in_order(
+    name: str, linears: Sequence[str], watched: Mapping[str, list[Tensor]]
+) -> dict[str, list[Tensor]]:
+    """Return what the linears of a decoder layer were fed, in the order of their calls."""
+    inputs = {linear: fed for linear, fed in watched.items() if linear in linears}
+    if missing := [linear for linear in linears if linear not in inputs]:
+        raise ValueError(
+            f"{name}.{missing[0]} takes no part in the forward pass; keep it as it is with "
+            f"--plan '..., {name}.{missing[0]}=f16'"
+        )
+    return inputs
 
 
 def in_float32(
