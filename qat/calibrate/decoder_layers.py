@@ -165,7 +165,7 @@ def inputs_in_order(
 def in_float32(
     layer: nn.Module, linears: Sequence[str], stream: Stream, name: str
 ) -> tuple[nn.Module, Sequence[str], Callable[[], Tensor]]:
-    """Return what `residual_writes` takes: a layer that computes in float32 on some sequences."""
+    """Return what `residual_writes` takes: a layer that computes in float32 on the first batch."""
     copied = copy.deepcopy(layer).float()
     hidden = stream.hidden[0].float()
     arguments = {

@@ -83,11 +83,11 @@ def choose_correction(weight: Tensor, halves: Sequence[Moments]) -> Correction:
 
 def regression(aim: Tensor, hessian: Tensor, ridge: float) -> Tensor:
     """Return aim (H + ridge)^-1, (O, I); zeros where H is zero or has no factor."""
-    factor, mean = damped_factor(hessian, ridge)
+    factor, mean = ridge_factor(hessian, ridge)
     return solved(aim, factor, mean)
 
 
-def damped_factor(hessian: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def ridge_factor(hessian: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Return the lower factor of H / mean + ridge, and the mean of H's diagonal.
 
     That there is no factor is told by a mean of zero, without a look at the device.
@@ -100,7 +100,7 @@ def damped_factor(hessian: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 
 
 def solved(aim: Tensor, factor: Tensor, mean: Tensor) -> Tensor:
-    """Return aim times the inverse of a damped H, (O, I), given what `damped_factor` returns."""
+    """Return aim times the inverse of a damped H, (O, I), given what `ridge_factor` returns."""
     answer = torch.cholesky_solve(aim.T, factor).T / mean
     return torch.where(mean > 0, answer, 0.0)
 
@@ -111,7 +111,7 @@ class WantedWeight:
     def __init__(self, weight: Tensor, moments: Moments, correction: Correction):
         """Take a weight, (O, I), and how far to go."""
         self.weight, self.moments, self.share = weight.detach(), moments, correction.share
-        self.factor = damped_factor(moments.hessian, correction.ridge)
+        self.factor = ridge_factor(moments.hessian, correction.ridge)
 
     def __getitem__(self, rows: slice) -> Tensor:
         """Return some rows."""
