@@ -22,6 +22,7 @@ from qat.pipelines.compress_stages import (
     size_on_disk,
     teacher_cache,
     train_student,
+    trained_bits,
     validation_kl,
     write_file,
 )
@@ -126,7 +127,8 @@ def take_stages(config: CompressConfig, source: Source, budget: int | None) -> d
     fitted = clock.shared_stage(fit, lambda: fit_plan(plan, source, cache))
     kl_fit = validation_kl(fitted, source, cache)
     say_stage("train", clock, kl_fit)
-    student, kl = train_student(fitted, kl_fit, source, cache, clock)
+    most = trained_bits(found)
+    student, kl = train_student(fitted, kl_fit, source, cache, clock, most)
     say_stage("export", clock, kl)
     write_file(student, config.to, config.output)
     say_stage("measure", clock, kl)

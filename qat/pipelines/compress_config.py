@@ -52,7 +52,7 @@ class SourceConfig(PlaceConfig):
     """Time for a file; training takes what the other stages leave. 0 = no training, and formats of
     vector grids (IQ2, IQ3) are tried on a CPU as well, which finds their points too slowly to
     train."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Sequences of a training step."""
     lr: float = 0.005
     """Peak learning rate of latent weights, as a share of their rounding errors (rms)."""

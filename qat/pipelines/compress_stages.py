@@ -33,7 +33,7 @@ from qat.pipelines.quantize_config import CALIBRATION_BATCH, CALIBRATION_TOKENS,
 from qat.pipelines.sensitivity import choice_table, measure_costs
 from qat.pipelines.step_time import rehearse_training
 from qat.pipelines.train import train
-from qat.quant.allocate import Table
+from qat.quant.allocate import Allocation, Table
 from qat.quant.plan import QuantPlan
 from qat.quant.spec import TensorSpec
 from qat.quant.targets import candidates
@@ -45,7 +45,8 @@ CACHE_SHARE = 1 / 6  # of the minutes: as much text as training then reads about
 MOST_CALIBRATION_TOKENS = 131072  # of a fit
 CALIBRATION_BYTES = 6 * 10**9  # that their activations may take
 COST_TOKENS = 4096  # of the text that costs are measured on
-LATE_SHARE = 0.1  # of the time that training is left with, kept for what comes after it
+LATE_SHARE = 0.2  # of the time that training is left with, kept for what comes after it
+TRAINED_SHARE = 0.6  # of the predicted KL: held by the formats that train
 SCALE_LR_RATIO = 0.1  # of relative rates: scales at 0.0005 a step where weights have 0.005
 Made = TypeVar("Made")
 NUMBERS = ("kl_nats", "kl_p99", "top1_agreement", "perplexity")
@@ -250,17 +251,22 @@ def calibration_tokens(source: Source, cache: TeacherCache) -> int:
 
 
 def train_student(
-    student: Path, kl: float, source: Source, cache: TeacherCache, clock: Clock
+    student: Path,
+    kl: float,
+    source: Source,
+    cache: TeacherCache,
+    clock: Clock,
+    max_bits: float | None = None,
 ) -> tuple[Path, float]:
     """Train a student in the time that is left; return the better one with its validation KL."""
-    settings = train_config(student, source, cache)
+    settings = train_config(student, source, cache, max_bits)
 
     def count() -> int:
         return int((1 - LATE_SHARE) * clock.left / rehearse_training(settings))
 
     steps = 0
     if clock.left > 0:
-        key = [student.name, settings.batch_size, source.config.minutes]
+        key = [student.name, settings.batch_size, source.config.minutes, max_bits]
         steps = once(source.work / "steps" / f"{student.name}.json", key, count)
     if steps < 1:
         say("no time to train: the fit is exported as it is")
@@ -275,15 +281,36 @@ def train_student(
     return min((trained, trained_kl), (student, kl), key=lambda pair: pair[1])
 
 
-def train_config(student: Path, source: Source, cache: TeacherCache) -> TrainConfig:
+def trained_bits(found: Allocation) -> float | None:
+    """Return the bits up to which formats train: as few as hold most of the predicted KL.
+
+    A step takes half the time where embedding and half of the linears have 4 bits and stay as they
+    are; what they would gain is less than what twice the text gives the others.
+    """
+    costs: dict[float, float] = {}
+    for choice in found.choices.values():
+        if (spec := TensorSpec.from_name(choice.spec)).is_quantized:
+            costs[spec.bits] = costs.get(spec.bits, 0.0) + choice.cost
+    held = 0.0
+    for bits in sorted(costs):
+        held += costs[bits]
+        if held >= TRAINED_SHARE * sum(costs.values()):
+            return bits
+    return None
+
+
+def train_config(
+    student: Path, source: Source, cache: TeacherCache, max_bits: float | None = None
+) -> TrainConfig:
     """Return the settings of training, all but its steps."""
     config = source.config
-    recipe = fingerprint([config.minutes, config.batch_size, config.lr, config.seed])
+    recipe = fingerprint([config.minutes, config.batch_size, config.lr, config.seed, max_bits])
     return TrainConfig(
         checkpoint=student,
         cache_dir=cache.folder,
         output_dir=source.work / "runs" / f"{student.name}-{recipe[:6]}",
         model_id=config.model,
+        max_bits=max_bits,
         batch_size=config.batch_size,
         seed=config.seed,
         dtype=config.dtype,

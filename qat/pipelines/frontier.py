@@ -18,6 +18,7 @@ from qat.pipelines.compress_stages import (
     size_on_disk,
     teacher_cache,
     train_student,
+    trained_bits,
     validation_kl,
     write_file,
 )
@@ -83,7 +84,8 @@ def points_of_size(
     if not config.minutes:
         return [point]
     kl = validation_kl(fitted, source, cache)
-    trained, _ = train_student(fitted, kl, source, cache, clock)
+    most = trained_bits(allocation)
+    trained, _ = train_student(fitted, kl, source, cache, clock, most)
     return [point, file_point("trained", label, trained, source, cache)]
 
 

@@ -54,11 +54,14 @@ def layerwise_stage(
         _number: int, block: nn.Module
     ) -> tuple[list[FakeQuantWeight], torch.optim.Optimizer | None]:
         prefix = next(name for name, module in student.named_modules() if module is block)
+        if not trainable.layers_to_train(block, config.kinds, config.max_bits):
+            return [], None
         parts = trainable.choose_trainable(
             block,
             kinds=config.kinds,
             parts=tuple(part for part in moving if part != "norms"),
             weight_of=lambda name: weight_of(f"{prefix}.{name}"),
+            max_bits=config.max_bits,
         )
         units = trainable.rate_units(block) if config.optim.relative else None
         optimizer = trainable.make_optimizer(parts, rates, config.optim.weight_decay, units)
@@ -69,7 +72,17 @@ def layerwise_stage(
         write_block(folder, number, blocks[number], report)
         blocks[number].requires_grad_(False)
 
-    plan = BlockPlan(
+    plan = block_plan(config, dtype)
+    batches = partial(token_batches, cache, chosen_ids, options.batch_size, device)
+    hooks = {"prepare": prepare, "finish": finish, "start_block": done}
+    train_blockwise(student, teacher, batches, len(chosen_ids), plan, **hooks)
+    return time.perf_counter() - started
+
+
+def block_plan(config: TrainConfig, dtype: torch.dtype) -> BlockPlan:
+    """Return how each decoder layer is trained."""
+    options = config.layerwise
+    return BlockPlan(
         num_epochs=options.epochs,
         batch_size=options.batch_size,
         rate=partial(block_rate, config.optim.min_lr_ratio),
@@ -78,10 +91,6 @@ def layerwise_stage(
         dtype=dtype,
         scratch=config.output_dir / "hidden",
     )
-    batches = partial(token_batches, cache, chosen_ids, options.batch_size, device)
-    hooks = {"prepare": prepare, "finish": finish, "start_block": done}
-    train_blockwise(student, teacher, batches, len(chosen_ids), plan, **hooks)
-    return time.perf_counter() - started
 
 
 def token_batches(

@@ -27,6 +27,7 @@ def choose_trainable(
     kinds: tuple[str, ...],
     parts: tuple[str, ...],
     weight_of: Callable[[str], Tensor | None],
+    max_bits: float | None = None,
 ) -> dict[str, list[nn.Parameter]]:
     """Freeze a student but for the chosen parts of the chosen layers.
 
@@ -35,6 +36,7 @@ def choose_trainable(
         kinds: Of the layers that train, as `tensor_kind` names them.
         parts: Of weights, scales, directions, magnitudes, codebooks, norms.
         weight_of: Returns the full-precision weight of a layer by name, None where unknown.
+        max_bits: Of an index, in the formats that train; None = all formats.
 
     Returns:
         Parameters by part, those parts only that have any.
@@ -43,7 +45,7 @@ def choose_trainable(
         ValueError: If nothing is left to train.
     """
     model.requires_grad_(False)
-    layers = {name: layer for kind in kinds for name, layer in layers_of_kind(model, kind).items()}
+    layers = layers_to_train(model, kinds, max_bits)
     chosen: dict[str, list[nn.Parameter]] = {part: [] for part in parts}
     for name, layer in layers.items():
         if "weights" in parts:
@@ -59,12 +61,25 @@ def choose_trainable(
     if not chosen:
         raise ValueError(
             f"--trainable {' '.join(parts)} finds nothing in the student's {' and '.join(kinds)} "
-            "layers; magnitudes are there with low-rank scales only"
+            f"layers{'' if max_bits is None else f' of at most {max_bits} bits'}; magnitudes are "
+            "there with low-rank scales only"
         )
     for parameters in chosen.values():
         for parameter in parameters:
             parameter.requires_grad_(True)
     return chosen
+
+
+def layers_to_train(
+    model: nn.Module, kinds: tuple[str, ...], max_bits: float | None
+) -> dict[str, FakeQuantWeight]:
+    """Return the quantized layers of some kinds, in formats of at most as many bits an index."""
+    return {
+        name: layer
+        for kind in kinds
+        for name, layer in layers_of_kind(model, kind).items()
+        if max_bits is None or layer.spec.bits <= max_bits
+    }
 
 
 def parameters_of(layer: FakeQuantWeight, part: str) -> list[nn.Parameter]:

@@ -12,8 +12,9 @@ from qat.export.from_gguf import read_gguf_model
 from qat.pipelines import compress_stages
 from qat.pipelines.compress import compress
 from qat.pipelines.compress_config import CompressConfig, parse_size
-from qat.pipelines.compress_stages import Clock
+from qat.pipelines.compress_stages import Clock, trained_bits
 from qat.pipelines.evaluate import evaluate
+from qat.quant.allocate import Allocation, Choice
 from qat.storage.files import read_json, sha256_of_file
 from tests.tiny import save_tiny, tiny_llama, tiny_records, write_jsonl
 
@@ -129,6 +130,15 @@ def test_stages_of_another_file_count_for_each_once(tmp_path):
         assert 0.2 <= second.seconds < 0.35
         assert second.left == pytest.approx(60 - second.seconds, abs=0.1)
         second.note()
+
+
+@pytest.mark.parametrize(("costs", "bits"), [((0.7, 0.3), 2), ((0.5, 0.5), 4), ((0.0, 0.0), 2)])
+def test_formats_that_hold_most_of_the_kl_train(costs, bits):
+    """The fewest bits whose tensors are predicted to lose the most."""
+    formats = zip(("gguf:q2_0", "gguf:q4_0", "f32"), (*costs, 9.0), strict=True)
+    found = {name: Choice(name, 1, cost) for name, cost in formats}
+    assert trained_bits(Allocation(found)) == bits
+    assert trained_bits(Allocation({"f32": found["f32"]})) is None
 
 
 def test_bad_input_is_refused_before_any_work(folder):

@@ -41,6 +41,17 @@ def test_kinds_and_parts_decide_what_trains(family):
     assert all("self_attn" in name for name in names(student))
 
 
+def test_formats_of_more_bits_stay():
+    """Only layers of at most as many bits train; a limit below all of them is named."""
+    student = tiny_student(plan="q2a4")
+    parts = ("weights", "scales")
+    choose_trainable(student, kinds=BOTH, parts=parts, max_bits=2, **NOTHING)
+    assert all(".mlp." in name for name in names(student))
+    assert len(trained_layers(student)) == 6
+    with pytest.raises(ValueError, match="at most 1.5 bits"):
+        choose_trainable(student, kinds=BOTH, parts=parts, max_bits=1.5, **NOTHING)
+
+
 def test_latent_weights_start_at_the_full_precision_ones():
     """Each layer is asked for by its name, and only those of the chosen kind."""
     student, base = tiny_student(), tiny_llama()
