@@ -276,9 +276,9 @@ def train_student(
     settings = replace(
         settings, max_steps=steps, optim=replace(settings.optim, warmup_steps=warmup)
     )
-    trained = Path(train(settings).checkpoint)
-    trained_kl = validation_kl(trained, source, cache)
-    return min((trained, trained_kl), (student, kl), key=lambda pair: pair[1])
+    result = train(settings)
+    trained = (Path(result.checkpoint), result.best_kl_nats)
+    return min(trained, (student, kl), key=lambda pair: pair[1])
 
 
 def trained_bits(found: Allocation) -> float | None:

@@ -1,11 +1,13 @@
-"""A training process killed for real, in the middle of whatever it does, and started again."""
+"""Processes killed for real, in the middle of whatever they do, and started again."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from qat.cli.commands import main
 from qat.model.checkpoint import read_checkpoint
 from qat.storage.files import sha256_of_file
 from qat.tracking.record import read_rows
-from tests.tiny import tiny_cache, tiny_llama
+from tests.tiny import save_tiny, tiny_cache, tiny_llama, tiny_records, write_jsonl
 
 pytestmark = pytest.mark.recipe
 ROOT = Path(__file__).parent.parent.parent
@@ -42,10 +44,10 @@ def flags(tmp_path_factory):
     ]
 
 
-def start(flags, folder):
-    """Start a run as a process of its own."""
+def start(command, *flags):
+    """Start a command as a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "qat", "train", *flags, "--output-dir", str(folder)],
+        [sys.executable, "-m", "qat", command, *map(str, flags)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -53,17 +55,22 @@ def start(flags, folder):
     )
 
 
-def kill_at(process, folder, step):
-    """Kill a run, as the system does, as soon as its record tells of a step."""
+def kill_when(process, has_come):
+    """Kill a process, as the system does, as soon as something has come to be."""
     deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline:
-        rows = read_rows(folder)
-        if rows and rows[-1]["step"] >= step:
+        if has_come():
             os.kill(process.pid, signal.SIGKILL)
             break
         time.sleep(0.002)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+
+
+def is_past(folder, step):
+    """Return whether a run's record tells of a step."""
+    rows = read_rows(folder)
+    return bool(rows) and rows[-1]["step"] >= step
 
 
 def rows_of(folder):
@@ -79,11 +86,12 @@ def test_a_killed_run_ends_like_one_that_was_not(flags, tmp_path):
     assert main("train", [*flags, "--output-dir", str(tmp_path / "straight")]) == 0
     folder = tmp_path / "killed"
     for step in (6, 22):
-        kill_at(start(flags, folder), folder, step)
+        process = start("train", *flags, "--output-dir", folder)
+        kill_when(process, partial(is_past, folder, step))
         for name in ("best", "final"):  # what was complete is still whole
             if (folder / name / "checkpoint.json").is_file():
                 read_checkpoint(folder / name)
-    process = start(flags, folder)
+    process = start("train", *flags, "--output-dir", folder)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-2000:]
     closing = json.loads(out)
@@ -96,3 +104,32 @@ def test_a_killed_run_ends_like_one_that_was_not(flags, tmp_path):
             for run in (folder, tmp_path / "straight")
         ]
         assert sums[0] == sums[1]
+
+
+def test_a_file_killed_in_each_of_its_stages_is_the_same_in_the_end(tmp_path):
+    """While text is cached, formats are tried, layers are fitted, the student trains."""
+    model = save_tiny(tmp_path / "model", tiny_llama())
+    data = write_jsonl(tmp_path / "data.jsonl", tiny_records(200))
+    output, work = tmp_path / "file.gguf", tmp_path / "file.gguf.work"
+    flags = ["--model", model, "--data", data, "--output", output, "--size", "52KB", *USUAL]
+    flags += ["--minutes", "0.5", "--num-sequences", "96", "--seq-len", "32"]
+    process = start("compress", *flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-2000:]
+    straight, before = json.loads(out), sha256_of_file(output)
+    output.unlink()
+    for path in work.iterdir():
+        if path.name not in ("steps", "sequences.json"):  # how many steps is a matter of time
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for made in ("cache/*", "clocks/costs*", "plans/*", "runs/*/metrics.jsonl"):
+        kill_when(start("compress", *flags), lambda made=made: any(work.glob(made)))
+        assert not output.exists()
+    process = start("compress", *flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-2000:]
+    assert sha256_of_file(output) == before
+    clock = ("seconds", "peak_rss_bytes")
+    again = json.loads(out)
+    assert {k: v for k, v in again.items() if k not in clock} == {
+        k: v for k, v in straight.items() if k not in clock
+    }
