@@ -106,9 +106,14 @@ class ScalarGrid:
         """Return the bits of an (O, I) weight's indices, and of a learned codebook in float16."""
         return math.ceil(shape[0] * shape[1] * self.bits)
 
+    @property
+    def start(self) -> "ScalarGrid":
+        """The grid itself, or for a learned one the integers that it is fitted from."""
+        return ScalarGrid(self.bits, "int") if self.is_learned else self
+
     def start_codebook(self) -> Tensor:
-        """Return the fixed codebook, or for a learned one the integers it is fitted from."""
-        return fixed_codebook("int" if self.is_learned else self.kind, self.bits)
+        """Return the codebook of the start."""
+        return fixed_codebook(self.start.kind, self.bits)
 
     def round(
         self, normalized: Tensor, codebook: Tensor, _importance: Tensor | None = None

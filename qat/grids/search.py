@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from qat.grids.scalar import nearest_values, over_scale, snap_float16
+from qat.grids.scalar import ScalarGrid, over_scale, snap_float16
 from qat.grids.scales import (
     GAUSSIAN_REACH,
     SEARCH_FACTORS,
@@ -24,6 +24,7 @@ from qat.grids.scales import (
     root_mean_square,
     stored_scale,
 )
+from qat.runtime.device import numbers_at_once
 
 Scales = tuple[Tensor, ...]  # a scale, and an offset where there is one, (O, G) each
 Fit = Callable[[Tensor, Scales], Scales]
@@ -36,9 +37,9 @@ AFFINE_STEPS = (2.0, 1.2, 0.8, 0.5, 0.3)  # in turn, at either end or both
 
 
 def search_scale(
-    weight: Tensor, importance: Tensor, codebook: Tensor, form: GroupScale, *, is_signed: bool
+    weight: Tensor, importance: Tensor, grid: ScalarGrid, form: GroupScale, *, is_signed: bool
 ) -> Tensor:
-    """Return the best of several scales for each group, (O, G), given the codebook.
+    """Return the best of several scales for each group, (O, G), given a grid of fixed values.
 
     Most codebooks reach further on one side: where a scale may be negative, its sign decides which
     side of a group gets the longer arm. The first candidate puts the group's largest weight on the
@@ -47,10 +48,16 @@ def search_scale(
     Args:
         weight: (O, I).
         importance: (I,).
-        codebook: (C,), ascending.
+        grid: The values.
         form: Of the scales.
         is_signed: Whether a scale may be negative.
     """
+    step = max(1, numbers_at_once(weight.device) // weight.shape[1])
+    if len(weight) > step:  # what a candidate needs stays in a cache
+        chunks = weight.split(step)
+        found = [search_scale(rows, importance, grid, form, is_signed=is_signed) for rows in chunks]
+        return torch.cat(found)
+    codebook = grid.start_codebook().to(weight.device)
     arm = codebook[codebook.abs().argmax()]
     middle = root_mean_square(weight, importance, form.groups_of(weight.shape[1])) / arm.abs()
     middle = middle * GAUSSIAN_REACH[len(codebook).bit_length() - 1]
@@ -61,7 +68,10 @@ def search_scale(
 
     def best_of(scales: Iterable[Tensor]) -> Tensor:
         candidates = ((form.stored(scale),) for scale in scales)
-        return best_scales(weight, importance, codebook, candidates, fit)[0]
+        return best_scales(weight, importance, nearest, candidates, fit)[0]
+
+    def nearest(values: Tensor) -> Tensor:
+        return grid.nearest(values, codebook)
 
     if form.is_power:  # the next ones are worse by far
         return best_of(middle * factor for factor in POWER_FACTORS)
@@ -76,7 +86,7 @@ def search_scale(
 
 
 def search_affine(
-    weight: Tensor, importance: Tensor, codebook: Tensor, num_groups: int
+    weight: Tensor, importance: Tensor, grid: ScalarGrid, num_groups: int
 ) -> tuple[Tensor, Tensor]:
     """Return the best of several scales and offsets for each group, (O, G) each.
 
@@ -86,9 +96,15 @@ def search_affine(
     Args:
         weight: (O, I).
         importance: (I,).
-        codebook: (C,): 0 .. C - 1.
+        grid: 0 .. C - 1.
         num_groups: G.
     """
+    step = max(1, numbers_at_once(weight.device) // weight.shape[1])
+    if len(weight) > step:
+        chunks = weight.split(step)
+        found = [search_affine(rows, importance, grid, num_groups) for rows in chunks]
+        return tuple(map(torch.cat, zip(*found, strict=True)))
+    codebook = grid.start_codebook().to(weight.device)
     grouped = weight.view(weight.shape[0], num_groups, -1)
     low, high = grouped.amin(-1), grouped.amax(-1)
     middle, reach = (high + low) / 2, (high - low) / 2
@@ -102,7 +118,10 @@ def search_affine(
             (stored_scale((high - low).clamp_min(0) / top), snap_float16(low))
             for low, high in spans
         )
-        return best_scales(weight, importance, codebook, candidates, fit)
+        return best_scales(weight, importance, nearest, candidates, fit)
+
+    def nearest(values: Tensor) -> Tensor:
+        return grid.nearest(values, codebook)
 
     spans = [(middle - f * reach, middle + f * reach) for f in AFFINE_FACTORS]
     mass = importance.view(1, num_groups, -1)
@@ -127,7 +146,7 @@ def largest_weight(weight: Tensor, num_groups: int) -> Tensor:
 def best_scales(
     weight: Tensor,
     importance: Tensor,
-    codebook: Tensor,
+    nearest: Callable[[Tensor], Tensor],
     candidates: Iterable[Scales],
     fit: Fit,
 ) -> Scales:
@@ -136,11 +155,10 @@ def best_scales(
     Args:
         weight: (O, I).
         importance: (I,).
-        codebook: (C,), ascending.
+        nearest: Gives the grid's nearest values.
         candidates: As stored.
         fit: Least squares, of the values that a candidate rounds to and that candidate.
     """
-    nearest = rounding(codebook)
     best = least = None
     for candidate in candidates:
         values = nearest(over_scale(weight, *candidate))
@@ -155,12 +173,3 @@ def best_scales(
         )
         least = torch.minimum(error, least)
     return best
-
-
-def rounding(codebook: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return what gives nearest values; a tenth of the work where all steps are one."""
-    steps = codebook.diff()
-    if not bool((steps == 1).all()):
-        return lambda values: nearest_values(values, codebook)
-    low, high = float(codebook[0]), float(codebook[-1])
-    return lambda values: values.sub(low).round_().add_(low).clamp_(low, high)

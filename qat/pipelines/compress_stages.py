@@ -37,13 +37,14 @@ from qat.quant.allocate import Allocation, Table
 from qat.quant.plan import QuantPlan
 from qat.quant.spec import TensorSpec
 from qat.quant.targets import candidates
+from qat.runtime.memory import host_bytes
 from qat.storage.files import fingerprint, read_json, write_json
 from qat.tracking.messages import say
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
 CACHE_SHARE = 1 / 6  # of the minutes: as much text as training then reads about once
 MOST_CALIBRATION_TOKENS = 131072  # of a fit
-CALIBRATION_BYTES = 6 * 10**9  # that their activations may take
+CALIBRATION_SHARE = 1 / 4  # of the memory: what their activations may take
 COST_TOKENS = 4096  # of the text that costs are measured on
 LATE_SHARE = 0.2  # of the time that training is left with, kept for what comes after it
 TRAINED_SHARE = 0.6  # of the predicted KL: held by the formats that train
@@ -244,7 +245,8 @@ def calibration_tokens(source: Source, cache: TeacherCache) -> int:
     """
     first = [info.shape for name, info in source.size.tensors.items() if ".0." in name]
     numbers = sum(sum(shape) for shape in first if len(shape) == 2)
-    in_memory = CALIBRATION_BYTES // (4 * max(1, numbers))
+    memory = source.place.device.total_bytes() or host_bytes()
+    in_memory = int(CALIBRATION_SHARE * memory) // (4 * max(1, numbers))
     num_cached = cache.num_sequences * cache.seq_len
     in_time = num_cached * 3 // 4 if source.config.minutes else num_cached
     return max(cache.seq_len, min(MOST_CALIBRATION_TOKENS, in_memory, in_time))

@@ -123,12 +123,11 @@ def fit_groups(
     is_learned = grid.is_learned and codebook is None
     mass = importance if rows is None else importance * rows
     form = spec.scale
-    even = grid.start_codebook().to(weight.device)
-    scale = search_scale(weight, importance, even, form, is_signed=is_signed)
+    scale = search_scale(weight, importance, grid.start, form, is_signed=is_signed)
     if is_learned:
         codebook = learned_codebook(weight, scale, mass, grid.bits)
     elif codebook is None:
-        codebook = even
+        codebook = grid.start_codebook().to(weight.device)
     for _ in range(num_rounds):
         indices = grid.round(over_scale(weight, scale), codebook)
         values = look_up(codebook, indices)
@@ -158,7 +157,7 @@ def fit_affine(
     grid = spec.grid
     codebook = grid.start_codebook().to(weight.device)
     num_groups = spec.scale.groups_of(weight.shape[1])
-    scale, offset = search_affine(weight, importance, codebook, num_groups)
+    scale, offset = search_affine(weight, importance, grid, num_groups)
     for _ in range(num_rounds):
         values = grid.nearest(over_scale(weight, scale, offset), codebook)
         scale, offset = fit_offset(weight, values, importance, (scale, offset))

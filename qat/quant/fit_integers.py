@@ -24,7 +24,6 @@ from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 from qat.runtime.device import numbers_at_once
 
-TEMPORARIES = 4  # of a search: weights, importances, values and errors stay in a cache together
 REACHES = (0.7, 0.8, 0.9, 1.0)  # of the grid's outer value, as shares of the largest weight
 CLIPS = (0.0, 0.05, 0.1, 0.2, 0.3)  # of a sub-block's range, cut off at either end
 TOPS = (0.94, 0.8, 0.87)  # places of the largest integer, as shares of its range
@@ -47,7 +46,7 @@ def fit_integers(
         num_starts: Of `TOPS`, how many to try; one, of a fit that others improve, also tries
             near integers only.
     """
-    step = max(1, numbers_at_once(weight.device) // TEMPORARIES // weight.shape[1])
+    step = max(1, numbers_at_once(weight.device) // weight.shape[1])
     chunks = [Search(rows, spec, importance).fit(num_starts) for rows in weight.split(step)]
     parts = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
     codebook = spec.grid.start_codebook().to(weight.device)

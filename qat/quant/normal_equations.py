@@ -36,13 +36,17 @@ def group_products(
         others: d, (O, I) or a row for all, (1, I); c itself when not given.
     """
     num_rows, num_inputs = values.shape
+    is_symmetric, size = others is None, num_inputs // num_groups
     others = values if others is None else others
-    size = num_inputs // num_groups
     normal = torch.empty(num_rows, num_groups, num_groups, device=values.device)
     for group in range(num_groups):
-        inside = slice(group * size, (group + 1) * size)
-        pulled = values[:, inside] @ hessian[inside]  # (O, I)
-        normal[:, group] = (pulled * others).view(num_rows, num_groups, size).sum(-1)
+        first = group if is_symmetric else 0
+        inside, right = slice(group * size, (group + 1) * size), slice(first * size, None)
+        pulled = values[:, inside] @ hessian[inside, right]  # (O, I), or what is not known yet
+        sums = (pulled * others[:, right]).view(num_rows, -1, size).sum(-1)
+        normal[:, group, first:] = sums
+        if is_symmetric:
+            normal[:, first:, group] = sums
     return normal
 
 
@@ -62,12 +66,11 @@ def solve_damped(normal: Tensor, wanted: Tensor) -> Tensor:
     comes out, as a second failure gives just anything. LU factors are not an
     option: MKL's, threaded over a batch, were seen to hang.
     """
-    normal = normal.double()
     mean = normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     factor, failed = damped_factor(normal, RIDGE * mean)
     if (failed := failed > 0).any():
         factor[failed] = damped_factor(normal[failed], HARD_RIDGE * mean[failed])[0]
-    return torch.cholesky_solve(wanted.double().unsqueeze(-1), factor).squeeze(-1).float()
+    return torch.cholesky_solve(wanted.unsqueeze(-1), factor).squeeze(-1)
 
 
 def damped_factor(normal: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +94,6 @@ def descend_scales(
 
 
 def quadratic(normal: Tensor, wanted: Tensor, x: Tensor) -> Tensor:
-    """Return x^T normal x - 2 wanted^T x over the last axis, in float64."""
-    x = x.double()
-    pulled = (normal.double() @ x.unsqueeze(-1)).squeeze(-1)
-    return ((pulled - 2 * wanted.double()) * x).sum(-1)
+    """Return x^T normal x - 2 wanted^T x over the last axis, summed up in float64."""
+    pulled = (normal @ x.unsqueeze(-1)).squeeze(-1)
+    return ((pulled.double() - 2 * wanted.double()) * x.double()).sum(-1)
