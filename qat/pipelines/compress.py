@@ -6,6 +6,7 @@ Each stage leaves its result in a folder next to the output, so that a killed ru
 """
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from qat.cache.read import TeacherCache
@@ -15,6 +16,7 @@ from qat.pipelines.compress_stages import (
     Source,
     byte_table,
     cost_table,
+    export_record,
     fit_id,
     fit_plan,
     measure_file,
@@ -29,7 +31,7 @@ from qat.pipelines.compress_stages import (
 from qat.pipelines.plan import print_table
 from qat.quant.allocate import Allocation, Table, allocate, frontier, smallest
 from qat.runtime.memory import peak_rss_bytes
-from qat.storage.files import folder_lock
+from qat.storage.files import fingerprint, folder_lock, read_json
 from qat.tracking.messages import say
 
 STAGES = ("cache", "costs", "plan", "fit", "train", "export", "measure")
@@ -85,11 +87,20 @@ def compress(config: CompressConfig) -> CompressResult:
     key = [source.base["weights"], {k: v for k, v in settings.items() if k not in skipped}]
     with folder_lock(source.work):
         result = source.work / "results" / f"{config.output.name}.json"
-        if not config.output.exists():
-            result.unlink(missing_ok=True)
-        elif not result.is_file():
-            raise ValueError(f"--output {config.output} exists; remove it or name another")
+        check_output(config.output, source.work, result, key)
         return CompressResult(**once(result, key, lambda: take_stages(config, source, budget)))
+
+
+def check_output(output: Path, work: Path, result: Path, key: object) -> None:
+    """Refuse to replace a finished file of other settings, or one that was not made here."""
+    if not output.exists():
+        result.unlink(missing_ok=True)
+    elif result.is_file() and read_json(result)["key"] != fingerprint(key):
+        raise ValueError(
+            f"--output {output} was made with other settings; remove it or name another"
+        )
+    elif not export_record(work, output).is_file():
+        raise ValueError(f"--output {output} exists; remove it or name another")
 
 
 def budget_bytes(config: CompressConfig, source: Source) -> int | None:
@@ -130,7 +141,7 @@ def take_stages(config: CompressConfig, source: Source, budget: int | None) -> d
     most = trained_bits(found)
     student, kl = train_student(fitted, kl_fit, source, cache, clock, most)
     say_stage("export", clock, kl)
-    write_file(student, config.to, config.output)
+    write_file(student, source, config.output)
     say_stage("measure", clock, kl)
     values = measure_file(config.output, student, source, cache)
     file_bytes = size_on_disk(config.output)

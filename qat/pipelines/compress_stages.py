@@ -3,6 +3,7 @@
 Each part leaves its result in a work folder and finds it there again.
 """
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,9 +18,9 @@ from qat.cache.read import TeacherCache
 from qat.data.text import bos_id, text_blocks
 from qat.evaluate.on_cache import evaluate_on_cache
 from qat.evaluate.on_text import evaluate_on_text
-from qat.export.config import ExportConfig, Target
+from qat.export.config import ExportConfig
 from qat.export.from_gguf import read_gguf_model
-from qat.model.checkpoint import empty_model
+from qat.model.checkpoint import dense_parts_in, empty_model
 from qat.model.load import load_dense, load_tokenizer, model_folder, model_identity
 from qat.pipelines.build_cache import build_cache
 from qat.pipelines.compress_config import SourceConfig
@@ -44,6 +45,7 @@ from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
 CACHE_SHARE = 1 / 6  # of the minutes: as much text as training then reads about once
 MOST_CALIBRATION_TOKENS = 131072  # of a fit
+MEMORY_STEP = 8192  # tokens that memory decides by: a little more or less makes no other fit
 CALIBRATION_SHARE = 1 / 4  # of the memory: what their activations may take
 COST_TOKENS = 4096  # of the text that costs are measured on
 LATE_SHARE = 0.2  # of the time that training is left with, kept for what comes after it
@@ -194,7 +196,7 @@ def forward_tokens_per_second(source: Source) -> float:
         for _ in range(3):
             started = time.perf_counter()
             model.get_decoder()(input_ids=batch, use_cache=False)
-            device.sync()
+            device.sync(wait=True)
             seconds.append(time.perf_counter() - started)
     return batch.numel() / min(seconds)
 
@@ -232,8 +234,8 @@ def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
 
 
 def fit_id(plan: QuantPlan, source: Source, cache: TeacherCache) -> str:
-    """Return what names the files of a fit: its plan and the text that calibrates it."""
-    text = [cache.fingerprint, calibration_tokens(source, cache)]
+    """Return what names the files of a fit: its plan, the text that calibrates it, the dtype."""
+    text = [cache.fingerprint, calibration_tokens(source, cache), source.config.dtype]
     return fingerprint([plan.to_dict(), text])[:12]
 
 
@@ -245,8 +247,9 @@ def calibration_tokens(source: Source, cache: TeacherCache) -> int:
     """
     first = [info.shape for name, info in source.size.tensors.items() if ".0." in name]
     numbers = sum(sum(shape) for shape in first if len(shape) == 2)
-    memory = source.place.device.total_bytes() or host_bytes()
+    memory = source.place.device.eager().total_bytes() or host_bytes()
     in_memory = int(CALIBRATION_SHARE * memory) // (4 * max(1, numbers))
+    in_memory -= in_memory % MEMORY_STEP if in_memory > MEMORY_STEP else 0
     num_cached = cache.num_sequences * cache.seq_len
     in_time = num_cached * 3 // 4 if source.config.minutes else num_cached
     return max(cache.seq_len, min(MOST_CALIBRATION_TOKENS, in_memory, in_time))
@@ -266,10 +269,9 @@ def train_student(
     def count() -> int:
         return int((1 - LATE_SHARE) * clock.left / rehearse_training(settings))
 
-    steps = 0
-    if clock.left > 0:
-        key = [student.name, settings.batch_size, source.config.minutes, max_bits]
-        steps = once(source.work / "steps" / f"{student.name}.json", key, count)
+    steps, file = 0, source.work / "steps" / f"{settings.output_dir.name}.json"
+    if clock.left > 0 or file.is_file():  # a run that was begun is gone on with, however late
+        steps = once(file, settings.output_dir.name, count)
     if steps < 1:
         say("no time to train: the fit is exported as it is")
         return student, kl
@@ -306,7 +308,8 @@ def train_config(
 ) -> TrainConfig:
     """Return the settings of training, all but its steps."""
     config = source.config
-    recipe = fingerprint([config.minutes, config.batch_size, config.lr, config.seed, max_bits])
+    names = ("minutes", "batch_size", "lr", "seed", "eval_sequences", "dtype", "device")
+    recipe = fingerprint([max_bits, *(getattr(config, name) for name in names)])
     return TrainConfig(
         checkpoint=student,
         cache_dir=cache.folder,
@@ -337,14 +340,26 @@ def validation_kl(student: Path, source: Source, cache: TeacherCache) -> float:
 def measure_on_cache(model: nn.Module, source: Source, cache: TeacherCache) -> dict[str, Any]:
     """Return a model's numbers on the validation part of the data."""
     count = source.config.eval_sequences
-    with source.place.device.hosting(model):
+    with dense_parts_in(model, source.place.dtype), source.place.device.hosting(model):
         return evaluate_on_cache(model, cache, num_sequences=count, **source.options)
 
 
-def write_file(student: Path, target: Target, output: Path) -> None:
-    """Export a student, unless that was done before."""
-    if not output.exists():
-        export(ExportConfig(checkpoint=str(student), to=target, output=output))
+def write_file(student: Path, source: Source, output: Path) -> None:
+    """Export a student, in the place of a file that was made in this work folder of another one."""
+    record = export_record(source.work, output)
+    key = fingerprint([open_checkpoint(student).header.sha256, source.config.to])
+    if output.exists() and record.is_file() and read_json(record)["key"] == key:
+        return
+    if output.is_dir():
+        shutil.rmtree(output)
+    output.unlink(missing_ok=True)
+    write_json(record, {"key": key})  # before the file: one without it was not made here
+    export(ExportConfig(checkpoint=str(student), to=source.config.to, output=output))
+
+
+def export_record(work: Path, output: Path) -> Path:
+    """Return the file that tells of which student an output was made."""
+    return work / "exports" / f"{output.name}.json"
 
 
 def measure_file(
@@ -373,7 +388,8 @@ def measure_model(model: nn.Module, source: Source, cache: TeacherCache) -> dict
     options = {"blocks": blocks, "num_context": 0 if bos_id(tokenizer) is None else 1}
     teacher = load_dense(config.model, dtype=source.place.dtype)
     source.place.device.place(teacher)
-    with source.place.device.hosting(model):
+    dtype = source.place.dtype
+    with dense_parts_in(model, dtype), source.place.device.hosting(model):
         values = evaluate_on_text(model, teacher, **options, **source.options)
     own = evaluate_on_text(teacher, None, **options, **source.options)["perplexity"]
     told = {"measured_on": config.eval_text.name, "perplexity_teacher": own}

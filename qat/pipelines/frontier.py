@@ -22,6 +22,7 @@ from qat.pipelines.compress_stages import (
     validation_kl,
     write_file,
 )
+from qat.pipelines.open_checkpoint import open_checkpoint
 from qat.quant.allocate import Table, allocate
 from qat.reports.frontier import FrontierPoint, write_frontier
 from qat.storage.files import folder_lock, sha256_of_file
@@ -101,8 +102,8 @@ def file_point(
     """Write a student's file and return its point, measured after it was read back."""
     suffix = ".gguf" if source.config.to == "gguf" else ""
     output = source.work.parent / "files" / f"{label}-{series}{suffix}"
-    write_file(student, source.config.to, output)
-    key = [str(student), student.stat().st_mtime_ns, str(source.config.eval_text)]
+    write_file(student, source, output)
+    key = [open_checkpoint(student).header.sha256, cache.fingerprint, str(source.config.eval_text)]
     values = once(
         source.work / "points" / f"{output.name}.json",
         key,

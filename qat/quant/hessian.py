@@ -33,10 +33,10 @@ from qat.quant.hessian_blocks import (
     refit_integers,
 )
 from qat.quant.normal_equations import (
+    change_in_error,
     descend_scales,
     group_products,
     group_sums,
-    quadratic,
     row_chunks,
     solve_damped,
     with_offsets,
@@ -331,7 +331,7 @@ def refit_scale(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Quan
         else:
             solved = solve_damped(normal, aim)
             fitted = stored_solution(solved, previous, num_groups, spec)
-        better = quadratic(normal, aim, fitted) < quadratic(normal, aim, previous)
+        better = change_in_error(normal, aim, fitted, previous) < 0
         chosen = torch.where(better.unsqueeze(1), fitted, previous)
         scale[rows] = chosen[:, :num_groups]
         if offset is not None:
@@ -371,7 +371,7 @@ def refit_codebook(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Q
     solved = snap_float16(solve_damped(normal.unsqueeze(0), wanted.unsqueeze(0)))[0]
     used = normal.diagonal() > 0
     fitted = torch.where(used & torch.isfinite(solved), solved, start.codebook)
-    if not quadratic(normal, wanted, fitted) < quadratic(normal, wanted, start.codebook):
+    if not change_in_error(normal, wanted, fitted, start.codebook) < 0:
         return start
     order = fitted.argsort(stable=True)
     indices = order.argsort().to(torch.uint8)[start.indices.int()]

@@ -15,9 +15,9 @@ from torch import Tensor
 from qat.grids.scales import Parts
 from qat.grids.super_blocks import SuperBlockScale, stored_super
 from qat.quant.normal_equations import (
+    change_in_error,
     group_products,
     group_sums,
-    quadratic,
     row_chunks,
     solve_damped,
     with_offsets,
@@ -165,8 +165,8 @@ def better_rows(
     form: SuperBlockScale, normal: Tensor, aim: Tensor, previous: Parts, fitted: Parts
 ) -> dict[str, Tensor]:
     """Return fitted parts in the rows whose error they lower, previous ones in the others."""
-    errors = [quadratic(normal, aim, form.joined(parts)) for parts in (fitted, previous)]
-    is_better = (errors[0] < errors[1]).unsqueeze(1)
+    change = change_in_error(normal, aim, form.joined(fitted), form.joined(previous))
+    is_better = (change < 0).unsqueeze(1)
     return {name: torch.where(is_better, fitted[name], previous[name]) for name in previous}
 
 

@@ -230,7 +230,8 @@ def train_blockwise(
             documents are packed.
         num_sequences: N, how many there are.
         plan: How a block is trained.
-        prepare: Makes a block's layers trainable; returns them and their optimizer.
+        prepare: Makes a block's layers trainable; returns them and their optimizer, None where
+            there is nothing to train.
         finish: Called when a block is done, with its losses; keeps what was learned.
         start_block: The first block to train; those before it are only passed through.
     """
@@ -249,7 +250,9 @@ def train_blockwise(
         advance(teacher_block, targets, call_of(teacher, number), plan, device)
         if number >= start_block:
             layers, optimizer = prepare(number, block)
-            if optimizer is not None:
+            if optimizer is None:
+                finish(number, {})
+            else:
                 states, call = (reads.values, targets.values), call_of(student, number)
                 before, after = train_block(block, layers, optimizer, *states, call, plan, device)
                 form_weights(layers, plan.dtype)

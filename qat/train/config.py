@@ -170,8 +170,8 @@ class TrainConfig(PlaceConfig):
     """Layers that train; the others stay as they are. body: mlp and attention. embedding: a
     quantized embedding or head. all: every quantized layer."""
     max_bits: float | None = None
-    """Train layers in formats of at most this many bits an index only: they lose most, and the
-    others cost a step's time."""
+    """Train layers in formats whose indices take at most this many bits a weight only: they lose
+    most, and the others cost a step's time. Norms train whatever the limit."""
     trainable: tuple[Part, ...] = ("auto",)
     """What trains in them: weights (and so indices), scales, codebooks, norms; of low-rank scales
     magnitudes alone, or directions, which are scales without their magnitudes. auto: weights and

@@ -75,8 +75,8 @@ def finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
         )
     if previous is None:
         return None
-    if previous != identity:
-        name, old, new = first_difference(previous, identity)
+    name, old, new = first_difference(previous, identity)
+    if name is not None:  # what an older run does not name, it left at None
         raise ValueError(
             f"{folder} holds a run with {name} {old}, this one has {new}; "
             "choose another --output-dir or remove that folder"

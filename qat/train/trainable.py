@@ -36,7 +36,7 @@ def choose_trainable(
         kinds: Of the layers that train, as `tensor_kind` names them.
         parts: Of weights, scales, directions, magnitudes, codebooks, norms.
         weight_of: Returns the full-precision weight of a layer by name, None where unknown.
-        max_bits: Of an index, in the formats that train; None = all formats.
+        max_bits: Of indices a weight, in the formats that train; None = all formats.
 
     Returns:
         Parameters by part, those parts only that have any.
@@ -73,7 +73,7 @@ def choose_trainable(
 def layers_to_train(
     model: nn.Module, kinds: tuple[str, ...], max_bits: float | None
 ) -> dict[str, FakeQuantWeight]:
-    """Return the quantized layers of some kinds, in formats of at most as many bits an index."""
+    """Return the quantized layers of some kinds, in formats of at most as many bits of indices."""
     return {
         name: layer
         for kind in kinds

@@ -15,7 +15,7 @@ from qat.pipelines.compress_config import CompressConfig, parse_size
 from qat.pipelines.compress_stages import Clock, trained_bits
 from qat.pipelines.evaluate import evaluate
 from qat.quant.allocate import Allocation, Choice
-from qat.storage.files import read_json, sha256_of_file
+from qat.storage.files import read_json, sha256_of_file, write_json
 from tests.tiny import save_tiny, tiny_llama, tiny_records, write_jsonl
 
 
@@ -98,6 +98,29 @@ def test_minutes_are_spent_on_training(folder, monkeypatch):
     assert result.kl_nats_validation < result.kl_nats_fit
     assert result.measured_on == "heldout.txt"
     assert result.perplexity_teacher > 1
+
+
+@pytest.mark.recipe
+def test_time_that_is_up_loses_no_training(folder, monkeypatch):
+    """Exported anew after the minutes have passed: the trained student, not the fit."""
+    monkeypatch.setattr(compress_stages, "rehearse_training", lambda _settings: 20.0)
+    config = config_of(folder, "late.gguf", size="52KB", minutes=10, lr=0.02)
+    before = compress(config)
+    Path(before.path).unlink()
+    clock = folder / "work" / "gguf" / "clocks" / "late.gguf.json"
+    write_json(clock, {**read_json(clock), "seconds": 3600.0})
+    again = compress(config)
+    assert again.kl_nats_validation == before.kl_nats_validation < before.kl_nats_fit
+    with pytest.raises(ValueError, match="late.gguf was made with other settings"):
+        compress(replace(config, eval_sequences=32))
+
+
+@pytest.mark.recipe
+def test_bfloat16_computes_as_well(folder):
+    """Norms and embedding are stored in float32: what they give has the compute dtype."""
+    config = config_of(folder, "bf16.gguf", dtype="bf16", size="52KB", minutes=0.2)
+    made = compress(replace(config, work=folder / "work" / "bf16"))
+    assert 0 < made.kl_nats_validation <= made.kl_nats_fit
 
 
 @pytest.mark.recipe

@@ -74,9 +74,10 @@ def source_of(minutes, width, memory=24 * 10**9):
     for layer in (0, 1):
         shapes |= {f"layers.{layer}.{one}.weight": (width, width) for one in ("up", "down")}
         shapes[f"layers.{layer}.norm.weight"] = (width,)
+    device = SimpleNamespace(total_bytes=lambda: memory)
     tensors = {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
     return SimpleNamespace(
         config=SimpleNamespace(minutes=minutes),
         size=SimpleNamespace(tensors=tensors),
-        place=SimpleNamespace(device=SimpleNamespace(total_bytes=lambda: memory)),
+        place=SimpleNamespace(device=SimpleNamespace(eager=lambda: device)),
     )

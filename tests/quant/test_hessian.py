@@ -21,7 +21,7 @@ from qat.quant.hessian import (
     refit_codebook,
     refit_scale,
 )
-from qat.quant.normal_equations import descend_scales, quadratic
+from qat.quant.normal_equations import change_in_error, descend_scales
 from qat.quant.spec import TensorSpec, make_spec
 from tests.tiny import TINY_MODELS, plan_of
 
@@ -190,17 +190,14 @@ def test_powers_of_two_descend_to_where_no_single_one_is_better():
     root = torch.randn(5, 6, 12, generator=generator)
     normal, scale = root @ root.transpose(1, 2), torch.ones(5, 6)
     wanted = (normal @ torch.rand(5, 6, 1, generator=generator)).squeeze(-1)
-    least = quadratic(normal, wanted, scale)
     for _ in range(10):
-        scale = descend_scales(normal, wanted, scale, nearest_power)
-        error = quadratic(normal, wanted, scale)
-        assert (error <= least).all()
-        least = error
+        former, scale = scale, descend_scales(normal, wanted, scale, nearest_power)
+        assert (change_in_error(normal, wanted, scale, former) <= 0).all()
     for group in range(6):
         for factor in (0.5, 2.0):
             other = scale.clone()
             other[:, group] *= factor
-            assert (quadratic(normal, wanted, other) >= least).all()
+            assert (change_in_error(normal, wanted, other, scale) >= 0).all()
 
 
 def test_every_fit_is_stored_as_it_is(spec):
@@ -295,18 +292,33 @@ def test_statistics_of_another_layer_are_refused():
         fit_with_hessian(weight, SPECS["int 2"], hessian[1:, 1:])
 
 
-def test_a_weight_on_the_grid_stays_although_inputs_drift():
-    """Where the weight itself is the better answer to what earlier layers did, codes are kept."""
+@pytest.mark.parametrize(("on_grid", "num_rows"), [(True, [100, 25, 100]), (False, [100, 25])])
+def test_a_weight_on_the_grid_stays_although_inputs_drift(on_grid, num_rows, monkeypatch):
+    """Where the weight itself is the better answer to what earlier layers did, codes are kept.
+
+    Of other weights only a sample of rows is tried.
+    """
+    fitted = []
+
+    def fit(weight, *args, **options):
+        fitted.append(len(weight))
+        return fit_weight(weight, *args, **options)
+
+    monkeypatch.setattr("qat.quant.hessian.fit_weight", fit)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 64, generator=generator)
-    fed = x + 0.02 * torch.randn(512, 64, generator=generator)
-    codes = torch.randint(0, 16, (32, 64), generator=generator).float()
+    fed = x + (0.02 if on_grid else 0.5) * torch.randn(512, 64, generator=generator)
+    codes = torch.randint(0, 16, (100, 64), generator=generator).float()
     codes[:, ::32], codes[:, 1::32] = 0, 15
     weight = codes * 0.25 - 1.5
+    if not on_grid:
+        weight = torch.randn(100, 64, generator=generator)
     moments = Moments(hessian=fed.T @ fed / 512, drift=(x - fed).T @ fed / 512)
     wanted = wanted_weight(weight, moments, Correction(ridge=0.1, share=1.0))
     found = fit_with_hessian(
         weight, TensorSpec.from_name("gguf:q4_1"), moments.hessian, target=wanted
     )
-    assert torch.equal(found.indices, codes.to(torch.uint8))
-    assert (found.dequantize() - weight).abs().max() < 0.05  # scales move a fifth of a step
+    assert fitted == num_rows
+    if on_grid:
+        assert torch.equal(found.indices, codes.to(torch.uint8))
+        assert (found.dequantize() - weight).abs().max() < 0.05  # scales move a fifth of a step

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from qat.quant.normal_equations import (
+    change_in_error,
     group_products,
     group_sums,
-    quadratic,
     solve_damped,
     with_offsets,
 )
@@ -38,10 +38,23 @@ def test_the_solution_is_the_least_value_of_the_quadratic():
     normal = with_offsets(group_products(values, hessian, 2), values, hessian, 2)
     wanted = torch.randn(len(values), 4, generator=torch.Generator().manual_seed(1))
     x = solve_damped(normal, wanted)
-    least = quadratic(normal, wanted, x)
     for step in torch.eye(4):
-        assert (quadratic(normal, wanted, x + 0.1 * step) >= least - 1e-5).all()
-        assert (quadratic(normal, wanted, x - 0.1 * step) >= least - 1e-5).all()
+        assert (change_in_error(normal, wanted, x + 0.1 * step, x) >= -1e-5).all()
+        assert (change_in_error(normal, wanted, x - 0.1 * step, x) >= -1e-5).all()
+
+
+def test_a_change_is_the_difference_of_both_errors():
+    """In float64, of x^T N x - 2 w^T x."""
+    generator = torch.Generator().manual_seed(2)
+    root, wanted = (torch.randn(*shape, generator=generator) for shape in ((5, 6, 9), (5, 6)))
+    x, former = torch.randn(2, 5, 6, generator=generator).double()
+    normal, wanted = (root @ root.transpose(1, 2)).double(), wanted.double()
+
+    def error(x):
+        return torch.einsum("ni,nij,nj->n", x, normal, x) - 2 * (wanted * x).sum(-1)
+
+    found = change_in_error(*(part.float() for part in (normal, wanted, x, former)))
+    assert torch.allclose(found.double(), error(x) - error(former), rtol=1e-4, atol=1e-4)
 
 
 def test_a_singular_system_has_a_finite_solution():

@@ -41,12 +41,14 @@ def plan(folder, **changes):
     return BlockPlan(**{**usual, **changes})
 
 
-def train(student, teacher, block_plan, *, start_block=0):
+def train(student, teacher, block_plan, *, start_block=0, skipped=()):
     """Train block by block; return the losses of each block."""
     hold_weights(student, block_plan.dtype)
     reports = {}
 
     def prepare(number, block):
+        if number in skipped:
+            return [], None
         parts = choose_trainable(
             block,
             kinds=("mlp", "attention"),
@@ -92,6 +94,15 @@ def test_blocks_come_nearer_to_the_teachers(tmp_path, family):
         assert losses["block/last_loss"] < losses["block/first_loss"]
     assert distance(student, teacher) < before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_block_without_anything_to_train_is_passed_through(tmp_path):
+    """It counts as finished, and the next one learns from what it gives."""
+    teacher, student = TINY_MODELS["llama"](), tiny_student()
+    reports = train(student, teacher, plan(tmp_path), skipped=(0,))
+    assert list(reports) == [0, 1]
+    assert reports[0] == {}
+    assert reports[1]["block/last_loss"] < reports[1]["block/first_loss"]
 
 
 @pytest.mark.parametrize("family", TINY_MODELS)
