@@ -112,7 +112,7 @@ class ScalarGrid:
         return ScalarGrid(self.bits, "int") if self.is_learned else self
 
     def start_codebook(self) -> Tensor:
-        """Return the codebook of the start."""
+        """Return the values of `start`, (C,)."""
         return fixed_codebook(self.start.kind, self.bits)
 
     def round(

@@ -95,10 +95,11 @@ def check_output(output: Path, work: Path, result: Path, key: object) -> None:
     """Refuse to replace a finished file of other settings, or one that was not made here."""
     if not output.exists():
         result.unlink(missing_ok=True)
-    elif result.is_file() and read_json(result)["key"] != fingerprint(key):
-        raise ValueError(
-            f"--output {output} was made with other settings; remove it or name another"
-        )
+    elif result.is_file():
+        if read_json(result)["key"] != fingerprint(key):
+            raise ValueError(
+                f"--output {output} was made with other settings; remove it or name another"
+            )
     elif not export_record(work, output).is_file():
         raise ValueError(f"--output {output} exists; remove it or name another")
 
