@@ -38,9 +38,14 @@ class StoredTensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Return how many bytes it takes."""
+        """Return how many bytes its blocks take."""
         num_weights, num_bytes = block_sizes(self.type_name)
         return math.prod(self.shape) // num_weights * num_bytes
+
+    @property
+    def tail_bytes(self) -> int:
+        """Return how many bytes of the whole tensor follow."""
+        return BLOCK_TYPES[self.type_name].tail_bytes if self.type_name in BLOCK_TYPES else 0
 
 
 class Header(NamedTuple):
@@ -120,7 +125,7 @@ def read_records(file: BinaryIO, num_tensors: int, alignment: object) -> dict[st
         num_weights, _ = block_sizes(record.type_name)
         if record.shape[-1] % num_weights:
             raise ValueError(f"{name} has rows of {record.shape[-1]}, in blocks of {num_weights}")
-        if record.offset + record.num_bytes > file_bytes:
+        if record.offset + record.num_bytes + record.tail_bytes > file_bytes:
             raise ValueError(f"it ends before its tensor {name}")
     return placed
 
@@ -129,7 +134,8 @@ def read_weight(path: Path, record: StoredTensor) -> Tensor:
     """Return a tensor of a GGUF file as float32, by its type's own definition."""
     packed = read_bytes(path, record)
     if record.type_name in BLOCK_TYPES:
-        return unpack_blocks(packed, record.type_name).view(record.shape)
+        tail = read_tail(path, record)
+        return unpack_blocks(packed, record.type_name, tail).view(record.shape)
     import gguf
 
     kind = gguf.GGMLQuantizationType[record.type_name.upper()]
@@ -151,6 +157,13 @@ def read_bytes(path: Path, record: StoredTensor, rows: slice = slice(None)) -> T
     if len(raw) != count:
         raise ValueError(f"{path} ends before its last tensor; make it again")
     return torch.from_numpy(raw).view(-1, row_bytes)
+
+
+def read_tail(path: Path, record: StoredTensor) -> bytes:
+    """Return the bytes behind a tensor's last block."""
+    with Path(path).open("rb") as file:
+        file.seek(record.offset + record.num_bytes)
+        return file.read(record.tail_bytes)
 
 
 def number(file: BinaryIO, form: str) -> int | float:

@@ -44,7 +44,7 @@ class PlannedTensor(NamedTuple):
     def num_bytes(self) -> int:
         """Bytes in the file."""
         kind = BLOCK_TYPES[self.type_name]
-        return math.prod(self.shape) // kind.num_weights * kind.num_bytes
+        return math.prod(self.shape) // kind.num_weights * kind.num_bytes + kind.tail_bytes
 
 
 def write_head(

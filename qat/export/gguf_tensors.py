@@ -16,9 +16,16 @@ from transformers import PreTrainedConfig
 
 from qat.export.checks import equal_bits, require_equal_rows
 from qat.export.gguf_family import FAMILIES, head_dim_of
-from qat.export.gguf_file import ALIGNMENT, StoredTensor, read_bytes
+from qat.export.gguf_file import ALIGNMENT, StoredTensor, read_bytes, read_tail
 from qat.export.gguf_keys import PlannedTensor
-from qat.grids.blocks import DTYPES, pack_dense, pack_parts, quantize_q8_0, unpack_blocks
+from qat.grids.blocks import (
+    DTYPES,
+    pack_dense,
+    pack_parts,
+    quantize_q8_0,
+    tail_of,
+    unpack_blocks,
+)
 from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import quantized_tensor
 from qat.quant.quantized_tensor import QuantizedTensor
@@ -87,6 +94,10 @@ class TensorRows:
             return quantize_q8_0(self.weights(rows))
         return pack_dense(self.weights(rows), self.type_name)
 
+    def tail(self) -> bytes:
+        """Return the file's bytes behind the last row."""
+        return b"" if self.quantized is None else tail_of(self.scale, self.type_name)
+
     def rounding(self, rows: slice, packed: Tensor) -> Tensor:
         """Return the power that a dense type rounds off rows, and their power, (2,) float64."""
         if self.quantized is not None:
@@ -104,6 +115,7 @@ def write_tensor(file: BinaryIO, student: nn.Module, tensor: PlannedTensor) -> f
         packed = reader.packed(rows)
         powers += reader.rounding(rows, packed)
         file.write(packed.contiguous().numpy())
+    file.write(reader.tail())
     pad_to_alignment(file)
     return float(powers[0] / powers[1].clamp_min(1e-300))
 
@@ -113,12 +125,13 @@ def compare_tensor(
     path: Path, record: StoredTensor, student: nn.Module, tensor: PlannedTensor
 ) -> None:
     """Refuse a tensor of a written file that is not the student's, bit for bit."""
-    reader = TensorRows(student, tensor)
+    reader, tail = TensorRows(student, tensor), read_tail(path, record)
     for rows in reader.chunks():
         found = read_bytes(path, record, rows)
         if reader.quantized is not None:  # by the type's own definition, not by what packed it
             trained = reader.weights(rows)
-            require_equal_rows(tensor.source, unpack_blocks(found, record.type_name), trained)
+            kept = unpack_blocks(found, record.type_name, tail)
+            require_equal_rows(tensor.source, kept, trained)
         elif not equal_bits(found, reader.packed(rows)):
             raise ValueError(f"{tensor.source} reads back otherwise than it was written")
 

@@ -4,6 +4,7 @@
     five bits    the fifth bit of 32 weights first, then nibbles: Q5_0, Q5_1
     MXFP4        nibbles of a sign and a magnitude's place among 0 1/2 1 3/2 2 3 4 6
     TQ2_0        four weights a byte, 32 apart, in each half of 256
+    I2_S         four weights a byte, 32 apart in 128, the first highest
     TQ1_0        five weights a byte in base 3, the first highest, as a share of 256: 32 apart in
                  the first 160 of 256, 16 in the next 80; the last 16 are four a byte
 
@@ -55,6 +56,12 @@ def ternary_pairs(q: Tensor) -> Tensor:
     return spread.sum(-2, dtype=torch.uint8).flatten(-2)
 
 
+def falling_planes(q: Tensor) -> Tensor:
+    """Return the bytes of I2_S, (O, G, 32)."""
+    spread = q.unflatten(-1, (4, 32)) << torch.tensor([[6], [4], [2], [0]], dtype=torch.uint8)
+    return spread.sum(-2, dtype=torch.uint8)
+
+
 def ternary_base3(q: Tensor) -> Tensor:
     """Return the bytes of TQ1_0, (O, G, 52)."""
     powers = torch.tensor([81, 27, 9, 3, 1], dtype=torch.int32)
@@ -79,4 +86,5 @@ BODIES = {
     "q2_0": falling_pairs,
     "tq1_0": ternary_base3,
     "tq2_0": ternary_pairs,
+    "i2_s": falling_planes,
 }

@@ -8,6 +8,7 @@
     MXFP4   values[q] * 2**e   32 weights, 15 values of E2M1, e + 127 in one byte
     TQ2_0   (q - 1) * d        256 weights, q in 0 .. 2, d behind them; TQ1_0 holds them in base 3
     Q2_0    (q - 1) * d        64 weights, q in 2 bits, four neighbours a byte, the first lowest
+    I2_S    (q - 1) * d        128 weights, q in 2 bits; one d, float32, behind all of a tensor
     IQ2_*, IQ3_*    see `grids/iq_blocks.py`
 
 K-types and IQ4_XS are in `grids/k_blocks.py`. d is float16 of either sign and lies in front of the
@@ -31,6 +32,7 @@ from qat.grids.block_bodies import BODIES
 from qat.grids.iq_blocks import IQ_PACKERS
 from qat.grids.k_blocks import K_FIELDS, pack_k_blocks
 from qat.grids.scalar import exponent_bytes
+from qat.grids.scales import TENSOR_TAIL_BYTES
 
 D_BYTES = 2
 
@@ -42,6 +44,8 @@ class BlockType(NamedTuple):
     num_weights: int
     num_bytes: int
     file_type: int
+    tail_bytes: int = 0
+    """Behind the last block of a tensor."""
 
 
 BLOCK_TYPES = {
@@ -61,6 +65,7 @@ BLOCK_TYPES = {
     "mxfp4": BlockType(39, 32, 17, 38),
     "tq1_0": BlockType(34, 256, 54, 36),
     "tq2_0": BlockType(35, 256, 66, 37),
+    "i2_s": BlockType(36, 128, 32, 40, TENSOR_TAIL_BYTES),
     "q2_k": BlockType(10, 256, 84, 10),
     "q3_k": BlockType(11, 256, 110, 11),
     "q4_k": BlockType(12, 256, 144, 14),
@@ -71,6 +76,7 @@ BLOCK_TYPES = {
     "iq3_s": BlockType(21, 256, 110, 26),
 }
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+TAILED = ("i2_s",)  # whose one d lies behind the last block
 D_LAST = ("tq1_0", "tq2_0")  # whose d lies behind the block's q
 
 
@@ -87,6 +93,8 @@ def pack_blocks(indices: Tensor, scale: Tensor, offset: Tensor | None, name: str
     num_weights = BLOCK_TYPES[name].num_weights
     q = indices.view(num_outputs, num_inputs // num_weights, num_weights)  # (O, G, W)
     fields = [BODIES[name](q)]
+    if name in TAILED:
+        return fields[0].reshape(num_outputs, -1)
     if name == "mxfp4":
         d = exponent_bytes(scale).unsqueeze(-1)
     else:
@@ -102,13 +110,25 @@ def float16_bytes(values: Tensor) -> Tensor:
     return values.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)
 
 
-def unpack_blocks(packed: Tensor, name: str) -> Tensor:
+def tail_of(scale: Tensor, name: str) -> bytes:
+    """Return the bytes behind a tensor's last block, of its scales (O, 1), all alike."""
+    if name not in TAILED:
+        return b""
+    return scale[0].float().cpu().numpy().tobytes().ljust(BLOCK_TYPES[name].tail_bytes, b"\0")
+
+
+def unpack_blocks(packed: Tensor, name: str, tail: bytes = b"") -> Tensor:
     """Return the weights that bytes stand for, (O, I), float32, as ggml defines the type.
 
     Args:
         packed: (O, bytes of a row), uint8.
         name: Any of `BLOCK_TYPES`.
+        tail: What lies behind the tensor's last block.
     """
+    if name in TAILED:
+        planes = [(packed.view(len(packed), -1, 32) >> shift) & 3 for shift in (6, 4, 2, 0)]
+        q = torch.stack(planes, dim=-2).view(len(packed), -1)
+        return (q.float() - 1) * torch.frombuffer(bytearray(tail[:4]), dtype=torch.float32)
     if name in DTYPES:
         return packed.contiguous().view(DTYPES[name]).float()
     if name != "q2_0":

@@ -50,6 +50,9 @@ class LowRank(NamedTuple):
 Snap = Callable[[Tensor], Tensor]
 Parts = Mapping[str, Tensor]
 EXPONENT_BITS = 8
+FLOAT16_INTEGERS = 2048  # all up to it are numbers of float16
+FLOAT16_STEP = 2.0**-24  # between its least numbers
+TENSOR_BLOCK, TENSOR_TAIL_BYTES = 128, 32  # of I2_S: weights in a block, bytes behind the last
 NO_INTEGERS: Mapping[str, int] = MappingProxyType({})
 
 
@@ -65,6 +68,9 @@ class GroupScale:
     """A scale below it counts as it, as in checkpoints of the seeds' first form; None = as is."""
     is_power: bool = False
     """Whether a scale is a power of two, of which files hold the exponent in a byte."""
+    exact_top: int = 0
+    """Largest index of a runtime that multiplies and adds in float16: scales and offsets are then
+    such that neither step rounds for any index. 0 = any numbers of the stored dtype."""
 
     rank: ClassVar[int] = 0
     integer_bits: ClassVar[Mapping[str, int]] = NO_INTEGERS  # of parts that files hold as integers
@@ -107,7 +113,21 @@ class GroupScale:
         scale = straight_to_power(parts["scale"]) if self.is_power else snap(parts["scale"])
         if self.floor is not None:
             scale = scale.clamp_min(self.floor)
-        return scale, snap(parts["offset"]) if self.has_offset else None
+        if not self.has_offset:
+            return scale, None
+        return self.computed(scale, snap(parts["offset"]))
+
+    def computed(self, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scales and offsets, (O, G) each, that the runtime computes with, straight through.
+
+        What it cannot compute with exactly moves by less than a thousandth of the group's reach.
+        """
+        if not self.exact_top:
+            return scale, offset
+        exact = exact_in_float16(scale.detach(), offset.detach(), self.exact_top)
+        return tuple(
+            part + (new - part).detach() for part, new in zip((scale, offset), exact, strict=True)
+        )
 
     def storable(self, parts: Parts) -> dict[str, Tensor]:
         """Return scales that training drove to zero or beyond float16, pulled back."""
@@ -123,6 +143,34 @@ PLAIN = GroupScale()
 
 
 @dataclass(frozen=True, slots=True)
+class TensorScale(GroupScale):
+    """One scale for all weights of a tensor, as BitNet's I2_S has it.
+
+    Parts hold it once for each row, all alike: it trains and is snapped as a row's scale is.
+    """
+
+    group_size: int = 0
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Refuse a weight whose rows are no whole blocks."""
+        if shape[1] % TENSOR_BLOCK:
+            raise ValueError(
+                f"rows of {shape[1]} weights are no multiple of {TENSOR_BLOCK}, which one scale a "
+                "tensor takes; choose gguf:tq2_0 or ternary2-row"
+            )
+
+    def size_bits(self, shape: tuple[int, int], stored_bits: int) -> int:
+        """Return the bits behind an (O, I) weight's indices: a float32 number and its padding."""
+        return 8 * TENSOR_TAIL_BYTES
+
+    def expand(self, parts: Parts, snap: Snap) -> tuple[Tensor, None]:
+        """Return the scale of each row, (O, 1), all alike, and no offset."""
+        scale = parts["scale"]
+        mean = scale[:1] + (scale - scale[:1]).mean()  # to the bit where all are alike
+        return snap(mean).expand_as(scale), None
+
+
+@dataclass(frozen=True, slots=True)
 class LowRankScale:
     """A scale for every weight, of low rank: S = (scale_a * magnitude) @ scale_b."""
 
@@ -132,6 +180,7 @@ class LowRankScale:
 
     group_size: ClassVar[int] = 0
     has_offset: ClassVar[bool] = False
+    exact_top: ClassVar[int] = 0
     integer_bits: ClassVar[Mapping[str, int]] = NO_INTEGERS
 
     def __post_init__(self) -> None:
@@ -277,6 +326,34 @@ def fit_offset(
     is_better = (slope > 0) & torch.isfinite(slope)
     scale = stored_scale(torch.where(is_better, slope, previous[0]))
     return scale, snap_float16(torch.where(is_better, mean_w - scale * mean_c, previous[1]))
+
+
+def exact_in_float16(scale: Tensor, offset: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Return near pairs for which index * scale and that plus offset are numbers of float16.
+
+    Both are multiples of the least power of two of which 2048 reach the group's largest number:
+    float16 holds every such multiple.
+
+    Args:
+        scale: (O, G), positive.
+        offset: (O, G).
+        top: Largest index.
+    """
+
+    def reach(scale: Tensor, offset: Tensor) -> Tensor:
+        last = top * scale
+        return torch.maximum(torch.maximum(offset.abs(), (offset + last).abs()), last)
+
+    def multiples(unit: Tensor) -> tuple[Tensor, Tensor]:
+        return (scale / unit).round().clamp_min(1) * unit, (offset / unit).round() * unit
+
+    mantissa, exponent = torch.frexp(reach(scale, offset) / FLOAT16_INTEGERS)
+    exponent = exponent - (mantissa == 0.5).to(exponent.dtype)  # a power of two is its own unit
+    unit = torch.ldexp(torch.ones_like(scale), exponent).clamp_min(FLOAT16_STEP)
+    pair = multiples(unit)
+    is_beyond = reach(*pair) > FLOAT16_INTEGERS * unit
+    wider = multiples(2 * unit)
+    return tuple(torch.where(is_beyond, w, p) for w, p in zip(wider, pair, strict=True))
 
 
 def nearest_stored_scale(

@@ -46,6 +46,7 @@ class SuperBlockScale:
     """Whether sub-blocks have an offset too, never above zero."""
 
     rank: ClassVar[int] = 0
+    exact_top: ClassVar[int] = 0
     floor: ClassVar[None] = None
 
     @property

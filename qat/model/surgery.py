@@ -148,6 +148,9 @@ def quantized_tensor(layer: FakeQuantWeight) -> QuantizedTensor:
         name: layer.spec.snap_part(name, values.detach())
         for name, values in stored_parts(layer).items()
     }
+    if layer.spec.scale.exact_top:  # what the runtime computes with is what files of others hold
+        scale, offset = layer.spec.scale.computed(parts["scale"], parts["offset"])
+        parts |= {"scale": scale, "offset": offset}
     return QuantizedTensor(layer.spec, current_indices(layer), parts)
 
 

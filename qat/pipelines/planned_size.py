@@ -72,7 +72,7 @@ class PlannedSize:
         shape = self.tensors[name].shape
         if self.target != "gguf" and not spec.is_quantized:
             return self.dense_bytes * math.prod(shape)
-        if self.target == "mlx":
+        if self.target == "mlx" and not spec.scale.exact_top:
             # Scales and offsets in float32, in which index * scale + offset rounds as in training.
             spec = spec.stored_as("float32")
         count = spec.size_bytes(shape)

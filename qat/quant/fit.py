@@ -22,6 +22,7 @@ from qat.grids.scalar import (
 )
 from qat.grids.scales import (
     GroupScale,
+    TensorScale,
     fit_group_scale,
     fit_low_rank,
     fit_offset,
@@ -71,6 +72,8 @@ def fit_weight(
         return fit_blocks(weight, spec, importance, max(1, num_rounds // 2))
     if spec.has_offset:
         return fit_affine(weight, spec, importance, num_rounds)
+    if isinstance(spec.scale, TensorScale):
+        return fit_tensor(weight, spec, importance, num_rounds)
     rows = None if row_weights is None else row_weights.to(weight.device).float().unsqueeze(1)
     group_spec = start_spec(spec, weight.shape[1]) if spec.rank else spec
     start = fit_groups(weight, group_spec, importance, num_rounds, spec.is_signed, rows, codebook)
@@ -140,6 +143,16 @@ def fit_groups(
     return QuantizedTensor(spec, indices, {"scale": scale, "codebook": codebook})
 
 
+def fit_tensor(
+    weight: Tensor, spec: TensorSpec, importance: Tensor, num_rounds: int
+) -> QuantizedTensor:
+    """Return the fit with one scale for all weights: that of a single long row."""
+    mass, row_spec = importance.repeat(len(weight)), spec.with_scale(GroupScale(0))
+    row = fit_groups(weight.reshape(1, -1), row_spec, mass, num_rounds, spec.is_signed)
+    parts = {**row.parts, "scale": row.scale.repeat(len(weight), 1)}
+    return QuantizedTensor(spec, row.indices.view_as(weight), parts)
+
+
 def learned_codebook(weight: Tensor, scale: Tensor, importance: Tensor, bits: int) -> Tensor:
     """Return the first codebook of a fit: k-means of weight / scale."""
     full = expand_groups(scale, weight.shape[1])
@@ -162,6 +175,7 @@ def fit_affine(
         values = grid.nearest(over_scale(weight, scale, offset), codebook)
         scale, offset = fit_offset(weight, values, importance, (scale, offset))
     scale, offset = (snap_stored(part, spec.stored_dtype) for part in (scale, offset))
+    scale, offset = spec.scale.computed(scale, offset)
     indices = grid.round(over_scale(weight, scale, offset), codebook)
     return QuantizedTensor(spec, indices, {"scale": scale, "offset": offset, "codebook": codebook})
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qat.grids.scalar import expand_groups, midpoints, snap_float16, snap_stored
-from qat.grids.scales import nearest_stored_scale
+from qat.grids.scales import TensorScale, nearest_stored_scale
 from qat.quant.drift import WantedWeight
 from qat.quant.fit import away_from_zero, fit_weight
 from qat.quant.hessian_blocks import (
@@ -84,7 +84,7 @@ def fit_with_hessian(
     def wanted(rows: slice) -> Tensor | None:
         return None if target is None else target[rows]
 
-    if len(weight) <= FITTED_ROWS or spec.rank:
+    if len(weight) <= FITTED_ROWS or spec.rank or isinstance(spec.scale, TensorScale):
         return fit_rows(weight, spec, hessian, wanted(slice(None)), row_weights, num_sweeps)
     codebook = None
     if spec.grid.is_learned:
@@ -312,6 +312,8 @@ def refit_scale(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Quan
     spec = start.spec
     if spec.scale.integer_bits:
         return refit_integers(target, start, hessian)
+    if isinstance(spec.scale, TensorScale):
+        return refit_tensor_scale(target, start, hessian)
     num_groups = start.scale.shape[1]
     values = spec.grid.look_up(start.indices, start.codebook)  # (O, I)
     pulled = target @ hessian
@@ -339,6 +341,18 @@ def refit_scale(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> Quan
     return start.replaced(scale=scale, **({} if offset is None else {"offset": offset}))
 
 
+def refit_tensor_scale(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:
+    """Return the least-squares scale of all weights together, if it lowers the error as stored."""
+    values = start.spec.grid.look_up(start.indices, start.codebook)  # (O, I)
+    pulled = values @ hessian
+    normal = (pulled * values).sum().view(1, 1, 1)
+    aim, former = (pulled * target).sum().view(1, 1), start.scale[:1]
+    fitted = nearest_stored_scale(aim / normal[0].clamp_min(1e-30), former, is_signed=False)
+    fitted = start.spec.snap_part("scale", fitted)
+    is_better = change_in_error(normal, aim, fitted, former) < 0
+    return start.replaced(scale=torch.where(is_better, fitted, former).repeat(len(target), 1))
+
+
 def stored_solution(solved: Tensor, previous: Tensor, num_groups: int, spec: TensorSpec) -> Tensor:
     """Return solved scales, and offsets after them, as the format stores them."""
     scale = nearest_stored_scale(
@@ -347,7 +361,8 @@ def stored_solution(solved: Tensor, previous: Tensor, num_groups: int, spec: Ten
     stored = snap_stored(scale, spec.stored_dtype)
     if solved.shape[1] == num_groups:
         return stored
-    return torch.cat([stored, snap_stored(solved[:, num_groups:], spec.stored_dtype)], dim=1)
+    offset = snap_stored(solved[:, num_groups:], spec.stored_dtype)
+    return torch.cat(spec.scale.computed(stored, offset), dim=1)
 
 
 def refit_codebook(target: Tensor, start: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:

@@ -1,7 +1,8 @@
 """`TensorSpec`: the format of one tensor, and the grammar of its names.
 
     lut2-g32    a codebook of 2**2 values fitted per tensor, a scale for each 32 weights of a row
-    lut2-r8     the same with scales of rank 8; lut2-row: one scale for the whole row
+    lut2-r8     the same with scales of rank 8; lut2-row: one scale for the whole row;
+                ternary2-tensor: one for the whole tensor
     int4-g32    integers -8 .. 7, scales of either sign; uniform, balanced, iq4_nl likewise
     mxfp44-g32  the 15 values of E2M1 times a power of two; ternary2-g256: -1, 0, 1 times a scale
     affine4-g64 integers 0 .. 15 with a scale and an offset for each group
@@ -31,7 +32,7 @@ from qat.grids.scalar import (
     powers_of,
     snap_stored,
 )
-from qat.grids.scales import GroupScale, LowRankScale
+from qat.grids.scales import GroupScale, LowRankScale, TensorScale
 from qat.grids.super_blocks import SuperBlockScale
 from qat.grids.vectors import VectorGrid
 
@@ -43,11 +44,12 @@ STORED_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 DENSE_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 DTYPE_SUFFIXES = {"float16": "", "bfloat16": "-bf16", "float32": "-f32"}
 PREFIXES = {"learned": "lut", "uint": "affine"}  # of codebooks named otherwise than by their kind
+EXACT_BITS = 5  # of MLX formats: of more, exact scales of float16 would be too coarse
 RUNTIME_CODEBOOKS = ("int", "uint", *LISTED_VALUES)  # whose values files of runtimes cannot change
 
 _NAME = re.compile(
     rf"(?P<kind>lut|int|affine|uniform|balanced|{'|'.join(LISTED_VALUES)})(?P<bits>[2-8]|1\.625)"
-    r"-(?:g(?P<group>[1-9]\d*)|r(?P<rank>[1-9]\d*)|(?P<row>row))"
+    r"-(?:g(?P<group>[1-9]\d*)|r(?P<rank>[1-9]\d*)|(?P<whole>row|tensor))"
     r"(?:-floor(?P<floor>[\d.e-]+?))?(?P<dtype>-bf16|-f32)?"
 )
 
@@ -215,7 +217,9 @@ class TensorSpec:
         kind = {"lut": "learned", "affine": "uint"}.get(match["kind"], match["kind"])
         floor = float(match["floor"]) if match["floor"] else None
         stored = next(d for d, suffix in DTYPE_SUFFIXES.items() if suffix == (match["dtype"] or ""))
-        return make_spec(
+        if match["whole"] == "tensor" and kind != "ternary":
+            raise ValueError(f"format {name!r}: one scale a tensor is for ternary2; use {kind}-row")
+        spec = make_spec(
             float(match["bits"]) if "." in match["bits"] else int(match["bits"]),
             group_size=int(match["group"] or 0),
             rank=int(match["rank"] or 0),
@@ -223,6 +227,7 @@ class TensorSpec:
             stored_dtype=stored,
             floor=floor,
         )
+        return spec.with_scale(TensorScale()) if match["whole"] == "tensor" else spec
 
 
 def make_spec(
@@ -258,8 +263,11 @@ def canonical_name(spec: TensorSpec) -> str:
             return f"gguf:{kind}{DTYPE_SUFFIXES[spec.stored_dtype]}"
     if not spec.grid.num_values:
         return f"gguf:{spec.grid.kind}{DTYPE_SUFFIXES[spec.stored_dtype]}"
+    if spec.scale.exact_top:
+        return f"mlx:{spec.bits}bit-g{spec.group_size}{DTYPE_SUFFIXES[spec.stored_dtype]}"
     kind = PREFIXES.get(spec.grid.kind, spec.grid.kind)
-    size = f"r{spec.rank}" if spec.rank else f"g{spec.group_size}" if spec.group_size else "row"
+    whole = "tensor" if isinstance(spec.scale, TensorScale) else "row"
+    size = f"r{spec.rank}" if spec.rank else f"g{spec.group_size}" if spec.group_size else whole
     floor = "" if spec.floor is None else f"-floor{spec.floor!r}"
     return f"{kind}{spec.bits}-{size}{floor}{DTYPE_SUFFIXES[spec.stored_dtype]}"
 
@@ -278,6 +286,7 @@ def named_formats() -> dict[str, TensorSpec]:
         "gguf:mxfp4": make_spec(4, codebook="mxfp4"),
         "gguf:tq1_0": make_spec(1.625, group_size=256, codebook="ternary"),
         "gguf:tq2_0": make_spec(2, group_size=256, codebook="ternary"),
+        "gguf:i2_s": make_spec(2, codebook="ternary").with_scale(TensorScale()),
         "w4a16-g32": make_spec(4, codebook="int", **both),
         "w2a16-g64": make_spec(2, group_size=64, codebook="int", **both),
         "coreml:lut4": make_spec(4, group_size=0),
@@ -285,7 +294,10 @@ def named_formats() -> dict[str, TensorSpec]:
     }
     for bits in (2, 3, 4, 5, 6, 8):
         for size in (32, 64, 128):
-            formats[f"mlx:{bits}bit-g{size}"] = make_spec(bits, group_size=size, codebook="uint")
+            exact_top = 2**bits - 1 if bits <= EXACT_BITS else 0
+            scale = GroupScale(size, has_offset=True, exact_top=exact_top)
+            spec = make_spec(bits, group_size=size, codebook="uint").with_scale(scale)
+            formats[f"mlx:{bits}bit-g{size}"] = spec
     named = {name: replace(spec, name=name) for name, spec in formats.items()}
     for kind, scale in SUPER_SCALES.items():
         spec = TensorSpec(grid=VectorGrid(kind), scale=scale)
@@ -344,4 +356,6 @@ def gguf_type_of(spec: TensorSpec) -> str | None:
     if isinstance(spec.scale, SuperBlockScale):
         kind = spec.name.removeprefix("gguf:").removesuffix(DTYPE_SUFFIXES["bfloat16"])
         return kind if kind in SUPER_SCALES or kind in K_FORMATS else None
+    if isinstance(spec.scale, TensorScale):
+        return "i2_s" if (spec.grid.kind, spec.bits) == ("ternary", 2) else None
     return GGUF_TYPES.get((spec.grid.kind, spec.bits, spec.group_size))

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from qat.quant.plan import TensorInfo
 from qat.quant.spec import F16, F32, FORMATS, TensorSpec
 
+NOT_CHOSEN = ("gguf:i2_s",)  # which bitnet.cpp runs, llama.cpp does not
 # Formats by target; a name that this version does not have is a fault that a test finds.
 CANDIDATES: dict[str, tuple[str, ...]] = {
-    "gguf": tuple(name for name in FORMATS if name.startswith("gguf:")),
+    "gguf": tuple(name for name in FORMATS if name.startswith("gguf:") and name not in NOT_CHOSEN),
     "mlx": tuple(name for name in FORMATS if name.startswith("mlx:")),
     "compressed-tensors": ("w2a16-g64", "w4a16-g32", "int8-g32-bf16"),
     "hf-quantized": tuple(f"lut{bits}-g{size}" for bits in (2, 3, 4, 6) for size in (32, 64)),

@@ -44,6 +44,8 @@ def test_mlx_holds_offsets_and_embeddings(tmp_path, text_source, plan, tied):
     assert report["exact"] is True
     stored = read_tensors(tmp_path / "a")
     assert any(name.startswith("lm_head") for name in stored) != tied
+    dtypes = {stored[f"{n}.scales"].dtype: n for n in quantized_layers(student)}
+    assert dtypes.keys() == {torch.float16} | ({torch.float32} if "8bit" in plan else set())
     for name, layer in quantized_layers(student).items():
         codes = unpack_words(stored[f"{name}.weight"], layer.spec.bits, layer.in_features)
         scale, bias = (

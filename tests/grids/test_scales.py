@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from qat.grids.scalar import FLOAT16_TINY, expand_groups, low_rank_scale, snap_float16
 from qat.grids.scales import (
+    exact_in_float16,
     fit_group_scale,
     fit_low_rank,
     solve_rows,
@@ -177,3 +178,26 @@ def test_low_rank_scales_start_the_same_and_leave_the_generator_alone():
     left, singular, right = torch.svd_lowrank(scale, q=7, niter=4)
     for part, expected in zip(found, (left[:, :3], singular[:3], right[:, :3].T), strict=True):
         assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), size=st.integers(-20, 8))
+def test_exact_pairs_round_at_no_step_of_float16(bits, seed, size):
+    """For every index; pairs that are exact stay; no number moves by more than the reach allows."""
+    generator = torch.Generator().manual_seed(seed)
+    top = 2**bits - 1
+    scale = snap_float16(torch.rand(7, 5, generator=generator) * 2.0**size + 2.0**-14)
+    offset = snap_float16(torch.randn(7, 5, generator=generator) * scale * top)
+    exact = exact_in_float16(scale, offset, top)
+    for index in range(top + 1):
+        product = index * exact[0]
+        assert torch.equal(product.half().float(), product)
+        assert torch.equal((product + exact[1]).half().float(), product + exact[1])
+    again = exact_in_float16(*exact, top)
+    assert all(torch.equal(a, b) for a, b in zip(again, exact, strict=True))
+    reach = torch.maximum(offset.abs(), top * scale) + top * scale
+    moved = max(
+        float(((a - b).abs() / reach).max()) for a, b in zip(exact, (scale, offset), strict=True)
+    )
+    assert moved <= 1 / 1024

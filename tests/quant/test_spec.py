@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.grids.blocks import pack_parts
+from qat.grids.blocks import BLOCK_TYPES, TAILED, pack_parts
 from qat.grids.packing import pack
 from qat.grids.scalar import (
     IQ4_NL,
@@ -87,13 +87,14 @@ def test_a_gguf_format_has_the_size_of_its_blocks(name):
     weight = torch.randn(6, 256)
     quantized = fit_weight(weight, spec, num_rounds=1)
     packed = pack_parts(quantized.indices, quantized.parts, name.removeprefix("gguf:"))
-    assert spec.size_bytes((6, 256)) == packed.nbytes
+    tail = BLOCK_TYPES[name.removeprefix("gguf:")].tail_bytes
+    assert spec.size_bytes((6, 256)) == packed.nbytes + tail
     assert gguf_type_of(spec) == name.removeprefix("gguf:")
 
 
 def test_every_gguf_type_has_a_name():
     """What the exporter can write can be asked for."""
-    types = sorted([*GGUF_TYPES.values(), *SUPER_SCALES, *K_FORMATS])
+    types = sorted([*GGUF_TYPES.values(), *SUPER_SCALES, *K_FORMATS, *TAILED])
     assert types == sorted(name.removeprefix("gguf:") for name in GGUF_FORMATS)
 
 
