@@ -8,17 +8,19 @@ from tqdm import tqdm
 
 from qat.calibrate.decoder_layers import walk_dense_layers
 from qat.calibrate.fisher import OutputFisher, output_fisher
+from qat.calibrate.rounding import Probe, measured_ratios
 from qat.model.head import Tokens
 from qat.pipelines.fit_layers import NUMBERED, head_weight
 from qat.pipelines.place import Place
 from qat.pipelines.planned_size import PlannedSize
 from qat.quant.allocate import Choice, Table
-from qat.quant.sensitivity import WeightInfo, format_costs
+from qat.quant.sensitivity import WeightInfo, error_cost, fit_by_moments, format_costs
 from qat.quant.spec import TensorSpec
 from qat.quant.targets import tied_groups
 from qat.tracking.messages import say
 
 Costs = dict[str, dict[str, float]]
+PROBE_BITS = 2  # of the format, at least, that tells what rounding does
 
 
 def measure_costs(
@@ -42,54 +44,78 @@ def measure_costs(
     batches = [batch.to(device.torch_device) for batch in batches]
     with device.hosting(model):
         fisher, head = output_fisher(model, body, batches), head_weight(model, modules)
-        walk = walk_dense_layers(
-            model, body, batches, head=head, token_weights=fisher.token_weights
-        )
-        costs: Costs = {}
-        with tqdm(total=len(modules), desc="costs", unit="tensor") as progress:
-            for names, moment in walk:
-                for name, found in group_costs(model, modules, names, moment, fisher, head).items():
-                    costs[f"{name}.weight"] = found
-                    progress.update()
-            for name in modules.keys() - set(body) - {head}:
-                costs |= embedding_costs(model, name, modules[name], fisher)
-                progress.update()
+        costs, probes = walked_costs(model, modules, batches, fisher, head)
+        for name in modules.keys() - set(body) - {head}:
+            costs |= embedding_costs(model, name, modules[name], fisher)
+        ratios = measured_ratios(model, probes, batches[0])
+    for name, ratio in ratios.items():
+        found = costs[f"{name}.weight"]
+        costs[f"{name}.weight"] = {spec: ratio * cost for spec, cost in found.items()}
     say(
         f"costs of {sum(map(len, costs.values()))} formats in {time.perf_counter() - started:.0f} s"
     )
     return costs
 
 
-def group_costs(
+def walked_costs(
     model: nn.Module,
     modules: Mapping[str, Sequence[TensorSpec]],
-    names: Sequence[str],
-    moment: Tensor,
+    batches: Sequence[Tokens],
     fisher: OutputFisher,
     head: str | None,
+) -> tuple[Costs, dict[str, Probe]]:
+    """Return the costs of what is passed on a walk through the model, and probes of its linears."""
+    costs: Costs = {}
+    probes: dict[str, Probe | None] = {}
+    body = list(fisher.linears)
+    walk = walk_dense_layers(model, body, batches, head=head, token_weights=fisher.token_weights)
+    with tqdm(total=len(modules), desc="costs", unit="tensor") as progress:
+        for names, moment in walk:
+            if list(names) == [head]:
+                is_tied = model.get_submodule(head) is model.get_input_embeddings()
+                moment = moment + fisher.embedding if is_tied else moment
+                infos = {head: weight_info(model, head, fisher.head)}
+            else:
+                infos = {name: weight_info(model, name, fisher.linears[name]) for name in names}
+                probes |= {n: coarse_probe(infos[n], modules[n], moment) for n in names}
+            costs |= group_costs(modules, infos, moment)
+            progress.update(len(names))
+    return costs, {name: probe for name, probe in probes.items() if probe}
+
+
+def weight_info(model: nn.Module, name: str, row_mass: Tensor) -> WeightInfo:
+    """Return a module's weight with how much errors of its outputs count, (O,)."""
+    return WeightInfo(weight=model.get_submodule(name).weight.detach(), row_mass=row_mass)
+
+
+def coarse_probe(info: WeightInfo, specs: Sequence[TensorSpec], moment: Tensor) -> Probe | None:
+    """Return a weight in its format of fewest bits, two at least, and what that should cost."""
+    coarse = [spec for spec in specs if spec.is_quantized and not spec.is_vector]
+    spec = min(coarse, key=lambda spec: (spec.bits < PROBE_BITS, spec.bits), default=None)
+    if spec is None:
+        return None
+    quantized = fit_by_moments(info.weight.float(), spec, moment.float())
+    error = quantized.dequantize() - info.weight
+    return Probe(quantized, error_cost(error, info.row_mass, moment))
+
+
+def group_costs(
+    modules: Mapping[str, Sequence[TensorSpec]], weights: Mapping[str, WeightInfo], moment: Tensor
 ) -> Costs:
-    """Return the costs of weights that read the same inputs, by module name."""
-    if list(names) == [head]:
-        is_tied = model.get_submodule(head) is model.get_input_embeddings()
-        moment = moment + fisher.embedding if is_tied else moment
-        masses = {head: fisher.head}
-    else:
-        masses = {name: fisher.linears[name] for name in names}
-    weights = {
-        name: WeightInfo(weight=model.get_submodule(name).weight.detach(), row_mass=masses[name])
-        for name in names
-    }
-    formats = {spec.name: spec for name in names for spec in modules[name]}
+    """Return the costs of weights that read the same inputs, by parameter name."""
+    formats = {spec.name: spec for name in weights for spec in modules[name]}
     costs = format_costs(weights, list(formats.values()), moment)
-    return {name: {spec.name: costs[name][spec.name] for spec in modules[name]} for name in names}
+    return {
+        f"{name}.weight": {spec.name: costs[name][spec.name] for spec in modules[name]}
+        for name in weights
+    }
 
 
 def embedding_costs(
     model: nn.Module, name: str, specs: Sequence[TensorSpec], fisher: OutputFisher
 ) -> Costs:
     """Return the costs of an untied embedding: its rows come as often as their tokens."""
-    weight = model.get_submodule(name).weight.detach()
-    info = WeightInfo(weight=weight, row_mass=fisher.token_shares)
+    info = weight_info(model, name, fisher.token_shares)
     return {f"{name}.weight": format_costs({name: info}, specs, fisher.embedding)[name]}
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qat.quant.fit import fit_weight
 from qat.quant.hessian import dampen, fit_with_hessian
+from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 
 SAMPLED_ROWS = 64  # of each weight that are fitted
@@ -31,7 +32,8 @@ NUM_ROUNDS = 1  # of the fit by second moments
 NUM_SWEEPS = 1  # of the fit with error feedback
 
 
-Fit = Callable[[Tensor, TensorSpec, Tensor], Tensor]  # rows, format and H to rows on the grid
+# Rows, format and H to rows on the grid.
+Fit = Callable[[Tensor, TensorSpec, Tensor], QuantizedTensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +44,11 @@ class WeightInfo:
     """(O, I)."""
     row_mass: Tensor
     """Second moment of the gradient at each output, (O,)."""
+
+
+def error_cost(error: Tensor, row_mass: Tensor, hessian: Tensor) -> float:
+    """Return the cost of an error in a weight, (O, I), in nats per token."""
+    return float((row_errors(error, hessian.float()) * row_mass).sum()) / 2
 
 
 def sampled_rows(importance: Tensor, count: int) -> Tensor:
@@ -109,10 +116,10 @@ def error_ratios(
     if not spec.is_quantized:
         return dict.fromkeys(samples, 0.0)
     if spec.grid.is_learned:  # a codebook of its own each
-        fitted = {name: fit(rows, spec, hessian) for name, rows in samples.items()}
+        fitted = {name: fit(rows, spec, hessian).dequantize() for name, rows in samples.items()}
     else:
         sizes = [len(rows) for rows in samples.values()]
-        joint = fit(torch.cat(list(samples.values())), spec, hessian)
+        joint = fit(torch.cat(list(samples.values())), spec, hessian).dequantize()
         fitted = dict(zip(samples, joint.split(sizes), strict=True))
     ratios = {}
     for name, rows in samples.items():
@@ -122,12 +129,12 @@ def error_ratios(
     return ratios
 
 
-def fit_by_moments(rows: Tensor, spec: TensorSpec, hessian: Tensor) -> Tensor:
+def fit_by_moments(rows: Tensor, spec: TensorSpec, hessian: Tensor) -> QuantizedTensor:
     """Return rows as a format holds them, (R, I), each weight counted by its input's power."""
     importance = dampen(hessian).diagonal()
-    return fit_weight(rows, spec, importance=importance, num_rounds=NUM_ROUNDS).dequantize()
+    return fit_weight(rows, spec, importance=importance, num_rounds=NUM_ROUNDS)
 
 
-def fit_with_feedback(rows: Tensor, spec: TensorSpec, hessian: Tensor) -> Tensor:
+def fit_with_feedback(rows: Tensor, spec: TensorSpec, hessian: Tensor) -> QuantizedTensor:
     """Return rows as a format holds them, (R, I), fitted against all of H."""
-    return fit_with_hessian(rows, spec, hessian, num_sweeps=NUM_SWEEPS).dequantize()
+    return fit_with_hessian(rows, spec, hessian, num_sweeps=NUM_SWEEPS)
