@@ -29,7 +29,8 @@ $(STAMP): constraints.txt pyproject.toml
 	@$(RUN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup  ## the whole path on SmolLM2-135M
+demo: setup  ## small files of SmolLM2-135M, next to llama.cpp's own (installs llama.cpp)
+	@$(RUN)/python -m pip install -qq -c constraints.txt -e '.[demo]'
 	@$(RUN)/qat demo $(DEMO_FLAGS)
 
 test: setup  ## the fast tests

@@ -6,7 +6,7 @@ first differs from the answer's is where its own greedy answer would have left t
 Shape legend: T tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,22 @@ def answer_greedily(
         logits = student(torch.tensor([read]), use_cache=False).logits[0].float()  # (T, V)
         read.append(int(logits[-1].argmax()))
     return read[len(token_ids) :], logits
+
+
+def answer_with_runtime(
+    runtime: Runtime, token_ids: list[int], num_new_tokens: int, ends: Collection[int]
+) -> list[int]:
+    """Return a runtime's greedy answer, without the token that ends it.
+
+    It reads everything again for each token: right for short answers.
+    """
+    read = list(token_ids)
+    for _ in range(num_new_tokens):
+        token = int(runtime(read)[-1].argmax())
+        if token in ends:
+            break
+        read.append(token)
+    return read[len(token_ids) :]
 
 
 def compare_logits(

@@ -35,7 +35,8 @@ from qat.storage.files import fingerprint, folder_lock, read_json
 from qat.tracking.messages import say
 
 STAGES = ("cache", "costs", "plan", "fit", "train", "export", "measure")
-SEARCH_ROUNDS = 3  # fits that --kl takes at most
+SEARCH_ROUNDS = 3  # fits that --kl takes, more only where none of them is within the limit
+MOST_ROUNDS = 6
 NEAR = 0.9  # of the KL that is asked for: a smaller file is not searched below it
 
 
@@ -175,16 +176,19 @@ def search_by_kl(limit: float, table: Table, source: Source, cache: TeacherCache
     """
     points, target = list(frontier(table)), limit
     best: Allocation | None = None
-    for _ in range(SEARCH_ROUNDS):
+    for number in range(1, MOST_ROUNDS + 1):
         found = next((point for point in points if point.cost <= target), points[-1])
         kl = validation_kl(fit_plan(source.size.plan(found), source, cache), source, cache)
         file_bytes = source.size.file_bytes(found)
         say(f"{file_bytes:,} bytes: KL {kl:.4g}, predicted {found.cost:.4g}, limit {limit:.4g}")
         if kl <= limit and (best is None or found.num_bytes < best.num_bytes):
             best = found
-        if NEAR * limit <= kl <= limit or (found is points[-1] and kl > limit):
+        is_enough = best is not None and number >= SEARCH_ROUNDS
+        if is_enough or NEAR * limit <= kl <= limit or (found is points[-1] and kl > limit):
             break
-        target = found.cost * NEAR**0.5 * limit / max(kl, 1e-12)
+        # Fits of nearly the same size are not in the order of their bytes: late steps are wider.
+        aim = NEAR ** (0.5 if number < SEARCH_ROUNDS else 3)
+        target = found.cost * aim * limit / max(kl, 1e-12)
     if best is None:
         raise ValueError(
             f"--kl {limit} is below what {source.config.to} reached here: {kl:.4g} at "

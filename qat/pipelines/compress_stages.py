@@ -15,6 +15,7 @@ from torch import nn
 
 from qat.cache.config import BuildCacheConfig
 from qat.cache.read import TeacherCache
+from qat.calibrate.rounding import PROBE_KL
 from qat.data.text import bos_id, text_blocks
 from qat.evaluate.on_cache import evaluate_on_cache
 from qat.evaluate.on_text import evaluate_on_text
@@ -47,8 +48,11 @@ CACHE_SHARE = 1 / 6  # of the minutes: as much text as training then reads about
 MOST_CALIBRATION_TOKENS = 131072  # of a fit
 MEMORY_STEP = 8192  # tokens that memory decides by: a little more or less makes no other fit
 CALIBRATION_SHARE = 1 / 4  # of the memory: what their activations may take
-COST_TOKENS = 4096  # of the text that costs are measured on
+LEAST_TOKENS = 16384  # of a cache, however few the minutes
+SHORT_MINUTES = 10  # below which a fit is left as it is after one round
+COST_TOKENS = 4096  # of the text that costs are measured on, or an eighth of it
 LATE_SHARE = 0.2  # of the time that training is left with, kept for what comes after it
+LEAST_SHARE = 0.1  # of the minutes: with less left, seeing how long a step takes would use it up
 TRAINED_SHARE = 0.6  # of the predicted KL: held by the formats that train
 SCALE_LR_RATIO = 0.1  # of relative rates: scales at 0.0005 a step where weights have 0.005
 Made = TypeVar("Made")
@@ -161,13 +165,14 @@ def byte_table(source: Source) -> Table:
 def teacher_cache(source: Source) -> TeacherCache:
     """Return the teacher's hidden states on the data, built or found."""
     config = source.config
-    least = 2 * CALIBRATION_TOKENS["hessian"] // config.seq_len
 
     def count() -> int:
-        if config.num_sequences is not None or not config.minutes:
-            return config.num_sequences or least
-        rate = forward_tokens_per_second(source)
-        return max(least, int(60 * config.minutes * CACHE_SHARE * rate) // config.seq_len)
+        if config.num_sequences is not None:
+            return config.num_sequences
+        if not config.minutes:
+            return 2 * CALIBRATION_TOKENS["hessian"] // config.seq_len
+        in_time = 60 * config.minutes * CACHE_SHARE * forward_tokens_per_second(source)
+        return max(LEAST_TOKENS, int(in_time)) // config.seq_len
 
     key = [config.data, config.seq_len, config.num_sequences, config.minutes]
     made = build_cache(
@@ -207,10 +212,11 @@ def cost_table(source: Source, cache: TeacherCache) -> Table:
 
     def measure() -> dict[str, dict[str, float]]:
         model = load_dense(source.config.model, dtype=source.place.dtype)
-        batches = spread_batches(cache, max(1, COST_TOKENS // cache.seq_len))
+        batches = spread_batches(cache, max(1, num_tokens // cache.seq_len))
         return measure_costs(model, source.specs, batches, source.place)
 
-    key = [cache.fingerprint, source.base["weights"], names, COST_TOKENS]
+    num_tokens = min(COST_TOKENS, cache.num_sequences * cache.seq_len // 8)
+    key = [cache.fingerprint, source.base["weights"], names, num_tokens, PROBE_KL]
     costs = once(source.work / "costs.json", key, measure)
     return choice_table(costs, source.specs, source.size)
 
@@ -226,6 +232,7 @@ def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
         cache_dir=cache.folder,
         calibration_sequences=calibration_tokens(source, cache) // config.seq_len,
         output=source.work / "students" / file.stem,
+        sweeps=sweeps(source),
         dtype=config.dtype,
         device=config.device,
         eval=False,
@@ -236,7 +243,12 @@ def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
 def fit_id(plan: QuantPlan, source: Source, cache: TeacherCache) -> str:
     """Return what names the files of a fit: its plan, the text that calibrates it, the dtype."""
     text = [cache.fingerprint, calibration_tokens(source, cache), source.config.dtype]
-    return fingerprint([plan.to_dict(), text])[:12]
+    return fingerprint([plan.to_dict(), text, sweeps(source)])[:12]
+
+
+def sweeps(source: Source) -> int:
+    """Return the rounds of a fit that follow the first codes: few where minutes are few."""
+    return 1 if 0 < source.config.minutes < SHORT_MINUTES else 2
 
 
 def calibration_tokens(source: Source, cache: TeacherCache) -> int:
@@ -270,7 +282,8 @@ def train_student(
         return int((1 - LATE_SHARE) * clock.left / rehearse_training(settings))
 
     steps, file = 0, source.work / "steps" / f"{settings.output_dir.name}.json"
-    if clock.left > 0 or file.is_file():  # a run that was begun is gone on with, however late
+    # A run that was begun is gone on with, however late.
+    if clock.left > LEAST_SHARE * clock.limit or file.is_file():
         steps = once(file, settings.output_dir.name, count)
     if steps < 1:
         say("no time to train: the fit is exported as it is")

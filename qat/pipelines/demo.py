@@ -1,69 +1,73 @@
-"""Run the whole path on SmolLM2-135M by the Python API.
+"""Small files of SmolLM2-135M by one command each, next to the teacher and llama.cpp's own files.
 
-A finished stage is found by its settings, so an interrupted demo continues where it stopped.
+Every stage leaves its result, so an interrupted demo continues where it stopped.
 """
 
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from qat.evaluate.generate_config import GenerateConfig
-from qat.model.checkpoint import is_checkpoint, read_header
-from qat.model.load import model_identity
+from qat.cache.read import TeacherCache
+from qat.evaluate.generate import Decoding, generate_texts, prompt_token_ids
+from qat.export.from_gguf import read_gguf_model
+from qat.export.parity import answer_with_runtime
+from qat.export.runtimes import open_runtime
+from qat.model.load import load_dense, load_tokenizer
 from qat.model.packaged import fetch_smollm2
-from qat.pipelines.api import build_cache, evaluate, export, quantize, train
-from qat.pipelines.compare import compare
-from qat.pipelines.convert import convert_q4_to_q2
+from qat.pipelines.compress import compress
+from qat.pipelines.compress_config import CompressConfig
+from qat.pipelines.compress_stages import (
+    NUMBERS,
+    Source,
+    measure_model,
+    once,
+    teacher_cache,
+)
 from qat.pipelines.demo_config import DemoConfig
-from qat.pipelines.generate import generate
-from qat.pipelines.quantize_config import ConvertQ4ToQ2Config
-from qat.pipelines.students import Numbers
-from qat.reports.compare import CompareConfig
+from qat.pipelines.stock_gguf import StockType, stock_files
 from qat.runtime.memory import peak_rss_bytes
-from qat.storage.files import read_json, write_json
+from qat.storage.files import sha256_of_file, write_json
 from qat.tracking.messages import say
 
-DATA = "speedrun/data/instructions.jsonl"
 PROMPTS = (
     "What is the capital of Germany?",
     "Give me three tips for a good night's sleep.",
     "Write one sentence about the sea.",
 )
-QUICK_FIT = "moments"  # seconds instead of minutes; the default fit starts 40% closer
-QUICK_LR = 4e-4  # twice the default: it starts further away, and there is no feedback to undo
-COLUMNS = (
-    "bits_per_weight",
-    "bits_per_weight_mlp",
-    "bits_per_weight_model",
-    "kl_nats",
-    "kl_nats_lower",
-    "kd_loss",
-    "perplexity",
-    "perplexity_stderr",
-    "top1_agreement",
-)
+COLUMNS = ("MB", "bits per weight", "KL (nats)", "99%", "top-1", "perplexity")
 
-Row = dict[str, float | None]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoFile:
+    """A measured file, and what it answers."""
+
+    path: str
+    made_by: str
+    """qat or llama.cpp; the teacher for the teacher."""
+    file_bytes: int
+    bits_per_weight_model: float
+    kl_nats: float
+    kl_p99: float
+    top1_agreement: float
+    perplexity: float
+    answers: list[str]
+    """To the demo's prompts."""
+    answered_by: str
+    """The runtime: llama.cpp, ik_llama.cpp or PyTorch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoResult:
-    """Held-out numbers and bits per weight of each model, and what the demo took."""
+    """Held-out numbers of each file, and what the demo took."""
 
-    teacher: Row
-    """The full-precision model."""
-    q4: Row
-    """The 4-bit student."""
-    q2_init: Row
-    """The 2-bit student before training."""
-    q2_trained: Row
-    """The 2-bit student after training."""
+    files: list[DemoFile]
+    """The teacher first."""
     seconds: float
     """Of this call; finished stages take none."""
     peak_rss_bytes: int
@@ -71,127 +75,145 @@ class DemoResult:
 
 
 def demo(config: DemoConfig) -> DemoResult:
-    """Make teacher, cache, students, run, export and answers; show them in a table."""
+    """Fetch the teacher, make and measure the files, let all of them answer, show it."""
     started = time.perf_counter()
-    teacher, runs = config.model_dir, config.output_dir
-    say("\n== 1/8 teacher")
-    fetch_smollm2(teacher)
-    say("\n== 2/8 teacher cache")
-    text = {"format": "alpaca", "thinking": "none", "seq_len": 64, "top_k": 64}
-    cache = Path(build_cache(teacher, DATA, output_dir=config.cache_dir, **text).cache)
-    say("\n== 3/8 4-bit student")
-    q4 = quantize(teacher, "q4a4", cache=cache, output=runs / "q4", fit=QUICK_FIT).metrics
-    say("\n== 4/8 2-bit student")
-    q2 = convert_to_q2(runs, cache)
-    say(f"\n== 5/8 training, {config.max_steps} steps")
-    trained = train_student(config, cache)
-    say("\n== 6/8 held-out numbers")
-    measured = {
-        "teacher": evaluate_once(runs, "teacher", cache, str(teacher)),
-        "q4": q4,
-        "q2_init": q2,
-        "q2_trained": evaluate_once(runs, "q2_trained", cache, trained),
-    }
-    say("\n== 7/8 plain Hugging Face folder")
-    export_once(trained, runs / "hf")
-    say("\n== 8/8 answers")
-    students = {"teacher": str(teacher), "q2_init": str(runs / "q2_init"), "q2_trained": trained}
-    answers = {name: answer_once(runs, name, one) for name, one in students.items()}
-    made = tuple(runs / name for name in ("q4", "q2_init", "q2_mlp"))
-    plot = compare(CompareConfig(runs=made, output=runs / "compare")).plot
-    rows = {name: {key: row.get(key) for key in COLUMNS} for name, row in measured.items()}
-    show(rows, answers, plot)
+    say("\n== 1/4 teacher")
+    fetch_smollm2(config.model_dir)
+    say("\n== 2/4 files")
+    made = {size: compress(file_config(config, size)) for size in config.sizes.split(",")}
+    say("\n== 3/4 llama.cpp's own files")
+    source = Source.of(file_config(config, next(iter(made))), config.output_dir / "work")
+    cache = teacher_cache(source)
+    stock = stock_or_none(config, source, cache)
+    say("\n== 4/4 numbers and answers")
+    files = [teacher_row(config, source, cache)]
+    files += [file_row(Path(o.path), "qat", asdict(o), config, source) for o in made.values()]
+    for path in stock:
+        files.append(file_row(path, "llama.cpp", measured(path, source, cache), config, source))
+    show(files)
     seconds = round(time.perf_counter() - started, 1)
-    result = DemoResult(**rows, seconds=seconds, peak_rss_bytes=peak_rss_bytes())
-    write_json(runs / "demo.json", asdict(result))
+    result = DemoResult(files=files, seconds=seconds, peak_rss_bytes=peak_rss_bytes())
+    write_json(config.output_dir / "demo.json", asdict(result))
     return result
 
 
-def convert_to_q2(runs: Path, cache: Path) -> Numbers:
-    """Make the 2-bit student of the 4-bit one; return its numbers."""
-    config = ConvertQ4ToQ2Config(
-        q4_checkpoint=runs / "q4",
-        fit=QUICK_FIT,
-        output=runs / "q2_init",
-        eval=True,
-        cache_dir=cache,
+def file_config(config: DemoConfig, size: str) -> CompressConfig:
+    """Return what makes the file of a size."""
+    return CompressConfig(
+        model=str(config.model_dir),
+        data=config.data,
+        size=size,
+        output=config.output_dir / f"smollm2-{size}.gguf",
+        work=config.output_dir / "work",
+        minutes=config.minutes,
     )
-    return convert_q4_to_q2(config).metrics
 
 
-def train_student(config: DemoConfig, cache: Path) -> str:
-    """Train the 2-bit student's MLP layers; return the best one's folder."""
-    return train(
-        config.output_dir / "q2_init",
-        cache,
-        output_dir=config.output_dir / "q2_mlp",
-        layers="mlp",
-        max_steps=config.max_steps,
-        optim={"lr": QUICK_LR},
-        intervals={"eval_steps": 0, "save_steps": 32},
-    ).checkpoint
+def stock_or_none(config: DemoConfig, source: Source, cache: TeacherCache) -> list[Path]:
+    """Return llama.cpp's own files; none, and say why, where its quantizer is not installed."""
+    stock = StockType.listed(config.stock)
+    try:
+        return stock_files(stock, source, cache, config.output_dir / "stock")
+    except ValueError as error:
+        say(f"left out: {error}")
+        return []
 
 
-def identity(checkpoint: str) -> str:
-    """Return the hash of a student's or a teacher's weights."""
-    if is_checkpoint(Path(checkpoint)):
-        return read_header(checkpoint).sha256
-    return model_identity(checkpoint)["weights"]
+def measured(path: Path, source: Source, cache: TeacherCache) -> dict[str, float]:
+    """Return the numbers of a file of another program, those of the weights that it holds."""
+
+    def measure() -> dict[str, float]:
+        return measure_model(read_gguf_model(path, source.folder), source, cache)
+
+    key = [sha256_of_file(path), cache.fingerprint]
+    return once(source.work / "points" / f"{path.name}.json", key, measure)
 
 
-def once(path: Path, key: object, make: Callable[[], Any]) -> Any:
-    """Return what a file holds under this key, else make it and write it there."""
-    if path.is_file():
-        kept = read_json(path)
-        if kept["key"] == key:
-            say(f"{path} is already complete")
-            return kept["value"]
-    value = make()
-    write_json(path, {"key": key, "value": value})
-    return value
+def file_row(
+    path: Path, made_by: str, values: Mapping[str, Any], config: DemoConfig, source: Source
+) -> DemoFile:
+    """Return a file's numbers with its size and its answers."""
+    answers = once(
+        source.work / "answers" / f"{path.name}.json",
+        [sha256_of_file(path), PROMPTS, config.max_new_tokens],
+        lambda: answers_of_file(path, config, source),
+    )
+    file_bytes = path.stat().st_size
+    return DemoFile(
+        path=str(path),
+        made_by=made_by,
+        file_bytes=file_bytes,
+        bits_per_weight_model=8 * file_bytes / source.size.num_weights,
+        **{name: values[name] for name in NUMBERS},
+        **answers,
+    )
 
 
-def evaluate_once(runs: Path, name: str, cache: Path, checkpoint: str) -> dict[str, Any]:
-    """Return the numbers of a checkpoint on a cache."""
-    key = [identity(checkpoint), cache.name]
-    path = runs / "evaluated" / f"{name}.json"
-    return once(path, key, lambda: asdict(evaluate(checkpoint, cache=cache)))
+def answers_of_file(path: Path, config: DemoConfig, source: Source) -> dict[str, object]:
+    """Return a file's answers in a runtime; in PyTorch, and why, where none here runs it."""
+    tokenizer = load_tokenizer(source.folder)
+    try:
+        name, runtime = open_runtime(path)
+    except ValueError as error:
+        say(f"PyTorch answers for {path}: {error}")
+        model = read_gguf_model(path, source.folder)
+        return {"answers": answers_of_model(model, config, source), "answered_by": "PyTorch"}
+    answers = []
+    for prompt in PROMPTS:
+        read = prompt_token_ids(tokenizer, prompt, "chat")
+        new = answer_with_runtime(runtime, read, config.max_new_tokens, [tokenizer.eos_token_id])
+        answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+    return {"answers": answers, "answered_by": name}
 
 
-def answer_once(runs: Path, name: str, checkpoint: str) -> list[str]:
-    """Return the answers of a checkpoint to the demo's prompts."""
-    config = GenerateConfig(checkpoint=checkpoint, prompt=PROMPTS, max_new_tokens=40)
-    key = [identity(checkpoint), list(PROMPTS)]
-    path = runs / "answers" / f"{name}.json"
-    return once(path, key, lambda: [pair["answer"] for pair in generate(config).answers])
+def answers_of_model(model: nn.Module, config: DemoConfig, source: Source) -> list[str]:
+    """Return a model's greedy answers, in PyTorch."""
+    decoding = Decoding(max_new_tokens=config.max_new_tokens)
+    found = dict(generate_texts(model, load_tokenizer(source.folder), PROMPTS, decoding))
+    return [found[place] for place in range(len(PROMPTS))]
 
 
-def export_once(checkpoint: str, output: Path) -> None:
-    """Write the student as a plain folder, in the place of one of other weights."""
+def teacher_row(config: DemoConfig, source: Source, cache: TeacherCache) -> DemoFile:
+    """Return the teacher's numbers and answers: what files are measured against."""
 
-    def make() -> dict[str, Any]:
-        shutil.rmtree(output, ignore_errors=True)
-        return asdict(export(checkpoint, "hf", output))
+    def make() -> dict[str, object]:
+        model = load_dense(source.config.model, dtype=source.place.dtype)
+        values = measure_model(model, source, cache)
+        answers = answers_of_model(model, config, source)
+        return {**{name: values[name] for name in NUMBERS}, "answers": answers}
 
-    report = output.with_suffix(".json")
-    if not (output / "export.json").is_file():
-        report.unlink(missing_ok=True)
-    once(report, identity(checkpoint), make)
+    key = [source.base["weights"], cache.fingerprint, PROMPTS, config.max_new_tokens]
+    file_bytes = (source.folder / "model.safetensors").stat().st_size
+    return DemoFile(
+        path=str(config.model_dir),
+        made_by="teacher",
+        file_bytes=file_bytes,
+        bits_per_weight_model=8 * file_bytes / source.size.num_weights,
+        answered_by="PyTorch",
+        **once(source.work / "points" / "teacher.json", key, make),
+    )
 
 
-def show(rows: dict[str, Row], answers: dict[str, list[str]], plot: str | None) -> None:
-    """Print the closing table, the answers of all models and where the plot is."""
-    console = Console(stderr=True, width=120)
-    table = Table(title="held-out split; the teacher itself is on a 4-bit grid")
-    shown = [key for key in COLUMNS if any(row[key] is not None for row in rows.values())]
-    for column in ("", *(column.replace("bits_per_weight", "bits") for column in shown)):
-        table.add_column(column.replace("_", " "), justify="right" if column else "left")
-    for name, row in rows.items():
-        table.add_row(name, *("" if row[key] is None else f"{row[key]:.4g}" for key in shown))
+def show(files: list[DemoFile]) -> None:
+    """Print the closing table and the answers."""
+    console = Console(stderr=True, width=110)
+    table = Table(title="exact KL over the whole vocabulary, on text that nothing was fitted to")
+    for column in ("file", "made by", *COLUMNS):
+        table.add_column(column, justify="left" if column in ("file", "made by") else "right")
+    for file in files:
+        numbers = (
+            f"{file.file_bytes / 1e6:.1f}",
+            f"{file.bits_per_weight_model:.2f}",
+            f"{file.kl_nats:.3f}",
+            f"{file.kl_p99:.2f}",
+            f"{file.top1_agreement:.3f}",
+            f"{file.perplexity:.1f}",
+        )
+        table.add_row(Path(file.path).name, file.made_by, *numbers)
     console.print(table)
     for number, prompt in enumerate(PROMPTS):
         console.print(f"\n[bold]{prompt}[/bold]")
-        for name, texts in answers.items():
+        for file in files:
+            name = f"{Path(file.path).name} ({file.answered_by})"
             console.print(f"  [italic]{name}[/italic]: ", end="")
-            console.print(" ".join(texts[number].split()), markup=False, highlight=False)
-    console.print(f"\nloss curves: {plot}")
+            console.print(" ".join(file.answers[number].split()), markup=False, highlight=False)

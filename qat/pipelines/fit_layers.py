@@ -18,7 +18,7 @@ from qat.calibrate.statistics import Batch
 from qat.model.surgery import put_layer, quantized_layer, release_weights
 from qat.quant.drift import Correction, Moments, choose_correction, wanted_weight
 from qat.quant.fit import check_weight, fit_weight
-from qat.quant.hessian import fit_with_hessian
+from qat.quant.hessian import NUM_SWEEPS, fit_with_hessian
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 
@@ -37,6 +37,8 @@ class FitTask:
     row_weights: Mapping[str, Tensor]
     """How much each row counts for a learned codebook, (O,), by module name: token frequencies of
     an embedding. Rows of modules that are not named count alike."""
+    num_sweeps: int = NUM_SWEEPS
+    """Of a fit against H."""
 
     def check(self) -> None:
         """Refuse weights that a format cannot hold, naming the module, before any long work."""
@@ -61,7 +63,14 @@ class FitTask:
                 return fit_weight(weight, spec, importance=importance, row_weights=rows)
             weight = weight.to(moments.hessian.device)
             wanted = correction and wanted_weight(weight, moments, correction)
-            return fit_with_hessian(weight, spec, moments.hessian, target=wanted, row_weights=rows)
+            return fit_with_hessian(
+                weight,
+                spec,
+                moments.hessian,
+                target=wanted,
+                row_weights=rows,
+                num_sweeps=self.num_sweeps,
+            )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from qat.cache.read import TeacherCache
 from qat.export.from_gguf import gguf_contents, read_gguf_model
+from qat.export.llama_quantize import find_quantizer
 from qat.pipelines.compress_config import FrontierConfig
 from qat.pipelines.compress_stages import (
     Clock,
@@ -23,6 +24,7 @@ from qat.pipelines.compress_stages import (
     write_file,
 )
 from qat.pipelines.open_checkpoint import open_checkpoint
+from qat.pipelines.stock_gguf import StockType, stock_files
 from qat.quant.allocate import Table, allocate
 from qat.reports.frontier import FrontierPoint, write_frontier
 from qat.storage.files import folder_lock, sha256_of_file
@@ -46,6 +48,8 @@ def frontier(config: FrontierConfig) -> FrontierResult:
     """Make or find the file of each size, measure all and the peers, write the report."""
     source = Source.of(config, config.output / "work")
     peers = sorted(config.peers.glob("*.gguf")) if config.peers else []
+    if config.stock:
+        find_quantizer()  # before any long work
     if config.peers and not peers:
         raise ValueError(f"--peers {config.peers} holds no .gguf file")
     with folder_lock(source.work):
@@ -54,6 +58,8 @@ def frontier(config: FrontierConfig) -> FrontierResult:
         points = []
         for budget in config.budgets():
             points += points_of_size(config, source, cache, table, budget)
+        stock = StockType.listed(config.stock)
+        peers += stock_files(stock, source, cache, config.output / "stock") if stock else []
         points += [point for path in peers if (point := peer_point(path, source, cache))]
         text = config.eval_text.name if config.eval_text else "the validation part of the data"
         report = write_frontier(

@@ -16,6 +16,7 @@ from qat.pipelines import fit_layers, students
 from qat.pipelines.open_cache import open_cache
 from qat.pipelines.place import Place
 from qat.pipelines.quantize_config import CALIBRATION_BATCH, FitConfig, InitStudentConfig
+from qat.quant.hessian import NUM_SWEEPS
 from qat.quant.plan import QuantPlan, read_plan
 from qat.runtime.device import Device
 from qat.tracking.messages import say
@@ -35,7 +36,7 @@ def quantize(config: InitStudentConfig) -> students.StudentResult:
         return done
     model = load_dense(config.model, dtype=place.dtype)
     plan = read_plan(config.plan, model_tensors(model))
-    quantize_model(model, plan, config, cache, place)
+    quantize_model(model, plan, config, cache, place, num_sweeps=config.sweeps)
     header = CheckpointHeader(
         plan=plan.to_dict(),
         base_model={"path": config.model, **base},
@@ -55,7 +56,13 @@ def quantize(config: InitStudentConfig) -> students.StudentResult:
 
 
 def quantize_model(
-    model: nn.Module, plan: QuantPlan, config: FitConfig, cache: TeacherCache | None, place: Place
+    model: nn.Module,
+    plan: QuantPlan,
+    config: FitConfig,
+    cache: TeacherCache | None,
+    place: Place,
+    *,
+    num_sweeps: int = NUM_SWEEPS,
 ) -> None:
     """Turn a full-precision model on the CPU into a student in place."""
     dense_weights(model, plan)  # refuses a plan that quantizes nothing
@@ -65,6 +72,7 @@ def quantize_model(
         # Asked of the model, so that no original module outlives its fit.
         weight_of=lambda name: model.get_submodule(name).weight,
         row_weights=row_weights(model, plan, batches),
+        num_sweeps=num_sweeps,
     )
     task.check()
     fit_on_device(model, task, config, batches, place)

@@ -53,8 +53,15 @@ class InitStudentConfig(FitConfig):
     """The format of every tensor: a preset (q2a4, q4a4_r32, deploy), formats of MLP and attention
     joined by a plus (gguf:q2_0+gguf:q4_0), rules (q2a4, embed=int4-g32, *.down_proj=lut3-g32), or
     a file that `qat plan` wrote. `qat plan` shows what it comes to."""
+    sweeps: int = 2
+    """Rounds of scales, codebooks and codes after the first codes, of the fit against all inputs:
+    the second lowers the error by a hundredth in a quarter of the time."""
     eval: bool = True
     """Measure the student on the cache's held-out split."""
+
+    def __post_init__(self) -> None:
+        FitConfig.__post_init__(self)
+        require_at_least(0, self, "sweeps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

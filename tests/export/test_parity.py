@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qat.export.parity import answer_greedily, compare_with_runtime
+from qat.export.parity import answer_greedily, answer_with_runtime, compare_with_runtime
 from tests.tiny import tiny_student
 
 PROMPTS = [[72, 68, 65], [5, 6, 7, 8]]
@@ -47,3 +47,12 @@ def test_a_known_change_gives_its_known_distance():
     assert row["first_differing_token"] == 1  # position 3 chooses the answer's second token
     assert row["top1_agreement"] == pytest.approx(4 / 5)
     assert answer[1] != second
+
+
+def test_a_runtime_answers_greedily_up_to_an_end():
+    """As the student itself does; the token that ends the answer is left out."""
+    student = tiny_student()
+    answer, _ = answer_greedily(student, PROMPTS[0], 6)
+    assert answer_with_runtime(itself(student), PROMPTS[0], 6, []) == answer
+    end = answer[3]
+    assert answer_with_runtime(itself(student), PROMPTS[0], 6, [end]) == answer[: answer.index(end)]
