@@ -28,6 +28,7 @@ def measure_fits(config: GgmlFitsConfig) -> dict[str, Any]:
     import torch
 
     from qat.export.ggml import errors_of_both, open_ggml, random_importance
+    from qat.grids.blocks import TAILED
     from qat.quant.spec import FORMATS
 
     library = open_ggml()
@@ -35,6 +36,7 @@ def measure_fits(config: GgmlFitsConfig) -> dict[str, Any]:
     weight = torch.randn(config.rows, config.inputs) * 0.02
     importances = {kind: random_importance(kind, config.inputs) for kind in IMPORTANCES}
     known = [name.removeprefix("gguf:") for name in FORMATS if name.startswith("gguf:")]
+    known = [name for name in known if name not in TAILED]  # which ggml lacks
     table = {}
     for name in config.formats or known:
         table[name] = {}

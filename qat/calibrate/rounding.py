@@ -26,7 +26,7 @@ TOKENS_AT_ONCE = 256  # whose logits are held at a time
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A linear's weight in a coarse format, and what that is predicted to cost."""
+    """A linear's weight in a coarse format, on the CPU, and what that is predicted to cost."""
 
     quantized: QuantizedTensor
     cost: float
@@ -70,7 +70,7 @@ def rounded(
     """Move weights by a share of the way to where a format has them; put them back at the end."""
     kept = {name: model.get_submodule(name).weight.data for name in quantized}
     for name, weight in kept.items():
-        moved = weight.float().lerp(quantized[name].dequantize(), share)
+        moved = weight.float().lerp(quantized[name].dequantize().to(weight.device), share)
         model.get_submodule(name).weight.data = moved.to(weight.dtype)
     try:
         yield

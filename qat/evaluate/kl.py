@@ -79,6 +79,7 @@ def evaluate_batches(
     *,
     description: str,
     chunk_tokens: int | None = None,
+    kd_sequences: int | None = None,
 ) -> Numbers:
     """Return the student's distance from the teacher over batches.
 
@@ -89,6 +90,7 @@ def evaluate_batches(
         description: Of the progress bar.
         chunk_tokens: Positions whose logits are held at a time; does not change the result. None
             takes as many as `CHUNK_BYTES` hold.
+        kd_sequences: The first so many count for kd_loss; all when not given.
 
     Returns:
         kl_nats or kl_nats_lower (the other is None), of the same positions kl_stderr (over
@@ -109,7 +111,7 @@ def evaluate_batches(
             tally.kind = None if signal is None else signal.kind
             parts.append(compare(logits_of(model, hidden[rows]).float(), labels[rows], signal))
         add(tally, torch.cat(parts, dim=1).view(-1, *shape), teacher.mask, token_ids.shape[1])
-    return summary(tally)
+    return summary(tally, kd_sequences)
 
 
 def positions_of_a_chunk(model: nn.Module, hidden: Tensor) -> int:
@@ -148,7 +150,7 @@ def add(tally: Tally, measured: Tensor, mask: Tensor, num_tokens: int) -> None:
     tally.kl.append(kl[counts.bool()])
 
 
-def summary(tally: Tally) -> Numbers:
+def summary(tally: Tally, kd_sequences: int | None = None) -> Numbers:
     """Return the means of a tally; None where nothing counted or there is no teacher."""
     kl, kd, agree, counts, nll, labels = torch.cat(
         [torch.zeros(6, 0, dtype=torch.float64), *tally.sums], dim=1
@@ -165,7 +167,7 @@ def summary(tally: Tally) -> Numbers:
             "kl_stderr": stderr,
             **dict(zip(QUANTILES, quantiles, strict=True)),
             "kl_max": float(each.max()),
-            "kd_loss": float(kd.sum()) / tokens,
+            "kd_loss": float(kd[:kd_sequences].sum() / counts[:kd_sequences].sum().clamp_min(1)),
             "top1_agreement": float(agree.sum()) / tokens,
         }
     perplexity, stderr = perplexity_of(nll, labels)

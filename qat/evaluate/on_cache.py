@@ -51,12 +51,17 @@ def evaluate_on_cache(
             known = teacher_of_batch(batch) if teacher is None else live_teacher(teacher, *inputs)
             yield batch.input_ids, known, batch.document_ids
 
-    values = evaluate_batches(model, batches(sequence_ids, teacher), description="evaluate")
+    values = evaluate_batches(
+        model,
+        batches(sequence_ids, teacher),
+        description="evaluate",
+        kd_sequences=KD_SEQUENCES,
+    )
     is_conditional = cache.manifest.identity.content == "conditional"
     first = (cache.sequence_ids("all") if is_conditional else sequence_ids)[:KD_SEQUENCES]
     if num_sequences is not None:
         first = first[:num_sequences]
-    if teacher is not None or not np.array_equal(first, sequence_ids):
+    if teacher is not None or not np.array_equal(first, sequence_ids[: len(first)]):
         measured = evaluate_batches(model, batches(first, None), description="kd loss")
         values["kd_loss"] = measured["kd_loss"]
     return values

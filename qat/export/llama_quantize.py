@@ -1,8 +1,9 @@
 """llama.cpp's own quantizer: the files that a user has without this package, as peers.
 
-The wheel of `ik-llama-cpp-python` holds `llama-quantize` and its library. An importance matrix is
-the mean square of each input by the tensor's name, in the form that the program reads since 2024:
-the number of entries; for each its name, a count of calls and sums of so many; little-endian.
+It is that of ik_llama.cpp, llama.cpp's fork for quantization. The wheel of `ik-llama-cpp-python`
+holds `llama-quantize` and its library. An importance matrix is the mean square of each input by the
+tensor's name, in the form that the program reads since 2024: the number of entries; for each its
+name, a count of calls and sums of so many; little-endian.
 """
 
 import struct

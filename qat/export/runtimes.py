@@ -93,7 +93,7 @@ def open_gguf(path: Path) -> tuple[str, Runtime]:
     """Return the first GGUF runtime installed that knows the file's types."""
     types = {record.type_name for record in read_tensor_records(path).values()}
     if "i2_s" in types:
-        raise ValueError(f"{path} holds I2_S: bitnet.cpp runs it, which no package holds")
+        raise ValueError(f"{path} holds I2_S: bitnet.cpp on x86 runs it, which no package holds")
     if find_spec("xllamacpp"):
         return "llama.cpp", llama_cpp_runtime(path)
     if find_spec("ik_llama_cpp") and "q2_0" not in types:

@@ -4,7 +4,8 @@
     five bits    the fifth bit of 32 weights first, then nibbles: Q5_0, Q5_1
     MXFP4        nibbles of a sign and a magnitude's place among 0 1/2 1 3/2 2 3 4 6
     TQ2_0        four weights a byte, 32 apart, in each half of 256
-    I2_S         four weights a byte, 32 apart in 128, the first highest
+    I2_S         four weights a byte, 32 apart in 128, the first highest: as bitnet.cpp has it on
+                 x86; its builds for ARM count otherwise
     TQ1_0        five weights a byte in base 3, the first highest, as a share of 256: 32 apart in
                  the first 160 of 256, 16 in the next 80; the last 16 are four a byte
 

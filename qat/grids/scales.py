@@ -120,7 +120,8 @@ class GroupScale:
     def computed(self, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         """Return scales and offsets, (O, G) each, that the runtime computes with, straight through.
 
-        What it cannot compute with exactly moves by less than a thousandth of the group's reach.
+        What it cannot compute with exactly moves by less than a thousandth of the group's reach,
+        before the fit chooses indices.
         """
         if not self.exact_top:
             return scale, offset
@@ -328,6 +329,15 @@ def fit_offset(
     return scale, snap_float16(torch.where(is_better, mean_w - scale * mean_c, previous[1]))
 
 
+def next_power(values: Tensor) -> Tensor:
+    """Return the least powers of two that are not below normal positive numbers, float32.
+
+    By the bits of a number, where other ways are not exact on every device.
+    """
+    bits = values.float().contiguous().view(torch.int32)
+    return ((bits + ((1 << 23) - 1)) & ~((1 << 23) - 1)).view(torch.float32)
+
+
 def exact_in_float16(scale: Tensor, offset: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """Return near pairs for which index * scale and that plus offset are numbers of float16.
 
@@ -347,9 +357,7 @@ def exact_in_float16(scale: Tensor, offset: Tensor, top: int) -> tuple[Tensor, T
     def multiples(unit: Tensor) -> tuple[Tensor, Tensor]:
         return (scale / unit).round().clamp_min(1) * unit, (offset / unit).round() * unit
 
-    mantissa, exponent = torch.frexp(reach(scale, offset) / FLOAT16_INTEGERS)
-    exponent = exponent - (mantissa == 0.5).to(exponent.dtype)  # a power of two is its own unit
-    unit = torch.ldexp(torch.ones_like(scale), exponent).clamp_min(FLOAT16_STEP)
+    unit = next_power(reach(scale, offset) / FLOAT16_INTEGERS).clamp_min(FLOAT16_STEP)
     pair = multiples(unit)
     is_beyond = reach(*pair) > FLOAT16_INTEGERS * unit
     wider = multiples(2 * unit)

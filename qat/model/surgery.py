@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qat.grids.scalar import over_scale, times_scale
+from qat.grids.scales import TensorScale
 from qat.model.layers import (
     FakeQuantEmbedding,
     FakeQuantLinear,
@@ -155,8 +156,13 @@ def quantized_tensor(layer: FakeQuantWeight) -> QuantizedTensor:
 
 
 def stored_parts(layer: FakeQuantWeight) -> dict[str, torch.Tensor]:
-    """Return scales and codebook of a layer by name; the codebook sorted if it moves."""
+    """Return scales and codebook of a layer by name; the codebook sorted if it moves.
+
+    One scale of a whole tensor stands in each row as what training computed with.
+    """
     parts = dict(layer.parts)
+    if isinstance(layer.spec.scale, TensorScale):
+        parts["scale"] = layer.full_scale().detach().contiguous()
     if layer.latent_weight is not None and "codebook" in parts:
         parts["codebook"] = layer.codebook.sort().values
     return parts

@@ -123,9 +123,9 @@ class FrontierConfig(SourceConfig):
     peers: Path | None = None
     """Folder of .gguf files of other programs, measured in the same way."""
     stock: str = ""
-    """Quantizations that llama.cpp itself makes of the model, with an importance matrix of the same
-    text, as peers: IQ4_NL,IQ3_XXS,Q4_K/q6_k, where a slash names the type of the embedding
-    (iq4_nl if none does). Takes `pip install ik-llama-cpp-python`."""
+    """Quantizations that ik_llama.cpp makes of the model, with an importance matrix of the same
+    text, as peers: IQ4_NL,IQ3_XXS,Q4_K/q6_k, where a slash names the type of the embedding (iq4_nl
+    if none does). Takes `pip install ik-llama-cpp-python`."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that are none."""

@@ -49,6 +49,7 @@ MOST_CALIBRATION_TOKENS = 131072  # of a fit
 MEMORY_STEP = 8192  # tokens that memory decides by: a little more or less makes no other fit
 CALIBRATION_SHARE = 1 / 4  # of the memory: what their activations may take
 LEAST_TOKENS = 16384  # of a cache, however few the minutes
+LEAST_BLOCKS = 16  # of which two are for validation
 SHORT_MINUTES = 10  # below which a fit is left as it is after one round
 COST_TOKENS = 4096  # of the text that costs are measured on, or an eighth of it
 LATE_SHARE = 0.2  # of the time that training is left with, kept for what comes after it
@@ -172,7 +173,7 @@ def teacher_cache(source: Source) -> TeacherCache:
         if not config.minutes:
             return 2 * CALIBRATION_TOKENS["hessian"] // config.seq_len
         in_time = 60 * config.minutes * CACHE_SHARE * forward_tokens_per_second(source)
-        return max(LEAST_TOKENS, int(in_time)) // config.seq_len
+        return max(LEAST_BLOCKS, max(LEAST_TOKENS, int(in_time)) // config.seq_len)
 
     key = [config.data, config.seq_len, config.num_sequences, config.minutes]
     made = build_cache(

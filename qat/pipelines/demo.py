@@ -20,7 +20,7 @@ from qat.export.parity import answer_with_runtime
 from qat.export.runtimes import open_runtime
 from qat.model.load import load_dense, load_tokenizer
 from qat.model.packaged import fetch_smollm2
-from qat.pipelines.compress import compress
+from qat.pipelines.compress import budget_bytes, compress
 from qat.pipelines.compress_config import CompressConfig
 from qat.pipelines.compress_stages import (
     NUMBERS,
@@ -49,7 +49,7 @@ class DemoFile:
 
     path: str
     made_by: str
-    """qat or llama.cpp; the teacher for the teacher."""
+    """qat or ik_llama.cpp; the teacher for the teacher."""
     file_bytes: int
     bits_per_weight_model: float
     kl_nats: float
@@ -80,16 +80,19 @@ def demo(config: DemoConfig) -> DemoResult:
     say("\n== 1/4 teacher")
     fetch_smollm2(config.model_dir)
     say("\n== 2/4 files")
-    made = {size: compress(file_config(config, size)) for size in config.sizes.split(",")}
+    configs = [file_config(config, size) for size in config.each_size]
+    source = Source.of(configs[0], config.output_dir / "work")
+    for one in configs:
+        budget_bytes(one, source)  # refuses a size that is too small before the first file is made
+    made = [compress(one) for one in configs]
     say("\n== 3/4 llama.cpp's own files")
-    source = Source.of(file_config(config, next(iter(made))), config.output_dir / "work")
     cache = teacher_cache(source)
     stock = stock_or_none(config, source, cache)
     say("\n== 4/4 numbers and answers")
     files = [teacher_row(config, source, cache)]
-    files += [file_row(Path(o.path), "qat", asdict(o), config, source) for o in made.values()]
+    files += [file_row(Path(o.path), "qat", asdict(o), config, source) for o in made]
     for path in stock:
-        files.append(file_row(path, "llama.cpp", measured(path, source, cache), config, source))
+        files.append(file_row(path, "ik_llama.cpp", measured(path, source, cache), config, source))
     show(files)
     seconds = round(time.perf_counter() - started, 1)
     result = DemoResult(files=files, seconds=seconds, peak_rss_bytes=peak_rss_bytes())

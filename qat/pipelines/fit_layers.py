@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from qat.calibrate.decoder_layers import walk_decoder_layers
 from qat.calibrate.statistics import Batch
+from qat.grids.scales import TensorScale
 from qat.model.surgery import put_layer, quantized_layer, release_weights
 from qat.quant.drift import Correction, Moments, choose_correction, wanted_weight
 from qat.quant.fit import check_weight, fit_weight
@@ -48,31 +49,51 @@ class FitTask:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 
-    def fit(
-        self,
-        name: str,
-        *,
-        importance: Tensor | None = None,
-        moments: Moments | None = None,
-        correction: Correction | None = None,
-    ) -> QuantizedTensor:
-        """Return a fitted weight; errors name its module."""
+    def fit(self, name: str, importance: Tensor | None = None) -> QuantizedTensor:
+        """Return a weight fitted by second moments of its inputs; errors name its module."""
         weight, spec, rows = self.weight_of(name), self.specs[name], self.row_weights.get(name)
         try:
-            if moments is None:
-                return fit_weight(weight, spec, importance=importance, row_weights=rows)
-            weight = weight.to(moments.hessian.device)
-            wanted = correction and wanted_weight(weight, moments, correction)
-            return fit_with_hessian(
-                weight,
-                spec,
+            return fit_weight(weight, spec, importance=importance, row_weights=rows)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def fit_against(
+        self, names: Sequence[str], moments: Moments, corrections: Mapping[str, Correction]
+    ) -> dict[str, QuantizedTensor]:
+        """Return weights of one format that read the same inputs, fitted against all of H.
+
+        They are rows of one weight: a step over columns takes hardly longer for twice the rows.
+        """
+        weights = [self.weight_of(name).to(moments.hessian.device) for name in names]
+        wanted = [
+            wanted_weight(weight, moments, corrections[name])
+            for name, weight in zip(names, weights, strict=True)
+        ]
+        target = wanted[0]
+        if len(names) > 1 and any(aim is not None for aim in wanted):
+            pairs = zip(weights, wanted, strict=True)
+            target = torch.cat([w.float() if aim is None else aim[:] for w, aim in pairs])
+        try:
+            fitted = fit_with_hessian(
+                weights[0] if len(names) == 1 else torch.cat(weights),
+                self.specs[names[0]],
                 moments.hessian,
-                target=wanted,
-                row_weights=rows,
+                target=target,
+                row_weights=self.row_weights.get(names[0]),
                 num_sweeps=self.num_sweeps,
             )
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{' and '.join(names)}: {error}") from error
+        return dict(zip(names, fitted.split([len(weight) for weight in weights]), strict=True))
+
+    def of_one_format(self, names: Sequence[str]) -> list[list[str]]:
+        """Return names in groups whose weights may be fitted as one, in order."""
+        groups: dict[object, list[str]] = {}
+        for name in names:
+            spec = self.specs[name]
+            is_alone = spec.rank or spec.grid.is_learned or isinstance(spec.scale, TensorScale)
+            groups.setdefault(name if is_alone else spec, []).append(name)
+        return list(groups.values())
 
 
 @torch.no_grad()
@@ -83,7 +104,7 @@ def fit_with_moments(
     with tqdm(total=len(task.specs), desc="fit", unit="layer") as progress:
         for name in task.specs:
             progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)
-            quantized = task.fit(name, importance=(importance or {}).get(name))
+            quantized = task.fit(name, (importance or {}).get(name))
             put_layer(model, name, quantized_layer(model.get_submodule(name), quantized))
             progress.update()
     model.requires_grad_(False)
@@ -120,14 +141,15 @@ def fit_by_decoder_layers(
     walk = walk_decoder_layers(model, body, batches, head=head, reference=reference)
     with closing(walk):
         for names, statistics in walk if body or head else ():
-            corrections = [
-                choose_correction(task.weight_of(name), statistics.halves) for name in names
-            ]
+            corrections = {
+                name: choose_correction(task.weight_of(name), statistics.halves) for name in names
+            }
             moments = statistics.all
             del statistics  # its halves: of a wide layer they are gigabytes
-            for name, correction in zip(names, corrections, strict=True):
-                progress.set_postfix_str(name.removeprefix("model.layers."), refresh=False)
-                put(name, task.fit(name, moments=moments, correction=correction))
+            for some in task.of_one_format(names):
+                progress.set_postfix_str(some[0].removeprefix("model.layers."), refresh=False)
+                for name, quantized in task.fit_against(some, moments, corrections).items():
+                    put(name, quantized)
     for name in task.specs:  # an untied embedding, whose inputs are tokens
         if name != head and name not in body:
             put(name, task.fit(name))

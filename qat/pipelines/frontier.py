@@ -55,11 +55,11 @@ def frontier(config: FrontierConfig) -> FrontierResult:
     with folder_lock(source.work):
         cache = teacher_cache(source)
         table = cost_table(source, cache)
+        stock = StockType.listed(config.stock)
+        peers += stock_files(stock, source, cache, config.output / "stock") if stock else []
         points = []
         for budget in config.budgets():
             points += points_of_size(config, source, cache, table, budget)
-        stock = StockType.listed(config.stock)
-        peers += stock_files(stock, source, cache, config.output / "stock") if stock else []
         points += [point for path in peers if (point := peer_point(path, source, cache))]
         text = config.eval_text.name if config.eval_text else "the validation part of the data"
         report = write_frontier(

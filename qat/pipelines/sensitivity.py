@@ -44,7 +44,7 @@ def measure_costs(
     batches = [batch.to(device.torch_device) for batch in batches]
     with device.hosting(model):
         fisher, head = output_fisher(model, body, batches), head_weight(model, modules)
-        costs, probes = walked_costs(model, modules, batches, fisher, head)
+        costs, probes = walked_costs(model, modules, body, batches, fisher, head)
         for name in modules.keys() - set(body) - {head}:
             costs |= embedding_costs(model, name, modules[name], fisher)
         ratios = measured_ratios(model, probes, batches[0])
@@ -60,6 +60,7 @@ def measure_costs(
 def walked_costs(
     model: nn.Module,
     modules: Mapping[str, Sequence[TensorSpec]],
+    body: Sequence[str],
     batches: Sequence[Tokens],
     fisher: OutputFisher,
     head: str | None,
@@ -67,7 +68,6 @@ def walked_costs(
     """Return the costs of what is passed on a walk through the model, and probes of its linears."""
     costs: Costs = {}
     probes: dict[str, Probe | None] = {}
-    body = list(fisher.linears)
     walk = walk_dense_layers(model, body, batches, head=head, token_weights=fisher.token_weights)
     with tqdm(total=len(modules), desc="costs", unit="tensor") as progress:
         for names, moment in walk:
@@ -96,7 +96,7 @@ def coarse_probe(info: WeightInfo, specs: Sequence[TensorSpec], moment: Tensor) 
         return None
     quantized = fit_by_moments(info.weight.float(), spec, moment.float())
     error = quantized.dequantize() - info.weight
-    return Probe(quantized, error_cost(error, info.row_mass, moment))
+    return Probe(quantized.cpu(), error_cost(error, info.row_mass, moment))
 
 
 def group_costs(

@@ -1,8 +1,9 @@
-"""Files of llama.cpp's own quantizer, from the same model and the same calibration text."""
+"""Files of ik_llama.cpp's quantizer, from the same model and the same calibration text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from qat.model.load import load_dense
 from qat.pipelines.compress_stages import Source
 from qat.pipelines.export import export
 from qat.pipelines.quantize import spread_batches
+from qat.storage.files import fingerprint, read_json, write_json
 from qat.tracking.messages import say
 
 MOST_TOKENS = 8192  # whose inputs weigh the errors; second moments are known from few
@@ -46,28 +48,42 @@ class StockType:
 def stock_files(
     types: Sequence[StockType], source: Source, cache: TeacherCache, folder: Path
 ) -> list[Path]:
-    """Make the file of each type in a folder, or find it there.
+    """Make the file of each type in a folder, or find it there; one that fails is left out.
 
     Raises:
-        ValueError: If llama.cpp's quantizer is not installed, or fails.
+        ValueError: If the quantizer is not installed.
     """
     find_quantizer()
-    dense, importance, made = source.work / DENSE, source.work / IMPORTANCE, []
-    for one in types:
-        path = folder / f"{Path(source.config.model).name}-{one.name}.gguf"
-        made.append(path)
-        if path.is_file():
-            continue
-        if not dense.is_file():
+    key = fingerprint([source.base["weights"], cache.fingerprint, MOST_TOKENS])
+    name = Path(source.config.model).name
+    paths = {folder / f"{name}-{one.name}-{one.embedding}.gguf": one for one in types}
+    if missing := {path: one for path, one in paths.items() if not is_made(path, key)}:
+        source.work.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=source.work) as temporary:
+            dense, importance = Path(temporary) / DENSE, Path(temporary) / IMPORTANCE
             checkpoint = source.config.model
             export(ExportConfig(checkpoint=checkpoint, to="gguf", dtype="fp16", output=dense))
-        if not importance.is_file():
             write_importance_matrix(importance, input_moments(source, cache))
-        folder.mkdir(parents=True, exist_ok=True)
-        say(f"llama.cpp makes {path}")
-        quantize_file(dense, path, one.name, embedding_type=one.embedding, importance=importance)
-    dense.unlink(missing_ok=True)
-    return made
+            for path, one in missing.items():
+                try:
+                    make_file(one, path, dense, importance, key)
+                except (ValueError, OSError) as error:
+                    say(f"left out: {error}")
+    return [path for path in paths if is_made(path, key)]
+
+
+def make_file(one: StockType, path: Path, dense: Path, importance: Path, key: str) -> None:
+    """Write the file of a type, and beside it what it was made of."""
+    say(f"ik_llama.cpp makes {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    quantize_file(dense, path, one.name, embedding_type=one.embedding, importance=importance)
+    write_json(path.with_suffix(".json"), {"key": key})
+
+
+def is_made(path: Path, key: str) -> bool:
+    """Return whether a file is there that was made of the same model and text."""
+    record = path.with_suffix(".json")
+    return path.is_file() and record.is_file() and read_json(record)["key"] == key
 
 
 def input_moments(source: Source, cache: TeacherCache) -> dict[str, Tensor]:

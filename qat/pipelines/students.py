@@ -35,6 +35,7 @@ from qat.pipelines.quantize_config import (
     SnapFp16Config,
     require_other,
 )
+from qat.quant.hessian import NUM_SWEEPS
 from qat.quant.plan import QuantPlan, plan_from_dict
 from qat.quant.spec import TensorSpec
 from qat.runtime.memory import peak_rss_bytes
@@ -191,11 +192,14 @@ def write_student(
 def recipe(command: str, config: FitConfig | ExactConfig, **identity: str | None) -> dict[str, Any]:
     """Return what decides a student to the bit: settings and the identity of what was read.
 
-    Paths and devices do not decide; contents do.
+    Paths and devices do not decide; contents do. Students made before `sweeps` was a setting took
+    the usual number, and are found.
     """
     skipped = {"output", "device", "model", "model_id", "cache_dir", "q4_rank"}
     skipped |= {name for name in asdict(config) if name.endswith("checkpoint")}
     settings = {k: v for k, v in asdict(config).items() if k not in skipped}
+    if settings.get("sweeps") == NUM_SWEEPS:
+        del settings["sweeps"]
     return {"command": command, "settings": settings, "read": identity}
 
 

@@ -5,7 +5,7 @@ The fit returns it, layers hold it, checkpoints store it, exporters pack it.
 Shape legend: O out, I in, G groups of a row, R rank, C codebook values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -55,6 +55,27 @@ class QuantizedTensor:
         scale, offset = self.expand()
         values = self.spec.grid.look_up(self.indices, self.codebook)
         return times_scale(values, scale, offset)
+
+    def cpu(self) -> "QuantizedTensor":
+        """Return the tensor in the host's memory."""
+        parts = {name: values.cpu() for name, values in self.parts.items()}
+        return QuantizedTensor(self.spec, self.indices.cpu(), parts)
+
+    def split(self, sizes: Sequence[int]) -> list["QuantizedTensor"]:
+        """Return runs of rows as tensors of their own, each with the whole codebook."""
+        indices = self.indices.split(sizes)
+        parts = {
+            name: [values] * len(sizes) if name == "codebook" else values.split(sizes)
+            for name, values in self.parts.items()
+        }
+        return [
+            QuantizedTensor(
+                self.spec,
+                rows.clone(),
+                {name: runs[number].clone() for name, runs in parts.items()},
+            )
+            for number, rows in enumerate(indices)
+        ]
 
     def replaced(self, *, indices: Tensor | None = None, **parts: Tensor) -> "QuantizedTensor":
         """Return the tensor with other indices or some other parts."""

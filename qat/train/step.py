@@ -19,6 +19,7 @@ from qat.distill.candidates import candidate_logits
 from qat.distill.kl import StudentLogits, hard_top1
 from qat.distill.objective import Divergence, chunked_loss
 from qat.distill.teacher import TeacherSignal
+from qat.grids.scales import TensorScale
 from qat.model.head import hidden_states, logits_at, logits_of
 from qat.model.layers import FakeQuantWeight, TiedHead
 from qat.model.surgery import hold_values
@@ -292,8 +293,9 @@ def token_layers(model: nn.Module) -> set[nn.Module]:
 
 def drop_unseen(layer: FakeQuantWeight, seen: Tensor) -> None:
     """Zero the gradients of rows whose tokens the training data lacks."""
+    shared = layer.scale if isinstance(layer.spec.scale, TensorScale) else None
     for parameter in layer.parameters():
-        if parameter.grad is not None and parameter.grad.dim() == 2:
+        if parameter.grad is not None and parameter.grad.dim() == 2 and parameter is not shared:
             parameter.grad *= seen.unsqueeze(1)
 
 

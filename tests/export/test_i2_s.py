@@ -12,10 +12,11 @@ from qat.export.gguf_file import read_bytes, read_tail, read_tensor_records, rea
 from qat.export.gguf_size import planned_file_bytes
 from qat.export.gguf_tensors import row_order
 from qat.export.to_gguf import export_to_gguf
-from qat.model.surgery import quantized_layers, thaw_indices
+from qat.model.surgery import quantized_layers, quantized_tensor, thaw_indices
 from qat.quant.fit import fit_weight
 from qat.quant.hessian import fit_with_hessian, hessian_error
 from qat.quant.spec import FORMATS, TensorSpec
+from qat.train.step import drop_unseen
 from tests.tiny import plan_of, save_tiny, tiny_llama, tiny_student
 
 SPEC = FORMATS["gguf:i2_s"]
@@ -111,3 +112,16 @@ def test_what_it_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="use int-row"):
         TensorSpec.from_name("int4-tensor")
     assert TensorSpec.from_name("ternary2-tensor") == SPEC
+
+
+def test_what_a_checkpoint_holds_is_what_was_trained():
+    """Rows that drifted apart come back as the one number that training computed with."""
+    student = tiny_student("llama", PLAN, **SIZES)
+    layer = next(iter(quantized_layers(student).values()))
+    layer.scale.data *= 1 + 1e-3 * torch.randn_like(layer.scale)
+    trained, stored = layer.fake_quantized_weight().detach(), quantized_tensor(layer)
+    assert len(stored.scale.unique()) == 1
+    assert torch.equal(stored.dequantize(), trained)
+    layer.scale.grad = torch.ones_like(layer.scale)
+    drop_unseen(layer, torch.zeros(layer.out_features))
+    assert layer.scale.grad.all()  # it belongs to no row

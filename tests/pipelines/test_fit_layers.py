@@ -5,7 +5,9 @@ from qat.calibrate.statistics import collect_second_moments
 from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import dense_weights, quantized_layers
 from qat.pipelines.fit_layers import FitTask, fit_by_decoder_layers, fit_with_moments
+from qat.quant.drift import Correction, Moments, wanted_weight
 from qat.quant.fit import fit_weight
+from qat.quant.hessian import hessian_error
 from tests.tiny import plan_of, quantize_plainly, tiny_llama
 
 
@@ -63,3 +65,26 @@ def test_a_weight_that_cannot_be_held_names_its_layer(make):
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: the weight holds NaN"):
         make(*((model, "q2a4") if make is quantize_plainly else (model,)))
     assert not any(isinstance(module, FakeQuantLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("plan", ["gguf:q4_0", "gguf:q4_1", "linears=gguf:q2_0"])
+def test_weights_of_one_format_are_fitted_as_one(plan):
+    """As rows of one weight each comes out as it does alone, also where only one is corrected."""
+    model = tiny_llama(hidden_size=64, intermediate_size=128)
+    task = task_of(model, plan)
+    first, second = (f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up"))
+    x, drift = torch.randn(400, 64) @ torch.randn(64, 64), 0.1 * torch.randn(400, 64)
+    moments = Moments(hessian=x.T @ x / 400, drift=drift.T @ x / 400)
+    corrections = {first: Correction(ridge=0.1, share=0.7), second: Correction(ridge=1.0, share=0)}
+    joint = task.fit_against([first, second], moments, corrections)
+    for name in (first, second):
+        alone = task.fit_against([name], moments, corrections)[name]
+        assert (joint[name].indices != alone.indices).float().mean() < 0.01
+        aim = wanted_weight(task.weight_of(name), moments, corrections[name])
+        target = task.weight_of(name) if aim is None else aim[:]
+        errors = [hessian_error(target, one, moments.hessian) for one in (joint[name], alone)]
+        assert errors[0] == pytest.approx(errors[1], rel=0.01)
+    learned = task_of(tiny_llama(), "q2a4")
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    assert learned.of_one_format(names) == [[name] for name in names]
+    assert task.of_one_format([first, second]) == [[first, second]]

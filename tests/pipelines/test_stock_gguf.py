@@ -7,6 +7,7 @@ import pytest
 from qat.pipelines.compress_config import FrontierConfig
 from qat.pipelines.frontier import frontier
 from qat.pipelines.stock_gguf import StockType
+from qat.storage.files import write_json
 from tests.tiny import save_tiny, tiny_llama, tiny_records, write_jsonl
 
 
@@ -35,15 +36,18 @@ def test_llama_cpp_makes_peers_of_the_same_model_and_text(tmp_path):
         minutes=0,
         num_sequences=64,
         seq_len=32,
-        stock="Q4_0,Q8_0/q8_0",
+        stock="Q4_0,Q8_0/q8_0,NONE_SUCH",
         dtype="fp32",
         device="cpu",
     )
     points = {point["label"]: point for point in frontier(config).points}
-    four, eight = points["model-Q4_0"], points["model-Q8_0"]
+    four, eight = points["model-Q4_0-iq4_nl"], points["model-Q8_0-q8_0"]
     assert four["file_bytes"] < eight["file_bytes"]
     assert 0 < eight["kl_nats"] < four["kl_nats"]
-    made = tmp_path / "report" / "stock" / "model-Q4_0.gguf"
+    made = tmp_path / "report" / "stock" / "model-Q4_0-iq4_nl.gguf"
     before = made.stat().st_mtime_ns
     frontier(config)
     assert made.stat().st_mtime_ns == before
+    write_json(made.with_suffix(".json"), {"key": "of another text"})
+    frontier(config)
+    assert made.stat().st_mtime_ns != before

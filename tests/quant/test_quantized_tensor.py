@@ -38,3 +38,11 @@ def test_a_replaced_part_leaves_the_others():
     zeros = quantized.replaced(indices=torch.zeros_like(quantized.indices))
     assert zeros.scale is quantized.scale
     assert not zeros.indices.any()
+
+
+def test_runs_of_rows_are_tensors_of_their_own():
+    """Each gives its rows of the weight, with a codebook that it shares with none."""
+    whole = fitted("int4-g32")
+    first, second = whole.split([2, 4])
+    assert torch.equal(torch.cat([first.dequantize(), second.dequantize()]), whole.dequantize())
+    assert first.indices.untyped_storage().data_ptr() != whole.indices.untyped_storage().data_ptr()
