@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from qat.grids.scalar import fits_float16, snap_bfloat16
 from qat.model import surgery
 from qat.model.attention import widen_attention
+from qat.model.layers import FakeQuantWeight
 from qat.quant.plan import QuantPlan, TensorInfo, plan_from_dict, tensor_kind
 from qat.quant.spec import TensorSpec
 from qat.storage.files import atomic_folder, read_json, sha256_of_file, write_json
@@ -245,13 +246,26 @@ def fill(model: nn.Module, file: safe_open, dtype: torch.dtype) -> None:
     for name, layer in layers.items():
         shape = (layer.out_features, layer.in_features)
         layer.indices = layer.spec.grid.unpack(take(f"{name}.indices"), shape)
-        for part, empty in surgery.stored_parts(layer).items():
+        for part, empty in layer.parts.items():
             values = layer.spec.load_part(part, take(f"{name}.{part}"), tuple(empty.shape))
             put(empty, values, f"{name}.{part}")
+        require_computed(name, layer)
     for key, target in dense_targets(model).items():
         put(target, take(key).to(dtype), key)
     if left:
         raise ValueError(f"unknown tensor {min(left)} in {TENSORS_NAME}; it fits another model")
+
+
+def require_computed(name: str, layer: FakeQuantWeight) -> None:
+    """Refuse scales that a runtime of exact ones would compute with otherwise."""
+    if layer.spec.scale.exact_top:
+        pair = layer.scale.detach(), layer.offset.detach()
+        exact = layer.spec.scale.computed(*pair)
+        if not all(torch.equal(a, b) for a, b in zip(exact, pair, strict=True)):
+            raise ValueError(
+                f"{name} has scales that float16 does not compute with exactly, as early students "
+                f"of {layer.spec.name} had; make the student again"
+            )
 
 
 def dense_targets(model: nn.Module) -> dict[str, Tensor]:

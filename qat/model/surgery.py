@@ -149,20 +149,19 @@ def quantized_tensor(layer: FakeQuantWeight) -> QuantizedTensor:
         name: layer.spec.snap_part(name, values.detach())
         for name, values in stored_parts(layer).items()
     }
-    if layer.spec.scale.exact_top:  # what the runtime computes with is what files of others hold
-        scale, offset = layer.spec.scale.computed(parts["scale"], parts["offset"])
-        parts |= {"scale": scale, "offset": offset}
     return QuantizedTensor(layer.spec, current_indices(layer), parts)
 
 
 def stored_parts(layer: FakeQuantWeight) -> dict[str, torch.Tensor]:
     """Return scales and codebook of a layer by name; the codebook sorted if it moves.
 
-    One scale of a whole tensor stands in each row as what training computed with.
+    Where training computes with others than it moves, such as one scale of a whole tensor, they are
+    those that it computes with.
     """
-    parts = dict(layer.parts)
-    if isinstance(layer.spec.scale, TensorScale):
-        parts["scale"] = layer.full_scale().detach().contiguous()
+    parts, form = dict(layer.parts), layer.spec.scale
+    if isinstance(form, TensorScale) or form.exact_top:
+        found = zip(("scale", "offset"), layer.expand(), strict=True)
+        parts |= {name: t.detach().contiguous() for name, t in found if t is not None}
     if layer.latent_weight is not None and "codebook" in parts:
         parts["codebook"] = layer.codebook.sort().values
     return parts

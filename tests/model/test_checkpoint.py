@@ -401,3 +401,18 @@ def test_a_header_comes_back_from_its_file(base, tmp_path, written):
     )
     as_written = write_checkpoint(written[0], header, tmp_path / "s", text_source=base)
     assert read_header(tmp_path / "s") == as_written
+
+
+@pytest.mark.parametrize("plan", ["linears=gguf:i2_s", "all=mlx:4bit-g64", "all=mlx:3bit-g32"])
+def test_scales_that_training_computes_with_come_back(tmp_path, plan):
+    """One scale a tensor, and those that float16 computes with exactly, moved by training."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
+    student = tiny_student("llama", plan, **sizes)
+    for layer in quantized_layers(student).values():
+        layer.scale.data *= 1 + 0.01 * torch.randn_like(layer.scale)
+    base = save_tiny(tmp_path / "base", tiny_llama(**sizes))
+    folder = save_student(tmp_path / "student", student, base, plan)
+    loaded, _ = read_checkpoint(folder)
+    for name, layer in quantized_layers(loaded).items():
+        trained = student.get_submodule(name).fake_quantized_weight()
+        assert torch.equal(layer.fake_quantized_weight(), trained), name
