@@ -84,6 +84,8 @@ class FitTask:
             )
         except ValueError as error:
             raise ValueError(f"{' and '.join(names)}: {error}") from error
+        if len(names) == 1:  # of any format, also one whose parts have no rows
+            return {names[0]: fitted}
         return dict(zip(names, fitted.split([len(weight) for weight in weights]), strict=True))
 
     def of_one_format(self, names: Sequence[str]) -> list[list[str]]:
