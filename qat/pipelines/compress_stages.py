@@ -242,7 +242,7 @@ def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
 
 
 def fit_id(plan: QuantPlan, source: Source, cache: TeacherCache) -> str:
-    """Return what names the files of a fit: its plan, the text that calibrates it, the dtype."""
+    """Return what names the files of a fit: plan, calibrating text, dtype and sweeps."""
     text = [cache.fingerprint, calibration_tokens(source, cache), source.config.dtype]
     return fingerprint([plan.to_dict(), text, sweeps(source)])[:12]
 
