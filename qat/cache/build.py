@@ -22,12 +22,13 @@ from tqdm import tqdm
 from qat.cache import codec, shard
 from qat.cache import manifest as manifests
 from qat.cache.read import TeacherCache
-from qat.data.blocks import Blocks
+from qat.data.blocks import Blocks, set_aside
 from qat.model.head import hidden_states, logit_scaling, logits_of
 from qat.runtime.device import Device
 from qat.storage.files import atomic_folder, folder_lock, write_json
 
 HEAD_FILE = "head.safetensors"
+TEXT_FILE = "text.safetensors"
 SHARDS_IN_FLIGHT = 2  # being copied and written while the next one is computed
 BARE_BATCHES = 3  # timed before and after the build
 SCALE_TOKENS = 4096  # of the first blocks: enough for each channel's usual size
@@ -86,7 +87,7 @@ def write_cache(
     """Write the teacher's signal on blocks; continue where an earlier call was cut short.
 
     The teacher is frozen and on the device. A batch has `batch_size` blocks at most; the last one
-    of a shard is padded to it.
+    of a shard is padded to it. Of blocks beyond the identity's `max_sequences` ids alone are kept.
     """
     vocab_size = teacher.get_output_embeddings().weight.shape[0]
     if identity.top_k > vocab_size:
@@ -100,6 +101,7 @@ def write_cache(
         write_json(folder / manifests.BUILDING_FILE, asdict(identity))
         for leftover in folder.glob(".*.part"):
             leftover.unlink()
+        blocks, text = split_text(blocks, identity)
         job = Job(
             forward=teacher_forward(teacher, identity.content),
             blocks=blocks,
@@ -121,10 +123,25 @@ def write_cache(
             num_heldout=blocks.num_heldout,
             shards=shards,
             head=None if job.channel_scale is None else shard.entry_of_file(folder / HEAD_FILE, 0),
+            text=None if text is None else write_text(job, text),
         )
         manifests.write_manifest(folder, manifest)
         (folder / manifests.BUILDING_FILE).unlink()
     return manifest, rates
+
+
+def split_text(blocks: Blocks, identity: manifests.CacheIdentity) -> tuple[Blocks, Blocks | None]:
+    """Return the blocks that the teacher reads, and those of which ids alone are kept, if any."""
+    if not identity.text_sequences:
+        return blocks, None
+    return set_aside(blocks, max(0, len(blocks) - identity.max_sequences))
+
+
+def write_text(job: Job, text: Blocks) -> manifests.FileEntry:
+    """Write blocks that the teacher does not read; return the entry."""
+    fields = {"input_ids": text.token_ids, "document_ids": text.document_ids}
+    path = job.folder / TEXT_FILE
+    return shard.write_fields(path, fields, ids=job.id_dtype, num_sequences=len(text))
 
 
 def write_shards(job: Job) -> tuple[tuple[manifests.FileEntry, ...], BuildRates]:

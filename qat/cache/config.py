@@ -34,6 +34,9 @@ class BuildCacheConfig(TextConfig):
     """Blocks a forward pass; chosen for the device when not given."""
     device: str = "auto"
     """auto, cpu, cuda, mps, xla or tpu."""
+    text_sequences: int = 0
+    """Further training blocks at most, kept as token ids alone: a fit calibrates on them, too. The
+    teacher does not read them. Takes --num-sequences, which does not count them."""
     dtype: str = "auto"
     """The teacher's dtype: auto, fp32, bf16 or fp16; auto is bf16 where the device has it."""
     output_dir: Path = Path("caches")
@@ -45,7 +48,9 @@ class BuildCacheConfig(TextConfig):
         """Refuse what cannot be built."""
         require_at_least(2, self, "seq_len")
         require_at_least(1, self, "num_sequences", "batch_size")
-        require_at_least(0, self, "num_negatives")
+        require_at_least(0, self, "num_negatives", "text_sequences")
+        if self.text_sequences and self.num_sequences is None:
+            raise ValueError("--text-sequences needs --num-sequences: what the teacher reads")
         if not 0 <= self.heldout_ratio < 1:
             raise ValueError(f"--heldout-ratio {self.heldout_ratio} is outside 0..1; try 0.125")
         if self.content == "hidden" and (self.top_k or self.num_negatives):

@@ -24,7 +24,13 @@ TOKENIZER_HASH_VERSION = 2
 StoredContent = Literal["top-k", "sampled", "hidden", "conditional"]
 # Fields that caches of version 0.1.0 lack. Their defaults say what those caches are, and are left
 # out of the fingerprint, so that it stays the one that was recorded.
-ADDED_FIELDS = ("tokenizer_hash_version", "block_start", "block_start_id", "documents")
+ADDED_FIELDS = (
+    "tokenizer_hash_version",
+    "block_start",
+    "block_start_id",
+    "documents",
+    "text_sequences",
+)
 
 
 class CacheMismatch(ValueError):  # noqa: N818 the documented name
@@ -77,6 +83,8 @@ class CacheIdentity:
     """Token id of BOS."""
     documents: Literal["separate", "joined"] = "joined"
     """separate: documents in one block do not attend to each other."""
+    text_sequences: int = 0
+    """The limit of further training blocks, which the teacher has not read."""
 
     @property
     def fingerprint(self) -> str:
@@ -101,6 +109,8 @@ class CacheManifest:
     shards: tuple[FileEntry, ...]
     head: FileEntry | None = None
     """The teacher's output matrix, for hidden content."""
+    text: FileEntry | None = None
+    """Token ids of further training blocks, which the teacher has not read."""
 
     @property
     def fingerprint(self) -> str:
@@ -174,6 +184,7 @@ def manifest_of(values: Mapping[str, Any], path: Path) -> CacheManifest:
                 "identity": CacheIdentity(**values["identity"]),
                 "shards": tuple(FileEntry(**entry) for entry in values["shards"]),
                 "head": FileEntry(**values["head"]) if values["head"] else None,
+                "text": FileEntry(**values["text"]) if values.get("text") else None,
             }
         )
     except (KeyError, TypeError) as error:
@@ -247,6 +258,7 @@ def expected_identity(
         num_draws=NUM_DRAWS if config.content == "sampled" else 0,
         num_negatives=config.num_negatives,
         max_sequences=config.num_sequences,
+        text_sequences=config.text_sequences,
         heldout_ratio=config.heldout_ratio,
         seed=config.seed,
         dtype=dtype,

@@ -101,8 +101,8 @@ class TeacherCache:
         manifest = read_manifest(folder)
         for entry in manifest.shards:
             check_size(folder, entry)
-        if manifest.head:
-            check_size(folder, manifest.head)
+        for entry in filter(None, (manifest.head, manifest.text)):
+            check_size(folder, entry)
         return cls(folder, manifest, read_fields)
 
     @property
@@ -139,6 +139,30 @@ class TeacherCache:
         if not len(sequence_ids):
             raise ValueError(f"{self.folder} has no {split} sequences; build it with more text")
         return sequence_ids
+
+    @property
+    def num_text(self) -> int:
+        """Sequences that are not held out, read by the teacher or not."""
+        further = self.manifest.text.num_sequences if self.manifest.text else 0
+        return self.num_sequences - self.manifest.num_heldout + further
+
+    def spread_text(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Return token ids and document ids (or None) of so many sequences, (N, L) int64 each.
+
+        They are spread evenly over all text that is not held out; all of it if there is less.
+        """
+        num_read, count = len(self.sequence_ids("train")), min(count, self.num_text)
+        chosen = np.arange(count) * self.num_text // count
+        parts = [self.fields(chosen[chosen < num_read])]
+        if self.manifest.text:
+            check_sha256(self.folder, self.manifest.text)
+            text = read_fields(self.folder / self.manifest.text.file)
+            rows = chosen[chosen >= num_read] - num_read
+            parts.append({name: torch.from_numpy(x.numpy()[rows]) for name, x in text.items()})
+        ids = torch.cat([part["input_ids"].long() for part in parts])
+        if self.manifest.identity.documents == "joined":
+            return ids, None
+        return ids, torch.cat([part["document_ids"].long() for part in parts])
 
     def spread_ids(self, count: int) -> np.ndarray:
         """Return the ids of so many training sequences, spread evenly over all text; all if fewer.

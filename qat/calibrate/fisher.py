@@ -117,6 +117,19 @@ def output_fisher(
     )
 
 
+def drawn_labels(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a label drawn for each row of probabilities, (N, V) to (N,).
+
+    By the running sum: `torch.multinomial` draws a number for each label, which takes a CPU as long
+    as the head.
+    """
+    running = probabilities.cumsum(-1)
+    shape = (len(probabilities), 1)
+    draws = torch.rand(shape, generator=generator, device=running.device) * running[:, -1:]
+    labels = torch.searchsorted(running, draws, right=True).squeeze(1)
+    return labels.clamp_max(probabilities.shape[1] - 1)
+
+
 def label_gradient(
     model: nn.Module, hidden: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +145,7 @@ def label_gradient(
         with torch.enable_grad():
             logits = logits_of(model, rows).float()
             chosen = logits.detach().softmax(-1)
-            labels = torch.multinomial(chosen, 1, generator=generator).squeeze(1)
+            labels = drawn_labels(chosen, generator)
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         gradients.append(torch.autograd.grad(loss, rows)[0])
         shares = shares + chosen.sum(0)

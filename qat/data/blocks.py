@@ -76,6 +76,21 @@ def blocks_of_documents(
     return join_blocks(train_blocks, num_train, heldout_blocks, num_heldout)
 
 
+def set_aside(blocks: Blocks, count: int) -> tuple[Blocks, Blocks]:
+    """Return blocks without `count` training blocks, and those; both are spread over the text.
+
+    At least one training block stays, where there is one.
+    """
+    num_train = len(blocks) - blocks.num_heldout
+    num_kept = max(min(1, num_train), num_train - count)
+    is_kept = torch.ones(len(blocks), dtype=torch.bool)
+    is_kept[:num_train] = False
+    is_kept[torch.arange(num_kept) * num_train // max(1, num_kept)] = True
+    columns = (blocks.token_ids, blocks.loss_mask, blocks.document_ids)
+    kept, others = ([column[rows] for column in columns] for rows in (is_kept, ~is_kept))
+    return Blocks(*kept, blocks.num_heldout), Blocks(*others)
+
+
 def take_tokens(documents: Iterable[Document], num_tokens: int) -> Iterator[Document]:
     """Yield documents until their tokens reach a number; whole records only."""
     total, record = 0, -1

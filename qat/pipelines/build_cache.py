@@ -1,7 +1,9 @@
 """A teacher and a data set to a cache, which is found again where it exists."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from qat.cache.build import BuildRates, default_batch_size, find_built, write_cache
 from qat.cache.config import BuildCacheConfig
@@ -54,7 +56,7 @@ def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
         has_modes = config.thinking != "none" and tokenizer.chat_template
         if has_modes and ignores_thinking(tokenizer):
             say(f"this chat template ignores enable_thinking: one text for {config.thinking}")
-        blocks = read_blocks(config.data, tokenizer, config)
+        blocks = read_all(config, tokenizer)
         say(describe_blocks(blocks, identity))
         teacher = load_dense(config.teacher, dtype=dtype)
         device.place(teacher)
@@ -79,10 +81,21 @@ def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
     )
 
 
+def read_all(config: BuildCacheConfig, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+    """Return the blocks that the teacher reads and those that it does not, held-out ones last."""
+    if not config.text_sequences:
+        return read_blocks(config.data, tokenizer, config)
+    num_blocks = config.num_sequences + config.text_sequences
+    ratio = config.heldout_ratio * config.num_sequences / num_blocks  # of what the teacher reads
+    plan = replace(config, num_sequences=num_blocks, heldout_ratio=ratio)
+    return read_blocks(config.data, tokenizer, plan)
+
+
 def describe_blocks(blocks: Blocks, identity: CacheIdentity) -> str:
     """Return one line on the blocks and how they begin."""
     start = "" if identity.block_start == "none" else f", BOS ({identity.block_start_id}) first"
+    held_out, read = blocks.num_heldout, min(len(blocks), identity.max_sequences or len(blocks))
     return (
-        f"{len(blocks)} blocks of {identity.seq_len} tokens{start}, {blocks.num_heldout} held out; "
-        f"documents {identity.documents}"
+        f"{len(blocks)} blocks of {identity.seq_len} tokens{start}, {held_out} held out, {read} "
+        f"read by the teacher; documents {identity.documents}"
     )

@@ -41,8 +41,8 @@ class SourceConfig(PlaceConfig):
     seq_len: int = 64
     """Tokens a block."""
     num_sequences: int | None = None
-    """Blocks of the data to use at most; as many as a sixth of the minutes is enough for when not
-    given."""
+    """Blocks of the data to use at most, those that a fit alone reads among them; as many as the
+    minutes are enough for when not given."""
     eval_text: Path | None = None
     """Another text that the finished file is measured on, once; the validation part of the data
     when not given."""

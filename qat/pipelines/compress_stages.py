@@ -44,11 +44,12 @@ from qat.storage.files import fingerprint, read_json, write_json
 from qat.tracking.messages import say
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
-CACHE_SHARE = 1 / 6  # of the minutes: as much text as training then reads about once
+CACHE_SHARE = 1 / 15  # of the minutes: as much text as training then reads about twice
+TEXT_SHARE = 2 / 15  # in which the teacher would read what a fit does, in three times as long
 MOST_CALIBRATION_TOKENS = 131072  # of a fit
 MEMORY_STEP = 8192  # tokens that memory decides by: a little more or less makes no other fit
 CALIBRATION_SHARE = 1 / 4  # of the memory: what their activations may take
-LEAST_TOKENS = 16384  # of a cache, however few the minutes
+LEAST_TOKENS = 16384  # of a cache, and of a fit, however few the minutes
 LEAST_BLOCKS = 16  # of which two are for validation
 SHORT_MINUTES = 10  # below which a fit is left as it is after one round
 COST_TOKENS = 4096  # of the text that costs are measured on, or an eighth of it
@@ -167,22 +168,27 @@ def teacher_cache(source: Source) -> TeacherCache:
     """Return the teacher's hidden states on the data, built or found."""
     config = source.config
 
-    def count() -> int:
-        if config.num_sequences is not None:
-            return config.num_sequences
-        if not config.minutes:
-            return 2 * CALIBRATION_TOKENS["hessian"] // config.seq_len
-        in_time = 60 * config.minutes * CACHE_SHARE * forward_tokens_per_second(source)
-        return max(LEAST_BLOCKS, max(LEAST_TOKENS, int(in_time)) // config.seq_len)
+    def count() -> dict[str, int]:
+        if config.minutes:
+            seconds, rate = 60 * config.minutes, forward_tokens_per_second(source)
+            tokens = [int(share * seconds * rate) for share in (CACHE_SHARE, TEXT_SHARE)]
+        else:
+            tokens = [CALIBRATION_TOKENS["hessian"], 2 * CALIBRATION_TOKENS["hessian"]]
+        least = max(LEAST_BLOCKS, LEAST_TOKENS // config.seq_len)
+        read, num_blocks = (max(least, number // config.seq_len) for number in tokens)
+        num_blocks = config.num_sequences or num_blocks
+        read = min(read, num_blocks)
+        return {"num_sequences": read, "text_sequences": num_blocks - read}
 
-    key = [config.data, config.seq_len, config.num_sequences, config.minutes]
+    shares = [CACHE_SHARE, TEXT_SHARE]
+    key = [config.data, config.seq_len, config.num_sequences, config.minutes, shares]
     made = build_cache(
         BuildCacheConfig(
             teacher=config.model,
             data=config.data,
             content="hidden",
             seq_len=config.seq_len,
-            num_sequences=once(source.work / "sequences.json", key, count),
+            **once(source.work / "sequences.json", key, count),
             seed=config.seed,
             dtype=config.dtype,
             device=config.device,
@@ -216,7 +222,7 @@ def cost_table(source: Source, cache: TeacherCache) -> Table:
         batches = spread_batches(cache, max(1, num_tokens // cache.seq_len))
         return measure_costs(model, source.specs, batches, source.place)
 
-    num_tokens = min(COST_TOKENS, cache.num_sequences * cache.seq_len // 8)
+    num_tokens = min(COST_TOKENS, cache.num_text * cache.seq_len // 8)
     key = [cache.fingerprint, source.base["weights"], names, num_tokens, PROBE_KL]
     costs = once(source.work / "costs.json", key, measure)
     return choice_table(costs, source.specs, source.size)
@@ -255,17 +261,15 @@ def sweeps(source: Source) -> int:
 def calibration_tokens(source: Source, cache: TeacherCache) -> int:
     """Return the tokens that calibrate a fit: as many as time and memory allow.
 
-    A fit reads three quarters of a cache that was built in a sixth of the minutes in less than
-    half of them. Of each token it keeps inputs and outputs of a decoder layer's linears.
+    Of each token a fit keeps inputs and outputs of a decoder layer's linears.
     """
     first = [info.shape for name, info in source.size.tensors.items() if ".0." in name]
     numbers = sum(sum(shape) for shape in first if len(shape) == 2)
     memory = source.place.device.eager().total_bytes() or host_bytes()
     in_memory = int(CALIBRATION_SHARE * memory) // (4 * max(1, numbers))
     in_memory -= in_memory % MEMORY_STEP if in_memory > MEMORY_STEP else 0
-    num_cached = cache.num_sequences * cache.seq_len
-    in_time = num_cached * 3 // 4 if source.config.minutes else num_cached
-    return max(cache.seq_len, min(MOST_CALIBRATION_TOKENS, in_memory, in_time))
+    in_text = cache.num_text * cache.seq_len
+    return max(cache.seq_len, min(MOST_CALIBRATION_TOKENS, in_memory, in_text))
 
 
 def train_student(

@@ -135,15 +135,16 @@ def second_moments(
 
 
 def calibration_batches(cache: TeacherCache | None, config: FitConfig) -> list[Tokens]:
-    """Return the training sequences that calibrate, as the teacher read them; none without one."""
+    """Return the sequences that calibrate, as the teacher reads them; none without a cache."""
     if cache is None:
         return []
     return spread_batches(cache, config.num_calibration_sequences(cache.seq_len))
 
 
 def spread_batches(cache: TeacherCache, count: int) -> list[Tokens]:
-    """Return so many training sequences, spread over all text, in batches."""
-    chosen = cache.spread_ids(count)
-    starts = range(0, len(chosen), CALIBRATION_BATCH)
-    batches = (cache.batch(chosen[start : start + CALIBRATION_BATCH]) for start in starts)
-    return [Tokens(batch.input_ids, batch.document_ids) for batch in batches]
+    """Return so many sequences, spread over all text that is not held out, in batches."""
+    ids, documents = cache.spread_text(count)
+    parts = ids.split(CALIBRATION_BATCH)
+    if documents is None:
+        return [Tokens(part) for part in parts]
+    return [Tokens(*pair) for pair in zip(parts, documents.split(CALIBRATION_BATCH), strict=True)]

@@ -30,7 +30,7 @@ class FitConfig(PlaceConfig):
     """hessian: codes with error feedback against all inputs, block by block, each block fed by the
     quantized ones before it. moments: each input's mean square, one pass; several times quicker."""
     calibration_sequences: int | None = None
-    """Training sequences of the cache that calibrate; when not given, as many as make 32768 tokens,
+    """Sequences of the cache's text that calibrate; when not given, as many as make 32768 tokens,
     for moments 4096."""
 
     def __post_init__(self) -> None:

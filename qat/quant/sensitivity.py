@@ -3,10 +3,10 @@
     cost = 1/2 sum_o g_o e_o H e_o^T    nats per token, e = W_hat - W
 
 with the second moment H of the inputs and g_o that of the gradient at output o. W_hat is fitted on
-a sample of rows: relative errors of rows are much alike, so their weighted mean over few rows
-stands for all. Each format is fitted by second moments; how much error feedback then gains depends
-on H far more than on the format, so it is measured for one of each kind: of few bits, of more, of
-blocks.
+rows drawn in proportion to what they cost as zeros: relative errors of rows are much alike, costs
+are not (one row may hold half of a weight's). Each format is fitted by second moments; how much
+error feedback then gains depends on H far more than on the format, so it is measured for one of
+each kind: of few bits, of more, of blocks.
 
 Shape legend: O out, I in.
 
@@ -25,7 +25,7 @@ from qat.quant.hessian import dampen, fit_with_hessian
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 
-SAMPLED_ROWS = 64  # of each weight that are fitted
+SAMPLED_ROWS = 64  # of each weight that are drawn
 FEWER = 4  # times fewer where a grid rounds several weights at once, which takes longer
 COARSE_BITS = 3  # up to which rounding is coarse
 NUM_ROUNDS = 1  # of the fit by second moments
@@ -51,11 +51,22 @@ def error_cost(error: Tensor, row_mass: Tensor, hessian: Tensor) -> float:
     return float((row_errors(error, hessian.float()) * row_mass).sum()) / 2
 
 
-def sampled_rows(importance: Tensor, count: int) -> Tensor:
-    """Return rows spread evenly over the order of their importance, (R,)."""
-    order = importance.argsort(descending=True)
-    stride = max(1, -(-len(order) // count))
-    return order[stride // 2 :: stride]
+def sample_rows(energy: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return rows, (R,), and how often each came in `count` draws, (R,); all once if no more.
+
+    Args:
+        energy: What each row costs as zeros, (O,): draws are evenly spaced along its running sum,
+            the largest first.
+        count: Draws.
+    """
+    order = energy.argsort(descending=True)
+    if len(order) <= count:
+        return order, torch.ones_like(energy)
+    running = energy[order].cumsum(0)
+    draws = (torch.arange(count, device=energy.device) + 0.5) / count * running[-1]
+    places = torch.searchsorted(running, draws).clamp_max(len(order) - 1)
+    places, times = places.unique(return_counts=True)
+    return order[places], times.to(energy)
 
 
 def format_costs(
@@ -74,10 +85,12 @@ def format_costs(
     totals, samples, masses = {}, {}, {}
     for name, info in weights.items():
         energy = row_errors(info.weight.float(), hessian) * info.row_mass  # (O,)
-        chosen = sampled_rows(energy, SAMPLED_ROWS)
+        chosen, times = sample_rows(energy, SAMPLED_ROWS)
         totals[name] = float(energy.sum()) / 2
         samples[name] = info.weight[chosen].float()
         masses[name] = info.row_mass[chosen]
+        if len(chosen) < len(energy):  # drawn by their energy, so that relative errors count alike
+            masses[name] = masses[name] * times / energy[chosen].clamp_min(1e-30)
     costs: dict[str, dict[str, float]] = {name: {} for name in weights}
     gains: dict[str, dict[str, float]] = {}
     for spec in specs:

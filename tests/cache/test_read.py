@@ -63,6 +63,43 @@ def test_some_training_sequences_are_spread_over_all(folder, count):
     assert gaps.max() - gaps.min() <= 1
 
 
+def blocks_in(token_ids):
+    """Return blocks as a set."""
+    return {tuple(block) for block in token_ids.tolist()}
+
+
+@pytest.mark.parametrize("count", [1, 9, 30, 10_000])
+def test_text_is_what_is_trained_on_and_what_the_teacher_did_not_read(tmp_path, count):
+    """None of it is held out; what the teacher reads is the share of it that was asked for."""
+    plain = TeacherCache.open(tiny_cache(tmp_path / "plain", num_sequences=60))
+    mixed = tiny_cache(tmp_path / "mixed", num_sequences=24, text_sequences=36)
+    cache = TeacherCache.open(mixed)
+    assert (cache.num_sequences, cache.num_text, plain.num_text) == (24, 57, 52)
+    ids, documents = cache.spread_text(count)
+    assert ids.shape == documents.shape == (min(count, 57), 16)
+    heldout = blocks_in(cache.batch(cache.sequence_ids("heldout")).input_ids)
+    assert not blocks_in(ids) & heldout
+    if count > 57:
+        read = blocks_in(cache.batch(cache.sequence_ids("train")).input_ids)
+        assert read < blocks_in(ids)
+    every, _ = plain.spread_text(10_000)
+    assert torch.equal(every, plain.batch(plain.sequence_ids("train")).input_ids)
+
+
+def test_text_that_was_changed_is_refused(tmp_path):
+    """Also where the length is the same."""
+    folder = tiny_cache(tmp_path, num_sequences=24, text_sequences=16)
+    path = folder / "text.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CacheMismatch, match="sha256"):
+        TeacherCache.open(folder).spread_text(30)
+    path.write_bytes(data[:-1])
+    with pytest.raises(CacheMismatch, match="text.safetensors has"):
+        TeacherCache.open(folder)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 500])
 def test_batches_resume_anywhere(folder, batch_size):
     """Batch b is the same whether reached from the start or asked for."""

@@ -9,6 +9,7 @@ from qat.data.blocks import (
     blocks_of_documents,
     count_heldout,
     pack_blocks,
+    set_aside,
     split_documents,
 )
 from qat.data.config import TextConfig
@@ -117,6 +118,23 @@ def test_renderings_of_a_record_stay_on_one_side(seed):
     train, heldout = split_documents(documents, 20, seed)
     assert {item.record for item in train} & {item.record for item in heldout} == set()
     assert len(heldout) == 2
+
+
+@given(num_train=st.integers(0, 20), num_heldout=st.integers(0, 4), count=st.integers(0, 25))
+@settings(deadline=None)
+def test_blocks_set_aside_are_spread_and_none_is_held_out(num_train, num_heldout, count):
+    """Both parts together are all blocks; at least one to train on stays."""
+    ids = torch.arange(num_train + num_heldout, dtype=torch.int32)[:, None]
+    kept, others = set_aside(Blocks(ids, ids > 0, ids, num_heldout), count)
+    assert (
+        sorted(torch.cat([kept.token_ids, others.token_ids]).flatten().tolist())
+        == ids[:, 0].tolist()
+    )
+    assert kept.num_heldout == num_heldout
+    assert kept.token_ids[len(kept) - num_heldout :].tolist() == ids[num_train:].tolist()
+    assert len(others) == min(count, max(0, num_train - 1))
+    gaps = kept.token_ids[: len(kept) - num_heldout].flatten().diff()
+    assert not len(gaps) or gaps.max() - gaps.min() <= 1
 
 
 def test_one_long_text_gives_its_end():

@@ -46,29 +46,28 @@ def test_a_folder_is_as_large_as_its_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("minutes", "num_sequences", "width", "expected"),
-    [(30, 2000, 10, 96_000), (0, 2000, 10, 128_000), (30, 10**4, 10, 131_072), (30, 1, 10, 64)],
+    ("num_text", "expected"), [(1500, 96_000), (2000, 128_000), (10**4, 131_072), (1, 64)]
 )
-def test_a_fit_reads_as_much_as_time_allows(minutes, num_sequences, width, expected):
-    """Three quarters of the cache where training takes the rest, and never none."""
-    assert calibration_tokens(source_of(minutes, width), cache_of(num_sequences)) == expected
+def test_a_fit_reads_all_text_up_to_a_limit(num_text, expected):
+    """What the cache keeps as text was chosen by the time there is."""
+    assert calibration_tokens(source_of(10), cache_of(num_text)) == expected
 
 
 @pytest.mark.parametrize("memory", [12 * 10**9, 24 * 10**9])
 def test_wide_models_and_small_machines_calibrate_on_less_text(memory):
     """What a decoder layer's linears keep of every token stays within a quarter of the memory."""
-    source = source_of(0, 100_000, memory)
+    source = source_of(100_000, memory)
     tokens = calibration_tokens(source, cache_of(10**4))
     kept = 4 * tokens * 2 * (100_000 + 100_000)  # two linears, inputs and outputs
     assert 0.9 * memory / 4 < kept <= memory / 4
 
 
-def cache_of(num_sequences):
+def cache_of(num_text):
     """Return what is asked of a cache of sequences of 64 tokens."""
-    return SimpleNamespace(num_sequences=num_sequences, seq_len=64)
+    return SimpleNamespace(num_text=num_text, seq_len=64)
 
 
-def source_of(minutes, width, memory=24 * 10**9):
+def source_of(width, memory=24 * 10**9):
     """Return what is asked of a source: two decoder layers of two square linears and a norm."""
     shapes = {"embed.weight": (1000, width), "norm.weight": (width,)}
     for layer in (0, 1):
@@ -77,7 +76,6 @@ def source_of(minutes, width, memory=24 * 10**9):
     device = SimpleNamespace(total_bytes=lambda: memory)
     tensors = {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
     return SimpleNamespace(
-        config=SimpleNamespace(minutes=minutes),
         size=SimpleNamespace(tensors=tensors),
         place=SimpleNamespace(device=SimpleNamespace(eager=lambda: device)),
     )

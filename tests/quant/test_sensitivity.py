@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qat.quant.hessian import fit_with_hessian
-from qat.quant.sensitivity import NUM_SWEEPS, WeightInfo, format_costs, sampled_rows
+from qat.quant.sensitivity import NUM_SWEEPS, WeightInfo, format_costs, sample_rows
 from qat.quant.spec import TensorSpec
 
 NAMES = ("gguf:q2_0", "lut3-g32", "gguf:q4_0", "gguf:q8_0", "f16")
@@ -27,7 +29,8 @@ def test_cost_of_few_rows_is_the_sum_itself(name):
     info = {"w": WeightInfo(weight=weight, row_mass=mass)}
     costs = format_costs(info, [spec, TensorSpec.from_name("f16")], hessian)["w"]
     assert costs["f16"] == 0
-    order = sampled_rows(((weight @ hessian) * weight).sum(1) * mass, 64)
+    order, times = sample_rows(((weight @ hessian) * weight).sum(1) * mass, 64)
+    assert (times == 1).all()
     fitted = fit_with_hessian(weight[order], spec, hessian, num_sweeps=NUM_SWEEPS)
     error = fitted.dequantize() - weight[order]
     expected = sum(
@@ -59,6 +62,38 @@ def test_more_bits_cost_less_and_samples_agree():
     error = fitted.dequantize() - weight
     whole = float((((error @ hessian) * error).sum(1) * mass).sum()) / 2
     assert found[1] == pytest.approx(whole, rel=0.1)
+
+
+def test_a_row_that_holds_most_of_the_cost_is_in_the_sample():
+    """Costs are right where few rows hold them, and errors of these are unlike the others'."""
+    weight, mass, hessian = example(640)
+    mass[7], mass[100] = 1000, 300
+    weight[7, ::16] *= 8  # outliers: a coarser grid for the row's other weights
+    specs = [TensorSpec.from_name(name) for name in ("gguf:q2_0", "gguf:q4_0")]
+    found = format_costs({"w": WeightInfo(weight=weight, row_mass=mass)}, specs, hessian)["w"]
+    for spec in specs:
+        fitted = fit_with_hessian(weight, spec, hessian, num_sweeps=NUM_SWEEPS)
+        error = fitted.dequantize() - weight
+        whole = float((((error @ hessian) * error).sum(1) * mass).sum()) / 2
+        assert found[spec.name] == pytest.approx(whole, rel=0.2), spec.name
+
+
+@given(
+    energies=st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=200),
+    count=st.integers(1, 64),
+)
+def test_rows_are_drawn_in_proportion_to_their_cost(energies, count):
+    """Each row comes as often as its share of the draws, rounded either way; none twice."""
+    energy = torch.tensor(energies)
+    rows, times = sample_rows(energy, count)
+    assert len(rows.unique()) == len(rows)
+    if len(energies) <= count:
+        assert sorted(rows.tolist()) == list(range(len(energies)))
+    else:
+        assert times.sum() == count
+        if energy.sum() > 0:
+            shares = energy[rows] / energy.sum() * count
+            assert (times - shares).abs().max() < 1.01
 
 
 def test_weights_of_one_input_are_fitted_together():
