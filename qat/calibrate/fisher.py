@@ -11,7 +11,7 @@ Shape legend: B batch, T tokens, V vocabulary, D hidden size, O out.
 Source: Kunstner et al. 2019, arXiv:1905.12558, section 2 (the Fisher by drawn labels).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -49,17 +49,11 @@ class Watch:
         self.sums: dict[str, Tensor] = {}
         self.tokens: dict[str, list[Tensor]] = {}
 
-    def output(self, name: str, output: Tensor, *, is_full: bool = False) -> None:
-        """Add the second moment of an output's gradient once it is known."""
-
-        def add(gradient: Tensor) -> None:
-            rows = gradient.detach().flatten(0, -2).float()
-            squares = rows.square()
-            self.tokens.setdefault(name, []).append(squares.sum(1))
-            moment = rows.T @ rows if is_full else squares.sum(0)
-            self.sums[name] = self.sums[name] + moment if name in self.sums else moment
-
-        output.register_hook(add)
+    def add(self, name: str, rows: Tensor) -> None:
+        """Add gradients at tokens, (N, O)."""
+        squares = rows.square()
+        self.tokens.setdefault(name, []).append(squares.sum(1))
+        self.sums[name] = self.sums.get(name, 0.0) + squares.sum(0)
 
 
 def output_fisher(
@@ -76,21 +70,98 @@ def output_fisher(
     Raises:
         ValueError: If there is no batch, or a gradient is not finite.
     """
-    watch, embedding = Watch(), ""
-    generator: torch.Generator | None = None
-    shares = head = torch.zeros(())
+    watch = Watch()
+    embedding = shares = head = torch.zeros(())
+
+    def add_embedding(rows: Tensor) -> None:
+        nonlocal embedding
+        embedding = embedding.to(rows) + rows.T @ rows
+
     num_tokens = 0
+    for batch in label_gradients(model, linears, batches, watch.add, add_embedding, seed=seed):
+        shares, head = batch.shares + shares.to(batch.shares), batch.head + head.to(batch.head)
+        num_tokens += batch.num_tokens
+    require_finite([*watch.sums.values(), embedding])
+    return OutputFisher(
+        embedding=embedding / num_tokens,
+        linears={name: total / num_tokens for name, total in watch.sums.items()},
+        token_weights={name: torch.cat(parts) for name, parts in watch.tokens.items()},
+        token_shares=shares / num_tokens,
+        head=head / num_tokens,
+    )
+
+
+def output_grams(
+    model: nn.Module, sizes: Mapping[str, Sequence[int]], batches: Iterable[Batch], *, seed: int = 0
+) -> dict[str, list[Tensor]]:
+    """Return G = mean g g^T, (R, R) each, of runs of each linear's outputs, by its name.
+
+    Args:
+        model: As in `output_fisher`.
+        sizes: Outputs R of each run, by the linear's name.
+        batches: As in `output_fisher`.
+        seed: Of the drawn labels.
+
+    Raises:
+        ValueError: If there is no batch, or a gradient is not finite.
+    """
+    sums: dict[str, list[Tensor]] = {}
+
+    def add(name: str, rows: Tensor) -> None:
+        runs = rows.split(list(sizes[name]), dim=1)
+        if name not in sums:
+            sums[name] = [torch.zeros(run.shape[1], run.shape[1]).to(run) for run in runs]
+        for total, run in zip(sums[name], runs, strict=True):
+            total.addmm_(run.T, run)
+
+    passes = label_gradients(model, list(sizes), batches, add, lambda _rows: None, seed=seed)
+    num_tokens = sum(batch.num_tokens for batch in passes)
+    require_finite([total for runs in sums.values() for total in runs])
+    return {name: [total / num_tokens for total in runs] for name, runs in sums.items()}
+
+
+def require_finite(sums: Iterable[Tensor]) -> None:
+    """Refuse sums that are not finite."""
+    if not all(torch.isfinite(total).all() for total in sums):
+        raise ValueError("a gradient is NaN or infinite during calibration; try --dtype fp32")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSums:
+    """What a batch says of the head."""
+
+    shares: Tensor
+    """Sum of probabilities, (V,)."""
+    head: Tensor
+    """Sum of p (1 - p), (V,)."""
+    num_tokens: int
+
+
+def label_gradients(
+    model: nn.Module,
+    linears: Sequence[str],
+    batches: Iterable[Batch],
+    add: Callable[[str, Tensor], None],
+    add_embedding: Callable[[Tensor], None],
+    *,
+    seed: int,
+) -> Iterator[BatchSums]:
+    """Give the gradients of drawn labels' log-likelihood at outputs, batch by batch.
+
+    `add` takes those of a linear, (N, O) float32, with its name, `add_embedding` the embedding's.
+    """
+    generator: torch.Generator | None = None
     with ExitStack() as hooks:
         for name in linears:
 
             def after(_module: nn.Module, _inputs: object, out: Tensor, name: str = name) -> None:
-                watch.output(name, out)
+                out.register_hook(lambda gradient: add(name, rows_of(gradient)))
 
             hooks.enter_context(model.get_submodule(name).register_forward_hook(after))
 
         def start(_module: nn.Module, _inputs: object, out: Tensor) -> Tensor:
             out = out.detach().requires_grad_()
-            watch.output(embedding, out, is_full=True)
+            out.register_hook(lambda gradient: add_embedding(rows_of(gradient)))
             return out
 
         hooks.enter_context(model.get_input_embeddings().register_forward_hook(start))
@@ -99,22 +170,17 @@ def output_fisher(
                 generator = torch.Generator(batch.token_ids.device).manual_seed(seed)
             with torch.enable_grad():
                 hidden = hidden_states(model, *batch)
-            gradient, share, moment = label_gradient(model, hidden.detach(), generator)
+            gradient, shares, head = label_gradient(model, hidden.detach(), generator)
             hidden.backward(gradient)
-            shares, head = shares.to(share) + share, head.to(moment) + moment
-            num_tokens += batch.token_ids.numel()
             run_recorded(batch.token_ids.device)
-    if not num_tokens:
+            yield BatchSums(shares, head, batch.token_ids.numel())
+    if generator is None:
         raise ValueError("calibration has no tokens; give a cache with at least one sequence")
-    if not all(torch.isfinite(total).all() for total in watch.sums.values()):
-        raise ValueError("a gradient is NaN or infinite during calibration; try --dtype fp32")
-    return OutputFisher(
-        embedding=watch.sums.pop(embedding) / num_tokens,
-        linears={name: total / num_tokens for name, total in watch.sums.items()},
-        token_weights={name: torch.cat(parts) for name, parts in watch.tokens.items()},
-        token_shares=shares / num_tokens,
-        head=head / num_tokens,
-    )
+
+
+def rows_of(gradient: Tensor) -> Tensor:
+    """Return a gradient, (B, T, O), as that of tokens, (N, O) float32."""
+    return gradient.detach().flatten(0, -2).float()
 
 
 def drawn_labels(probabilities: Tensor, generator: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qat.pipelines.quantize_config import Fit
 from qat.runtime.config import PlaceConfig, require_at_least
 
 Target = Literal["gguf", "mlx", "compressed-tensors", "hf-quantized", "coreml"]
@@ -52,6 +53,10 @@ class SourceConfig(PlaceConfig):
     """Time for a file; training takes what the other stages leave. 0 = no training, and formats of
     vector grids (IQ2, IQ3) are tried on a CPU as well, which finds their points too slowly to
     train."""
+    fit: Fit = "hessian"
+    """hessian: against all inputs, layer by layer, on much text. moments: by each input's mean
+    square, an order quicker, for a look at sizes; `qat frontier` with --minutes 0 then measures
+    students in memory and writes no files."""
     batch_size: int = 16
     """Sequences of a training step."""
     lr: float = 0.005
@@ -66,6 +71,11 @@ class SourceConfig(PlaceConfig):
         require_at_least(0, self, "minutes")
         if self.lr <= 0:
             raise ValueError(f"--lr {self.lr} must be above 0; try 0.005")
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether a look is asked for, not files."""
+        return self.fit == "moments" and not self.minutes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -134,10 +134,12 @@ class Source:
         """The formats that each tensor may take.
 
         On a CPU the points of vector grids are found in several times what the rest of a training
-        step takes, for some 6% of the KL: with minutes to train in, those formats are left out.
+        step takes, for some 6% of the KL: with minutes to train in, and for a quick look, those
+        formats are left out.
         """
         specs = candidates(self.config.to, self.size.tensors)
-        if not self.config.minutes or self.place.device.kind != "cpu":
+        has_time = not self.config.minutes and not self.config.is_quick
+        if has_time or self.place.device.kind != "cpu":
             return specs
         return {name: [s for s in some if not s.is_vector] for name, some in specs.items()}
 
@@ -169,7 +171,9 @@ def teacher_cache(source: Source) -> TeacherCache:
     config = source.config
 
     def count() -> dict[str, int]:
-        if config.minutes:
+        if config.is_quick:
+            tokens = [LEAST_TOKENS, LEAST_TOKENS]
+        elif config.minutes:
             seconds, rate = 60 * config.minutes, forward_tokens_per_second(source)
             tokens = [int(share * seconds * rate) for share in (CACHE_SHARE, TEXT_SHARE)]
         else:
@@ -181,7 +185,8 @@ def teacher_cache(source: Source) -> TeacherCache:
         return {"num_sequences": read, "text_sequences": num_blocks - read}
 
     shares = [CACHE_SHARE, TEXT_SHARE]
-    key = [config.data, config.seq_len, config.num_sequences, config.minutes, shares]
+    asked = [config.num_sequences, config.minutes, config.is_quick]
+    key = [config.data, config.seq_len, *asked, shares]
     made = build_cache(
         BuildCacheConfig(
             teacher=config.model,
@@ -237,6 +242,7 @@ def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
         model=config.model,
         plan=str(file),
         cache_dir=cache.folder,
+        fit=config.fit,
         calibration_sequences=calibration_tokens(source, cache) // config.seq_len,
         output=source.work / "students" / file.stem,
         sweeps=sweeps(source),
@@ -250,7 +256,7 @@ def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
 def fit_id(plan: QuantPlan, source: Source, cache: TeacherCache) -> str:
     """Return what names the files of a fit: plan, calibrating text, dtype and sweeps."""
     text = [cache.fingerprint, calibration_tokens(source, cache), source.config.dtype]
-    return fingerprint([plan.to_dict(), text, sweeps(source)])[:12]
+    return fingerprint([plan.to_dict(), text, source.config.fit, sweeps(source)])[:12]
 
 
 def sweeps(source: Source) -> int:
@@ -269,7 +275,10 @@ def calibration_tokens(source: Source, cache: TeacherCache) -> int:
     in_memory = int(CALIBRATION_SHARE * memory) // (4 * max(1, numbers))
     in_memory -= in_memory % MEMORY_STEP if in_memory > MEMORY_STEP else 0
     in_text = cache.num_text * cache.seq_len
-    return max(cache.seq_len, min(MOST_CALIBRATION_TOKENS, in_memory, in_text))
+    most = MOST_CALIBRATION_TOKENS
+    if source.config.fit == "moments":
+        most = CALIBRATION_TOKENS["moments"]
+    return max(cache.seq_len, min(most, in_memory, in_text))
 
 
 def train_student(

@@ -7,7 +7,7 @@ what the quantized body makes of the text.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,16 @@ from qat.calibrate.decoder_layers import walk_decoder_layers
 from qat.calibrate.statistics import Batch
 from qat.grids.scales import TensorScale
 from qat.model.surgery import put_layer, quantized_layer, release_weights
-from qat.quant.drift import Correction, Moments, choose_correction, wanted_weight
+from qat.quant.drift import (
+    Correction,
+    Moments,
+    WantedWeight,
+    choose_correction,
+    wanted_weight,
+)
 from qat.quant.fit import check_weight, fit_weight
 from qat.quant.hessian import NUM_SWEEPS, fit_with_hessian
+from qat.quant.output_feedback import fit_in_turns
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 
@@ -35,11 +42,14 @@ class FitTask:
     """Of each weight to fit, by the name of its module."""
     weight_of: WeightOf
     """Returns the full-precision weight, (O, I), of a module's name."""
-    row_weights: Mapping[str, Tensor]
+    row_weights: Mapping[str, Tensor] = field(default_factory=dict)
     """How much each row counts for a learned codebook, (O,), by module name: token frequencies of
     an embedding. Rows of modules that are not named count alike."""
     num_sweeps: int = NUM_SWEEPS
     """Of a fit against H."""
+    grams: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    """G of runs of a weight's rows, (R, R) each, by module name; rows of others are taken for
+    unrelated."""
 
     def check(self) -> None:
         """Refuse weights that a format cannot hold, naming the module, before any long work."""
@@ -69,32 +79,48 @@ class FitTask:
             wanted_weight(weight, moments, corrections[name])
             for name, weight in zip(names, weights, strict=True)
         ]
-        target = wanted[0]
-        if len(names) > 1 and any(aim is not None for aim in wanted):
-            pairs = zip(weights, wanted, strict=True)
-            target = torch.cat([w.float() if aim is None else aim[:] for w, aim in pairs])
-        try:
-            fitted = fit_with_hessian(
-                weights[0] if len(names) == 1 else torch.cat(weights),
+        pairs = zip(weights, wanted, strict=True)
+        is_moved = any(aim is not None for aim in wanted)
+
+        def fit(weight: Tensor, target: Tensor | WantedWeight | None) -> QuantizedTensor:
+            return fit_with_hessian(
+                weight,
                 self.specs[names[0]],
                 moments.hessian,
                 target=target,
                 row_weights=self.row_weights.get(names[0]),
                 num_sweeps=self.num_sweeps,
             )
+
+        try:
+            if all(name in self.grams and not self.is_alone(name) for name in names):
+                targets = [w.float() if aim is None else aim[:] for w, aim in pairs]
+                grams = [gram for name in names for gram in self.grams[name]]
+                sizes = list(map(len, grams))
+                runs = (torch.cat(rows).split(sizes) for rows in (weights, targets))
+                fitted = fit_in_turns(*runs, grams, fit)
+            elif len(names) == 1:
+                fitted = fit(weights[0], wanted[0])
+            else:
+                targets = [w.float() if aim is None else aim[:] for w, aim in pairs]
+                fitted = fit(torch.cat(weights), torch.cat(targets) if is_moved else None)
         except ValueError as error:
             raise ValueError(f"{' and '.join(names)}: {error}") from error
         if len(names) == 1:  # of any format, also one whose parts have no rows
             return {names[0]: fitted}
         return dict(zip(names, fitted.split([len(weight) for weight in weights]), strict=True))
 
+    def is_alone(self, name: str) -> bool:
+        """Return whether a weight's rows have parts in common, and so no fits of their own."""
+        spec = self.specs[name]
+        return bool(spec.rank) or spec.grid.is_learned or isinstance(spec.scale, TensorScale)
+
     def of_one_format(self, names: Sequence[str]) -> list[list[str]]:
         """Return names in groups whose weights may be fitted as one, in order."""
         groups: dict[object, list[str]] = {}
         for name in names:
-            spec = self.specs[name]
-            is_alone = spec.rank or spec.grid.is_learned or isinstance(spec.scale, TensorScale)
-            groups.setdefault(name if is_alone else spec, []).append(name)
+            key = name if self.is_alone(name) else self.specs[name]
+            groups.setdefault(key, []).append(name)
         return list(groups.values())
 
 

@@ -24,6 +24,7 @@ from qat.pipelines.compress_stages import (
     write_file,
 )
 from qat.pipelines.open_checkpoint import open_checkpoint
+from qat.pipelines.quick_fits import QuickFits
 from qat.pipelines.stock_gguf import StockType, stock_files
 from qat.quant.allocate import Table, allocate
 from qat.reports.frontier import FrontierPoint, write_frontier
@@ -57,9 +58,14 @@ def frontier(config: FrontierConfig) -> FrontierResult:
         table = cost_table(source, cache)
         stock = StockType.listed(config.stock)
         peers += stock_files(stock, source, cache, config.output / "stock") if stock else []
-        points = []
-        for budget in config.budgets():
-            points += points_of_size(config, source, cache, table, budget)
+        if config.is_quick:
+            points = quick_points(config, source, cache, table)
+        else:
+            points = [
+                point
+                for budget in config.budgets()
+                for point in points_of_size(config, source, cache, table, budget)
+            ]
         points += [point for path in peers if (point := peer_point(path, source, cache))]
         text = config.eval_text.name if config.eval_text else "the validation part of the data"
         report = write_frontier(
@@ -75,6 +81,30 @@ def frontier(config: FrontierConfig) -> FrontierResult:
         plot=report.plot,
         page=report.page,
     )
+
+
+def quick_points(
+    config: FrontierConfig, source: Source, cache: TeacherCache, table: Table
+) -> list[FrontierPoint]:
+    """Return a point of each size, measured in memory: its bytes are those of the plan's file."""
+    fits, points = QuickFits(source, cache), []
+    for budget in config.budgets():
+        found = allocate(table, budget - source.size.overhead_bytes)
+        label = f"{budget / 1e6:g}MB"
+        say(f"\n== {label}: predicted KL {found.cost:.4g}")
+        values = measure_model(fits.student(source.size.plan(found)), source, cache)
+        points.append(
+            FrontierPoint(
+                series="fit by moments",
+                label=label,
+                file_bytes=source.size.file_bytes(found),
+                kl_nats=values["kl_nats"],
+                predicted_kl_nats=found.cost,
+                kl_p99=values["kl_p99"],
+                top1_agreement=values["top1_agreement"],
+            )
+        )
+    return points
 
 
 def points_of_size(

@@ -1,11 +1,13 @@
 """A full-precision model to a student: every weight of a plan fitted, measured, written."""
 
 import time
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
 
 from qat.cache.read import TeacherCache
+from qat.calibrate.fisher import output_grams
 from qat.calibrate.statistics import collect_second_moments
 from qat.model.checkpoint import CheckpointHeader
 from qat.model.head import Tokens
@@ -22,6 +24,8 @@ from qat.runtime.device import Device
 from qat.tracking.messages import say
 
 LINEARS = (nn.Linear, FakeQuantLinear)
+GRAM_TOKENS = 12288  # that gradients are taken on, or a quarter of the text
+GRAM_OUTPUTS = 2048  # of a linear that count together, at most
 
 
 def quantize(config: InitStudentConfig) -> students.StudentResult:
@@ -110,9 +114,34 @@ def fit_on_device(
     if reference is not None:
         device.place(reference)
     with device.hosting(model):
+        task = replace(task, grams=gradient_grams(reference or model, task, batches))
         fit_layers.fit_by_decoder_layers(
             model, task, batches, reference=reference, dtype=place.dtype
         )
+
+
+def gradient_grams(
+    model: nn.Module, task: fit_layers.FitTask, batches: list[Tokens]
+) -> dict[str, list[Tensor]]:
+    """Return G of the weights of decoder layers that are fitted in turns, on some of a text."""
+    started = time.perf_counter()
+    sizes = {
+        name: run_sizes(model.get_submodule(name).weight.shape[0])
+        for name in task.specs
+        if fit_layers.NUMBERED.search(name) and not task.is_alone(name)
+    }
+    if not sizes:
+        return {}
+    count = min(GRAM_TOKENS // batches[0].token_ids.numel(), len(batches) // 4)
+    grams = output_grams(model, sizes, batches[:: -(-len(batches) // max(1, count))])
+    say(f"gradients of {len(sizes)} linears in {time.perf_counter() - started:.0f} s")
+    return grams
+
+
+def run_sizes(num_outputs: int) -> list[int]:
+    """Return the outputs of runs that are fitted in turns on their own: G is quadratic in them."""
+    count = -(-num_outputs // GRAM_OUTPUTS)
+    return [num_outputs * (k + 1) // count - num_outputs * k // count for k in range(count)]
 
 
 def second_moments(

@@ -98,11 +98,7 @@ def fit_with_hessian(
         fit_rows(weight[rows], spec, hessian, wanted(rows), None, num_sweeps, codebook)
         for rows in slices
     ]
-    parts = {
-        name: values if name == "codebook" else torch.cat([chunk.parts[name] for chunk in chunks])
-        for name, values in chunks[0].parts.items()
-    }
-    return QuantizedTensor(spec, torch.cat([chunk.indices for chunk in chunks]), parts)
+    return QuantizedTensor.join(chunks)
 
 
 def fit_rows(

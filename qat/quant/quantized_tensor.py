@@ -8,6 +8,7 @@ Shape legend: O out, I in, G groups of a row, R rank, C codebook values.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from qat.grids.scalar import times_scale
@@ -76,6 +77,23 @@ class QuantizedTensor:
             )
             for number, rows in enumerate(indices)
         ]
+
+    def rows(self, chosen: Tensor) -> "QuantizedTensor":
+        """Return some rows, (R,), in their order, with the whole codebook."""
+        parts = {
+            name: values if name == "codebook" else values[chosen]
+            for name, values in self.parts.items()
+        }
+        return QuantizedTensor(self.spec, self.indices[chosen], parts)
+
+    @classmethod
+    def join(cls, runs: Sequence["QuantizedTensor"]) -> "QuantizedTensor":
+        """Return runs of rows, of one format and codebook, as one tensor."""
+        parts = {
+            name: values if name == "codebook" else torch.cat([run.parts[name] for run in runs])
+            for name, values in runs[0].parts.items()
+        }
+        return cls(runs[0].spec, torch.cat([run.indices for run in runs]), parts)
 
     def replaced(self, *, indices: Tensor | None = None, **parts: Tensor) -> "QuantizedTensor":
         """Return the tensor with other indices or some other parts."""

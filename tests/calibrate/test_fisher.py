@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qat.calibrate.fisher import output_fisher
+from qat.calibrate.fisher import output_fisher, output_grams
 from qat.model.head import hidden_states, logits_of
 from tests.tiny import TINY_MODELS, tiny_llama
 
@@ -41,6 +41,22 @@ def test_drawn_labels_give_the_expected_moments(family):
     assert (found.embedding - full).norm() < 0.15 * full.norm()
     torch.testing.assert_close(found.token_shares, shares)
     torch.testing.assert_close(found.head, shares - shares.square())
+
+
+def test_grams_are_the_moments_of_pairs_of_outputs():
+    """Their diagonal is that of `output_fisher`; runs are blocks of the whole."""
+    model = tiny_llama().requires_grad_(False)
+    batches = [torch.randint(0, 256, (4, 8)) for _ in range(2)]
+    name = "model.layers.0.self_attn.q_proj"
+    (whole,) = output_grams(model, {name: [64]}, batches)[name]
+    first, second = output_grams(model, {name: [24, 40]}, batches)[name]
+    diagonal = output_fisher(model, [name], batches).linears[name]
+    torch.testing.assert_close(whole.diagonal(), diagonal)
+    torch.testing.assert_close(first, whole[:24, :24])
+    torch.testing.assert_close(second, whole[24:, 24:])
+    assert torch.linalg.eigvalsh(whole).min() > -1e-6 * whole.diagonal().max()
+    with pytest.raises(ValueError, match="no tokens"):
+        output_grams(model, {name: [64]}, [])
 
 
 def test_predicts_the_kl_of_a_small_error():

@@ -51,6 +51,7 @@ def test_a_folder_is_as_large_as_its_files(tmp_path):
 def test_a_fit_reads_all_text_up_to_a_limit(num_text, expected):
     """What the cache keeps as text was chosen by the time there is."""
     assert calibration_tokens(source_of(10), cache_of(num_text)) == expected
+    assert calibration_tokens(source_of(10, fit="moments"), cache_of(num_text)) <= 4096
 
 
 @pytest.mark.parametrize("memory", [12 * 10**9, 24 * 10**9])
@@ -67,7 +68,7 @@ def cache_of(num_text):
     return SimpleNamespace(num_text=num_text, seq_len=64)
 
 
-def source_of(width, memory=24 * 10**9):
+def source_of(width, memory=24 * 10**9, fit="hessian"):
     """Return what is asked of a source: two decoder layers of two square linears and a norm."""
     shapes = {"embed.weight": (1000, width), "norm.weight": (width,)}
     for layer in (0, 1):
@@ -76,6 +77,7 @@ def source_of(width, memory=24 * 10**9):
     device = SimpleNamespace(total_bytes=lambda: memory)
     tensors = {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
     return SimpleNamespace(
+        config=SimpleNamespace(fit=fit),
         size=SimpleNamespace(tensors=tensors),
         place=SimpleNamespace(device=SimpleNamespace(eager=lambda: device)),
     )

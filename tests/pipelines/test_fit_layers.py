@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -88,3 +90,27 @@ def test_weights_of_one_format_are_fitted_as_one(plan):
     names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
     assert learned.of_one_format(names) == [[name] for name in names]
     assert task.of_one_format([first, second]) == [[first, second]]
+
+
+def test_weights_whose_outputs_are_related_are_fitted_in_turns():
+    """Each weight by its own G, run by run, in one loop over their inputs."""
+    model = tiny_llama(hidden_size=64, intermediate_size=128)
+    names = [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")]
+    generator = torch.Generator().manual_seed(0)
+    shared = [torch.randn(128, 4, generator=generator) for _ in names]
+    grams = {name: [part @ part.T] for name, part in zip(names, shared, strict=True)}
+    runs = {name: [gram[:50, :50], gram[50:, 50:]] for name, (gram,) in grams.items()}
+    plain = task_of(model, "linears=gguf:q2_0")
+    x = torch.randn(400, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    moments = Moments(hessian=x.T @ x / 400, drift=torch.zeros(64, 64))
+    corrections = dict.fromkeys(names, Correction(ridge=0.1, share=0.0))
+
+    def costs(task):
+        fitted = task.fit_against(names, moments, corrections)
+        errors = {name: fitted[name].dequantize() - plain.weight_of(name) for name in names}
+        return [float(((grams[n][0] @ e) * (e @ moments.hessian)).sum()) for n, e in errors.items()]
+
+    alone, whole, split = (costs(replace(plain, grams=one)) for one in ({}, grams, runs))
+    for a, b, c in zip(alone, whole, split, strict=True):
+        assert b < c < a
+        assert b < 0.8 * a
