@@ -24,6 +24,9 @@ from qat.model.head import Tokens, hidden_states, logits_of
 from qat.runtime.device import run_recorded
 
 TOKENS_AT_ONCE = 256  # whose logits are held at a time
+RUN_OUTPUTS = (
+    2048  # of a linear whose gradients' products are kept, at most: G is quadratic in them
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +59,53 @@ class Watch:
         self.sums[name] = self.sums.get(name, 0.0) + squares.sum(0)
 
 
+class Grams:
+    """Sums of products of gradients at pairs of a linear's outputs, run by run."""
+
+    def __init__(self, sizes: Mapping[str, Sequence[int]]) -> None:
+        """Take the outputs R of each run, by the linear's name."""
+        self.sizes = sizes
+        self.sums: dict[str, list[Tensor]] = {}
+        self.num_tokens = 0
+
+    @classmethod
+    def of(cls, model: nn.Module, linears: Iterable[str]) -> "Grams":
+        """Return no sums yet, of all outputs of linears by name, in runs of nearly one length."""
+        counts = {name: model.get_submodule(name).weight.shape[0] for name in linears}
+        return cls({name: even_runs(count) for name, count in counts.items()})
+
+    def add(self, name: str, rows: Tensor) -> None:
+        """Add gradients at tokens, (N, O)."""
+        runs = rows.split(list(self.sizes[name]), dim=1)
+        if name not in self.sums:
+            self.sums[name] = [torch.zeros(run.shape[1], run.shape[1]).to(run) for run in runs]
+        for total, run in zip(self.sums[name], runs, strict=True):
+            total.addmm_(run.T, run)
+
+    def add_text(self, model: nn.Module, batches: Iterable[Batch], *, seed: int = 0) -> None:
+        """Add gradients on a text; arguments as in `output_fisher`."""
+        for batch in label_gradients(model, list(self.sizes), batches, self.add, seed=seed):
+            self.num_tokens += batch.num_tokens
+
+    def means(self) -> dict[str, list[Tensor]]:
+        """Return G = mean g g^T, (R, R) each, of the runs of each linear, by its name.
+
+        Raises:
+            ValueError: If a gradient was not finite.
+        """
+        require_finite([total for runs in self.sums.values() for total in runs])
+        return {
+            name: [total / self.num_tokens for total in runs] for name, runs in self.sums.items()
+        }
+
+
 def output_fisher(
-    model: nn.Module, linears: Sequence[str], batches: Iterable[Batch], *, seed: int = 0
+    model: nn.Module,
+    linears: Sequence[str],
+    batches: Iterable[Batch],
+    *,
+    grams: Grams | None = None,
+    seed: int = 0,
 ) -> OutputFisher:
     """Return the Fisher information of a model's outputs on a text.
 
@@ -65,12 +113,19 @@ def output_fisher(
         model: Causal LM in eval mode; its parameters need no gradient.
         linears: Modules to watch, by name.
         batches: Token ids, (B, T) each, on the model's device; `Tokens` where documents are packed.
+        grams: Of these linears, to be added to in the same passes.
         seed: Of the drawn labels.
 
     Raises:
         ValueError: If there is no batch, or a gradient is not finite.
     """
     watch = Watch()
+
+    def add(name: str, rows: Tensor) -> None:
+        watch.add(name, rows)
+        if grams and name in grams.sizes:
+            grams.add(name, rows)
+
     embedding = shares = head = torch.zeros(())
 
     def add_embedding(rows: Tensor) -> None:
@@ -78,9 +133,11 @@ def output_fisher(
         embedding = embedding.to(rows) + rows.T @ rows
 
     num_tokens = 0
-    for batch in label_gradients(model, linears, batches, watch.add, add_embedding, seed=seed):
+    for batch in label_gradients(model, linears, batches, add, add_embedding, seed=seed):
         shares, head = batch.shares + shares.to(batch.shares), batch.head + head.to(batch.head)
         num_tokens += batch.num_tokens
+    if grams:
+        grams.num_tokens += num_tokens
     require_finite([*watch.sums.values(), embedding])
     return OutputFisher(
         embedding=embedding / num_tokens,
@@ -91,33 +148,10 @@ def output_fisher(
     )
 
 
-def output_grams(
-    model: nn.Module, sizes: Mapping[str, Sequence[int]], batches: Iterable[Batch], *, seed: int = 0
-) -> dict[str, list[Tensor]]:
-    """Return G = mean g g^T, (R, R) each, of runs of each linear's outputs, by its name.
-
-    Args:
-        model: As in `output_fisher`.
-        sizes: Outputs R of each run, by the linear's name.
-        batches: As in `output_fisher`.
-        seed: Of the drawn labels.
-
-    Raises:
-        ValueError: If there is no batch, or a gradient is not finite.
-    """
-    sums: dict[str, list[Tensor]] = {}
-
-    def add(name: str, rows: Tensor) -> None:
-        runs = rows.split(list(sizes[name]), dim=1)
-        if name not in sums:
-            sums[name] = [torch.zeros(run.shape[1], run.shape[1]).to(run) for run in runs]
-        for total, run in zip(sums[name], runs, strict=True):
-            total.addmm_(run.T, run)
-
-    passes = label_gradients(model, list(sizes), batches, add, lambda _rows: None, seed=seed)
-    num_tokens = sum(batch.num_tokens for batch in passes)
-    require_finite([total for runs in sums.values() for total in runs])
-    return {name: [total / num_tokens for total in runs] for name, runs in sums.items()}
+def even_runs(num_outputs: int) -> list[int]:
+    """Return the lengths of as few runs of outputs as there may be."""
+    count = -(-num_outputs // RUN_OUTPUTS)
+    return [num_outputs * (k + 1) // count - num_outputs * k // count for k in range(count)]
 
 
 def require_finite(sums: Iterable[Tensor]) -> None:
@@ -142,7 +176,7 @@ def label_gradients(
     linears: Sequence[str],
     batches: Iterable[Batch],
     add: Callable[[str, Tensor], None],
-    add_embedding: Callable[[Tensor], None],
+    add_embedding: Callable[[Tensor], None] = lambda _rows: None,
     *,
     seed: int,
 ) -> Iterator[BatchSums]:

@@ -26,7 +26,7 @@ TOKENS_AT_ONCE = 256  # whose logits are held at a time
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A linear's weight in a coarse format, on the CPU, and what that is predicted to cost."""
+    """A linear's weight in a coarse format, on the CPU, and what such a format should cost."""
 
     quantized: QuantizedTensor
     cost: float

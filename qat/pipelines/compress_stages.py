@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qat.cache.config import BuildCacheConfig
@@ -30,9 +31,9 @@ from qat.pipelines.open_cache import open_cache
 from qat.pipelines.open_checkpoint import open_checkpoint
 from qat.pipelines.place import Place
 from qat.pipelines.planned_size import PlannedSize
-from qat.pipelines.quantize import quantize, spread_batches
+from qat.pipelines.quantize import GRAM_TOKENS, quantize, spread_batches
 from qat.pipelines.quantize_config import CALIBRATION_BATCH, CALIBRATION_TOKENS, InitStudentConfig
-from qat.pipelines.sensitivity import choice_table, measure_costs
+from qat.pipelines.sensitivity import GramRuns, choice_table, measure_costs
 from qat.pipelines.step_time import rehearse_training
 from qat.pipelines.train import train
 from qat.quant.allocate import Allocation, Table
@@ -40,7 +41,7 @@ from qat.quant.plan import QuantPlan
 from qat.quant.spec import TensorSpec
 from qat.quant.targets import candidates
 from qat.runtime.memory import host_bytes
-from qat.storage.files import fingerprint, read_json, write_json
+from qat.storage.files import atomic_file, fingerprint, read_json, write_json
 from qat.tracking.messages import say
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
@@ -51,8 +52,9 @@ MEMORY_STEP = 8192  # tokens that memory decides by: a little more or less makes
 CALIBRATION_SHARE = 1 / 4  # of the memory: what their activations may take
 LEAST_TOKENS = 16384  # of a cache, and of a fit, however few the minutes
 LEAST_BLOCKS = 16  # of which two are for validation
-SHORT_MINUTES = 10  # below which a fit is left as it is after one round
-COST_TOKENS = 4096  # of the text that costs are measured on, or an eighth of it
+SHORT_MINUTES = 10  # below which there is no time for turns
+SWEEPS = 1  # of a fit after its first codes: what a second takes, training makes more of
+COST_TOKENS = 4096  # of the text that costs are measured on
 LATE_SHARE = 0.2  # of the time that training is left with, kept for what comes after it
 LEAST_SHARE = 0.1  # of the minutes: with less left, seeing how long a step takes would use it up
 TRAINED_SHARE = 0.6  # of the predicted KL: held by the formats that train
@@ -219,18 +221,50 @@ def forward_tokens_per_second(source: Source) -> float:
 
 
 def cost_table(source: Source, cache: TeacherCache) -> Table:
-    """Return bytes and cost of every format of every tensor, measured on the training part."""
+    """Return bytes and cost of every format of every tensor, measured on the training part.
+
+    What it learns of outputs is kept for the fits.
+    """
     names = {name: [spec.name for spec in specs] for name, specs in source.specs.items()}
 
     def measure() -> dict[str, dict[str, float]]:
         model = load_dense(source.config.model, dtype=source.place.dtype)
         batches = spread_batches(cache, max(1, num_tokens // cache.seq_len))
-        return measure_costs(model, source.specs, batches, source.place)
+        step = min(len(batches), -(-num_tokens // COST_TOKENS))
+        further = [batch for number, batch in enumerate(batches) if number % step]
+        found = measure_costs(model, source.specs, batches[::step], source.place, further)
+        write_grams(source, found.grams)
+        return found.costs
 
-    num_tokens = min(COST_TOKENS, cache.num_text * cache.seq_len // 8)
+    num_tokens = min(GRAM_TOKENS, cache.num_text * cache.seq_len // 4)
     key = [cache.fingerprint, source.base["weights"], names, num_tokens, PROBE_KL]
+    if not grams_file(source).is_file():
+        (source.work / "costs.json").unlink(missing_ok=True)
     costs = once(source.work / "costs.json", key, measure)
     return choice_table(costs, source.specs, source.size)
+
+
+def grams_file(source: Source) -> Path:
+    """Return the file of what the costs' measurement learned of outputs."""
+    return source.work / "grams.safetensors"
+
+
+def write_grams(source: Source, grams: GramRuns) -> None:
+    """Keep G of runs of each linear's outputs, in half their size."""
+    tensors = {
+        f"{name}.{k}": g.bfloat16() for name, runs in grams.items() for k, g in enumerate(runs)
+    }
+    with atomic_file(grams_file(source)) as temporary:
+        save_file(tensors, temporary)
+
+
+def read_grams(source: Source) -> GramRuns:
+    """Return what `write_grams` kept."""
+    grams: GramRuns = {}
+    stored = load_file(grams_file(source))
+    for key in sorted(stored, key=lambda key: int(key.rpartition(".")[2])):
+        grams.setdefault(key.rpartition(".")[0], []).append(stored[key])
+    return grams
 
 
 def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
@@ -245,23 +279,25 @@ def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:
         fit=config.fit,
         calibration_sequences=calibration_tokens(source, cache) // config.seq_len,
         output=source.work / "students" / file.stem,
-        sweeps=sweeps(source),
+        sweeps=SWEEPS,
+        turns=not is_short(config.minutes),
         dtype=config.dtype,
         device=config.device,
         eval=False,
     )
-    return quantize(settings).checkpoint
+    return quantize(settings, lambda: read_grams(source)).checkpoint
 
 
 def fit_id(plan: QuantPlan, source: Source, cache: TeacherCache) -> str:
-    """Return what names the files of a fit: plan, calibrating text, dtype and sweeps."""
+    """Return what names the files of a fit: plan, calibrating text, dtype and method."""
     text = [cache.fingerprint, calibration_tokens(source, cache), source.config.dtype]
-    return fingerprint([plan.to_dict(), text, source.config.fit, sweeps(source)])[:12]
+    how = [source.config.fit, SWEEPS, is_short(source.config.minutes)]
+    return fingerprint([plan.to_dict(), text, how])[:12]
 
 
-def sweeps(source: Source) -> int:
-    """Return the rounds of a fit that follow the first codes: few where minutes are few."""
-    return 1 if 0 < source.config.minutes < SHORT_MINUTES else 2
+def is_short(minutes: float) -> bool:
+    """Return whether there is no time for a fit in turns."""
+    return 0 < minutes < SHORT_MINUTES
 
 
 def calibration_tokens(source: Source, cache: TeacherCache) -> int:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from qat.calibrate.decoder_layers import walk_decoder_layers
 from qat.calibrate.statistics import Batch
-from qat.grids.scales import TensorScale
 from qat.model.surgery import put_layer, quantized_layer, release_weights
 from qat.quant.drift import (
     Correction,
@@ -31,6 +30,7 @@ from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 
 WeightOf = Callable[[str], Tensor]
+GramsByName = Mapping[str, Sequence[Tensor]]
 NUMBERED = re.compile(r"\.\d+\.")  # the name of a module inside a decoder layer
 
 
@@ -47,7 +47,7 @@ class FitTask:
     an embedding. Rows of modules that are not named count alike."""
     num_sweeps: int = NUM_SWEEPS
     """Of a fit against H."""
-    grams: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    grams: GramsByName = field(default_factory=dict)
     """G of runs of a weight's rows, (R, R) each, by module name; rows of others are taken for
     unrelated."""
 
@@ -93,7 +93,7 @@ class FitTask:
             )
 
         try:
-            if all(name in self.grams and not self.is_alone(name) for name in names):
+            if all(name in self.grams and self.specs[name].has_own_rows for name in names):
                 targets = [w.float() if aim is None else aim[:] for w, aim in pairs]
                 grams = [gram for name in names for gram in self.grams[name]]
                 sizes = list(map(len, grams))
@@ -110,16 +110,11 @@ class FitTask:
             return {names[0]: fitted}
         return dict(zip(names, fitted.split([len(weight) for weight in weights]), strict=True))
 
-    def is_alone(self, name: str) -> bool:
-        """Return whether a weight's rows have parts in common, and so no fits of their own."""
-        spec = self.specs[name]
-        return bool(spec.rank) or spec.grid.is_learned or isinstance(spec.scale, TensorScale)
-
     def of_one_format(self, names: Sequence[str]) -> list[list[str]]:
         """Return names in groups whose weights may be fitted as one, in order."""
         groups: dict[object, list[str]] = {}
         for name in names:
-            key = name if self.is_alone(name) else self.specs[name]
+            key = self.specs[name] if self.specs[name].has_own_rows else name
             groups.setdefault(key, []).append(name)
         return list(groups.values())
 

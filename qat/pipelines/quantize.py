@@ -1,13 +1,14 @@
 """A full-precision model to a student: every weight of a plan fitted, measured, written."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
 
 from qat.cache.read import TeacherCache
-from qat.calibrate.fisher import output_grams
+from qat.calibrate.fisher import Grams
 from qat.calibrate.statistics import collect_second_moments
 from qat.model.checkpoint import CheckpointHeader
 from qat.model.head import Tokens
@@ -25,11 +26,15 @@ from qat.tracking.messages import say
 
 LINEARS = (nn.Linear, FakeQuantLinear)
 GRAM_TOKENS = 12288  # that gradients are taken on, or a quarter of the text
-GRAM_OUTPUTS = 2048  # of a linear that count together, at most
 
 
-def quantize(config: InitStudentConfig) -> students.StudentResult:
-    """Load a model, calibrate, fit every weight of the plan, measure, write."""
+def quantize(
+    config: InitStudentConfig, grams: Callable[[], fit_layers.GramsByName] | None = None
+) -> students.StudentResult:
+    """Load a model, calibrate, fit every weight of the plan, measure, write.
+
+    `grams` gives those of `FitTask` where they are known; they are measured when not given.
+    """
     started = time.perf_counter()
     place = Place.of(config)
     base, folder = model_identity(config.model), model_folder(config.model)
@@ -40,7 +45,8 @@ def quantize(config: InitStudentConfig) -> students.StudentResult:
         return done
     model = load_dense(config.model, dtype=place.dtype)
     plan = read_plan(config.plan, model_tensors(model))
-    quantize_model(model, plan, config, cache, place, num_sweeps=config.sweeps)
+    known = grams() if grams and config.turns and config.fit == "hessian" else None
+    quantize_model(model, plan, config, cache, place, num_sweeps=config.sweeps, grams=known)
     header = CheckpointHeader(
         plan=plan.to_dict(),
         base_model={"path": config.model, **base},
@@ -67,6 +73,7 @@ def quantize_model(
     place: Place,
     *,
     num_sweeps: int = NUM_SWEEPS,
+    grams: fit_layers.GramsByName | None = None,
 ) -> None:
     """Turn a full-precision model on the CPU into a student in place."""
     dense_weights(model, plan)  # refuses a plan that quantizes nothing
@@ -77,6 +84,7 @@ def quantize_model(
         weight_of=lambda name: model.get_submodule(name).weight,
         row_weights=row_weights(model, plan, batches),
         num_sweeps=num_sweeps,
+        grams=grams or {},
     )
     task.check()
     fit_on_device(model, task, config, batches, place)
@@ -114,7 +122,8 @@ def fit_on_device(
     if reference is not None:
         device.place(reference)
     with device.hosting(model):
-        task = replace(task, grams=gradient_grams(reference or model, task, batches))
+        if config.turns and not task.grams:
+            task = replace(task, grams=gradient_grams(reference or model, task, batches))
         fit_layers.fit_by_decoder_layers(
             model, task, batches, reference=reference, dtype=place.dtype
         )
@@ -125,23 +134,14 @@ def gradient_grams(
 ) -> dict[str, list[Tensor]]:
     """Return G of the weights of decoder layers that are fitted in turns, on some of a text."""
     started = time.perf_counter()
-    sizes = {
-        name: run_sizes(model.get_submodule(name).weight.shape[0])
-        for name in task.specs
-        if fit_layers.NUMBERED.search(name) and not task.is_alone(name)
-    }
-    if not sizes:
+    body = {name: spec for name, spec in task.specs.items() if fit_layers.NUMBERED.search(name)}
+    grams = Grams.of(model, [name for name, spec in body.items() if spec.has_own_rows])
+    if not grams.sizes:
         return {}
     count = min(GRAM_TOKENS // batches[0].token_ids.numel(), len(batches) // 4)
-    grams = output_grams(model, sizes, batches[:: -(-len(batches) // max(1, count))])
-    say(f"gradients of {len(sizes)} linears in {time.perf_counter() - started:.0f} s")
-    return grams
-
-
-def run_sizes(num_outputs: int) -> list[int]:
-    """Return the outputs of runs that are fitted in turns on their own: G is quadratic in them."""
-    count = -(-num_outputs // GRAM_OUTPUTS)
-    return [num_outputs * (k + 1) // count - num_outputs * k // count for k in range(count)]
+    grams.add_text(model, batches[:: -(-len(batches) // max(1, count))])
+    say(f"gradients of {len(grams.sizes)} linears in {time.perf_counter() - started:.0f} s")
+    return grams.means()
 
 
 def second_moments(

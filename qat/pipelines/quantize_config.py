@@ -32,6 +32,9 @@ class FitConfig(PlaceConfig):
     calibration_sequences: int | None = None
     """Sequences of the cache's text that calibrate; when not given, as many as make 32768 tokens,
     for moments 4096."""
+    turns: bool = True
+    """Of hessian: fit the outputs of a linear in turns, so that later ones make up for errors of
+    earlier ones: a tenth less KL at 2 to 4 bits, for half as much time again."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "calibration_sequences")

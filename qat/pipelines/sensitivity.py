@@ -2,25 +2,38 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from qat.calibrate.decoder_layers import walk_dense_layers
-from qat.calibrate.fisher import OutputFisher, output_fisher
+from qat.calibrate.fisher import Grams, OutputFisher, output_fisher
 from qat.calibrate.rounding import Probe, measured_ratios
 from qat.model.head import Tokens
 from qat.pipelines.fit_layers import NUMBERED, head_weight
 from qat.pipelines.place import Place
 from qat.pipelines.planned_size import PlannedSize
 from qat.quant.allocate import Choice, Table
+from qat.quant.output_feedback import fit_in_turns
 from qat.quant.sensitivity import WeightInfo, error_cost, fit_by_moments, format_costs
 from qat.quant.spec import TensorSpec
 from qat.quant.targets import tied_groups
 from qat.tracking.messages import say
 
 Costs = dict[str, dict[str, float]]
+GramRuns = dict[str, list[Tensor]]
 PROBE_BITS = 2  # of the format, at least, that tells what rounding does
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What errors of weights cost."""
+
+    costs: Costs
+    """Of each format of each tensor, in nats per token, by parameter name."""
+    grams: GramRuns
+    """G of runs of each linear's outputs, by its name: see `qat.quant.output_feedback`."""
 
 
 def measure_costs(
@@ -28,23 +41,32 @@ def measure_costs(
     candidates: Mapping[str, Sequence[TensorSpec]],
     batches: Sequence[Tokens],
     place: Place,
-) -> Costs:
-    """Return the cost of each format of each tensor, in nats per token, by parameter name.
+    further: Sequence[Tokens] = (),
+) -> Sensitivity:
+    """Return the cost of each format of each tensor.
 
     Args:
         model: The full-precision model, on the CPU; it stays as it is.
         candidates: Formats by parameter name.
         batches: Of the calibration text.
         place: Where to compute.
+        further: More of it, for the grams alone.
     """
     started = time.perf_counter()
     modules = {name.removesuffix(".weight"): specs for name, specs in candidates.items()}
     body = [name for name in modules if NUMBERED.search(name)]
     device = place.device.eager()
-    batches = [batch.to(device.torch_device) for batch in batches]
+    batches, further = (
+        [batch.to(device.torch_device) for batch in some] for some in (batches, further)
+    )
+    in_turns = [name for name in body if any(spec.has_own_rows for spec in modules[name])]
     with device.hosting(model):
-        fisher, head = output_fisher(model, body, batches), head_weight(model, modules)
-        costs, probes = walked_costs(model, modules, body, batches, fisher, head)
+        sums, head = Grams.of(model, in_turns), head_weight(model, modules)
+        fisher = output_fisher(model, body, batches, grams=sums)
+        if further:
+            sums.add_text(model, further, seed=1)
+        grams = sums.means()
+        costs, probes = walked_costs(model, modules, batches, fisher, grams, head)
         for name in modules.keys() - set(body) - {head}:
             costs |= embedding_costs(model, name, modules[name], fisher)
         ratios = measured_ratios(model, probes, batches[0])
@@ -54,21 +76,22 @@ def measure_costs(
     say(
         f"costs of {sum(map(len, costs.values()))} formats in {time.perf_counter() - started:.0f} s"
     )
-    return costs
+    return Sensitivity(costs, {name: [run.cpu() for run in runs] for name, runs in grams.items()})
 
 
 def walked_costs(
     model: nn.Module,
     modules: Mapping[str, Sequence[TensorSpec]],
-    body: Sequence[str],
     batches: Sequence[Tokens],
     fisher: OutputFisher,
+    grams: GramRuns,
     head: str | None,
 ) -> tuple[Costs, dict[str, Probe]]:
     """Return the costs of what is passed on a walk through the model, and probes of its linears."""
     costs: Costs = {}
     probes: dict[str, Probe | None] = {}
-    walk = walk_dense_layers(model, body, batches, head=head, token_weights=fisher.token_weights)
+    body, weights = list(fisher.linears), fisher.token_weights
+    walk = walk_dense_layers(model, body, batches, head=head, token_weights=weights)
     with tqdm(total=len(modules), desc="costs", unit="tensor") as progress:
         for names, moment in walk:
             if list(names) == [head]:
@@ -77,7 +100,9 @@ def walked_costs(
                 infos = {head: weight_info(model, head, fisher.head)}
             else:
                 infos = {name: weight_info(model, name, fisher.linears[name]) for name in names}
-                probes |= {n: coarse_probe(infos[n], modules[n], moment) for n in names}
+                probes |= {
+                    n: coarse_probe(infos[n], modules[n], moment, grams.get(n)) for n in names
+                }
             costs |= group_costs(modules, infos, moment)
             progress.update(len(names))
     return costs, {name: probe for name, probe in probes.items() if probe}
@@ -88,15 +113,30 @@ def weight_info(model: nn.Module, name: str, row_mass: Tensor) -> WeightInfo:
     return WeightInfo(weight=model.get_submodule(name).weight.detach(), row_mass=row_mass)
 
 
-def coarse_probe(info: WeightInfo, specs: Sequence[TensorSpec], moment: Tensor) -> Probe | None:
-    """Return a weight in its format of fewest bits, two at least, and what that should cost."""
+def coarse_probe(
+    info: WeightInfo,
+    specs: Sequence[TensorSpec],
+    moment: Tensor,
+    grams: Sequence[Tensor] | None = None,
+) -> Probe | None:
+    """Return a weight in its format of fewest bits, two at least, and what that should cost.
+
+    With the grams of its outputs they are fitted in turns, as they will be, which the cost that is
+    predicted knows nothing of.
+    """
     coarse = [spec for spec in specs if spec.is_quantized and not spec.is_vector]
     spec = min(coarse, key=lambda spec: (spec.bits < PROBE_BITS, spec.bits), default=None)
     if spec is None:
         return None
-    quantized = fit_by_moments(info.weight.float(), spec, moment.float())
-    error = quantized.dequantize() - info.weight
-    return Probe(quantized.cpu(), error_cost(error, info.row_mass, moment))
+    weight, moment = info.weight.float(), moment.float()
+    quantized = fit_by_moments(weight, spec, moment)
+    cost = error_cost(quantized.dequantize() - weight, info.row_mass, moment)
+    if grams and spec.has_own_rows:
+        runs = weight.split(list(map(len, grams)))
+        quantized = fit_in_turns(
+            runs, runs, grams, lambda _rows, wanted: fit_by_moments(wanted, spec, moment)
+        )
+    return Probe(quantized.cpu(), cost)
 
 
 def group_costs(

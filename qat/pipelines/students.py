@@ -192,14 +192,16 @@ def write_student(
 def recipe(command: str, config: FitConfig | ExactConfig, **identity: str | None) -> dict[str, Any]:
     """Return what decides a student to the bit: settings and the identity of what was read.
 
-    Paths and devices do not decide; contents do. Students made before `sweeps` was a setting took
-    the usual number, and are found.
+    Paths and devices do not decide; contents do. Students made before `sweeps` and `turns` were
+    settings took the usual number and none, and are found.
     """
     skipped = {"output", "device", "model", "model_id", "cache_dir", "q4_rank"}
     skipped |= {name for name in asdict(config) if name.endswith("checkpoint")}
     settings = {k: v for k, v in asdict(config).items() if k not in skipped}
     if settings.get("sweeps") == NUM_SWEEPS:
         del settings["sweeps"]
+    if settings.get("turns") is False:
+        del settings["turns"]
     return {"command": command, "settings": settings, "read": identity}
 
 

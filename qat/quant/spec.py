@@ -82,6 +82,11 @@ class TensorSpec:
         return self.grid is not None
 
     @property
+    def has_own_rows(self) -> bool:
+        """Whether no part is common to rows, so that any of them can be fitted alone."""
+        return not (self.rank or self.grid.is_learned or isinstance(self.scale, TensorScale))
+
+    @property
     def is_vector(self) -> bool:
         """Whether several weights are rounded together."""
         return self.grid is not None and self.grid.block_size > 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qat.calibrate.fisher import output_fisher, output_grams
+from qat.calibrate.fisher import Grams, even_runs, output_fisher
 from qat.model.head import hidden_states, logits_of
 from tests.tiny import TINY_MODELS, tiny_llama
 
@@ -48,15 +48,24 @@ def test_grams_are_the_moments_of_pairs_of_outputs():
     model = tiny_llama().requires_grad_(False)
     batches = [torch.randint(0, 256, (4, 8)) for _ in range(2)]
     name = "model.layers.0.self_attn.q_proj"
-    (whole,) = output_grams(model, {name: [64]}, batches)[name]
-    first, second = output_grams(model, {name: [24, 40]}, batches)[name]
-    diagonal = output_fisher(model, [name], batches).linears[name]
-    torch.testing.assert_close(whole.diagonal(), diagonal)
-    torch.testing.assert_close(first, whole[:24, :24])
-    torch.testing.assert_close(second, whole[24:, 24:])
-    assert torch.linalg.eigvalsh(whole).min() > -1e-6 * whole.diagonal().max()
-    with pytest.raises(ValueError, match="no tokens"):
-        output_grams(model, {name: [64]}, [])
+    whole, runs = Grams.of(model, [name]), Grams({name: [24, 40]})
+    fisher = output_fisher(model, [name], batches, grams=whole)
+    runs.add_text(model, batches)
+    (gram,), (first, second) = whole.means()[name], runs.means()[name]
+    torch.testing.assert_close(gram.diagonal(), fisher.linears[name])
+    torch.testing.assert_close(first, gram[:24, :24])
+    torch.testing.assert_close(second, gram[24:, 24:])
+    assert torch.linalg.eigvalsh(gram).min() > -1e-6 * gram.diagonal().max()
+    runs.add_text(model, batches)  # the same again: means stay
+    torch.testing.assert_close(runs.means()[name][0], first)
+
+
+@pytest.mark.parametrize(
+    ("num_outputs", "sizes"), [(1, [1]), (2048, [2048]), (5000, [1666, 1667, 1667])]
+)
+def test_wide_outputs_count_together_in_runs(num_outputs, sizes):
+    """Of nearly one length, that together are all."""
+    assert even_runs(num_outputs) == sizes
 
 
 def test_predicts_the_kl_of_a_small_error():

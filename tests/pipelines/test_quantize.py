@@ -7,7 +7,6 @@ from qat.distill.teacher import dense_signal
 from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import dense_weights, quantized_layers
 from qat.pipelines.fit_layers import FitTask, fit_by_decoder_layers, fit_with_moments
-from qat.pipelines.quantize import run_sizes
 from tests.tiny import plan_of, quantize_plainly, tiny_llama
 
 
@@ -54,14 +53,6 @@ def test_calibration_makes_better_students():
     plain = distance(None)
     weighted = distance(importance)
     assert weighted < 0.9 * plain
-
-
-@pytest.mark.parametrize(
-    ("num_outputs", "sizes"), [(1, [1]), (2048, [2048]), (5000, [1666, 1667, 1667])]
-)
-def test_wide_outputs_count_together_in_runs(num_outputs, sizes):
-    """Of nearly one length, that together are all."""
-    assert run_sizes(num_outputs) == sizes
 
 
 def test_a_student_is_the_same_every_time():
