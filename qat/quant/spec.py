@@ -84,6 +84,8 @@ class TensorSpec:
     @property
     def has_own_rows(self) -> bool:
         """Whether no part is common to rows, so that any of them can be fitted alone."""
+        if not self.is_quantized:
+            return False
         return not (self.rank or self.grid.is_learned or isinstance(self.scale, TensorScale))
 
     @property

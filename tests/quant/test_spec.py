@@ -155,6 +155,22 @@ def test_numbers_without_a_meaning_are_refused(wrong):
         make_spec(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gguf:q2_0", True),
+        ("gguf:q4_k", True),
+        ("int4-g32", True),
+        ("lut2-g32", False),
+        ("gguf:i2_s", False),
+        ("f16", False),
+    ],
+)
+def test_rows_with_parts_in_common_are_not_fitted_alone(name, expected):
+    """A learned codebook and a scale of the whole tensor are; a dense tensor is not fitted."""
+    assert TensorSpec.from_name(name).has_own_rows == expected
+
+
 def test_iq4_nl_has_the_values_of_its_type():
     """Ascending int8 numbers; four bits and no others."""
     codebook = fixed_codebook("iq4_nl", 4)
