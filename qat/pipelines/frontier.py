@@ -68,11 +68,12 @@ def frontier(config: FrontierConfig) -> FrontierResult:
             ]
         points += [point for path in peers if (point := peer_point(path, source, cache))]
         text = config.eval_text.name if config.eval_text else "the validation part of the data"
+        what = "of fits in memory" if config.is_quick else "of files as they read back"
         report = write_frontier(
             points,
             config.output,
             title=f"{Path(config.model).name} to {config.to}",
-            about=f"Exact KL to the full-precision model on {text}, of files as they read back.",
+            about=f"Exact KL to the full-precision model on {text}, {what}.",
         )
     return FrontierResult(
         points=[asdict(point) for point in points],

@@ -17,6 +17,7 @@ def test_a_quick_look_ranks_sizes_alike_and_writes_no_file(tmp_path):
     quick = frontier(config_of(tmp_path, fit="moments"))
     assert not (tmp_path / "report" / "files").exists()
     assert quick.rank_correlation == pytest.approx(1)
+    assert "of fits in memory" in quick.markdown.read_text()
     (size, *_) = quick.points
     made = compress(
         CompressConfig(
