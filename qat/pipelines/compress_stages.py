@@ -233,12 +233,14 @@ def cost_table(source: Source, cache: TeacherCache) -> Table:
         step = min(len(batches), -(-num_tokens // COST_TOKENS))
         further = [batch for number, batch in enumerate(batches) if number % step]
         found = measure_costs(model, source.specs, batches[::step], source.place, further)
-        write_grams(source, found.grams)
+        if has_turns:
+            write_grams(source, found.grams)
         return found.costs
 
     num_tokens = min(GRAM_TOKENS, cache.num_text * cache.seq_len // 4)
     key = [cache.fingerprint, source.base["weights"], names, num_tokens, PROBE_KL]
-    if not grams_file(source).is_file():
+    has_turns = source.config.fit == "hessian" and not is_short(source.config.minutes)
+    if has_turns and not grams_file(source).is_file():
         (source.work / "costs.json").unlink(missing_ok=True)
     costs = once(source.work / "costs.json", key, measure)
     return choice_table(costs, source.specs, source.size)
@@ -250,10 +252,8 @@ def grams_file(source: Source) -> Path:
 
 
 def write_grams(source: Source, grams: GramRuns) -> None:
-    """Keep G of runs of each linear's outputs, in half their size."""
-    tensors = {
-        f"{name}.{k}": g.bfloat16() for name, runs in grams.items() for k, g in enumerate(runs)
-    }
+    """Keep G of runs of each linear's outputs; with fewer digits they may have no factor."""
+    tensors = {f"{name}.{k}": g for name, runs in grams.items() for k, g in enumerate(runs)}
     with atomic_file(grams_file(source)) as temporary:
         save_file(tensors, temporary)
 
