@@ -24,9 +24,7 @@ from qat.model.head import Tokens, hidden_states, logits_of
 from qat.runtime.device import run_recorded
 
 TOKENS_AT_ONCE = 256  # whose logits are held at a time
-RUN_OUTPUTS = (
-    2048  # of a linear whose gradients' products are kept, at most: G is quadratic in them
-)
+RUN_OUTPUTS = 2048  # of a linear that count together at most: G is quadratic in them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -79,8 +79,10 @@ class FitTask:
             wanted_weight(weight, moments, corrections[name])
             for name, weight in zip(names, weights, strict=True)
         ]
-        pairs = zip(weights, wanted, strict=True)
-        is_moved = any(aim is not None for aim in wanted)
+
+        def targets() -> list[Tensor]:
+            pairs = zip(weights, wanted, strict=True)
+            return [w.float() if aim is None else aim[:] for w, aim in pairs]
 
         def fit(weight: Tensor, target: Tensor | WantedWeight | None) -> QuantizedTensor:
             return fit_with_hessian(
@@ -94,16 +96,15 @@ class FitTask:
 
         try:
             if all(name in self.grams and self.specs[name].has_own_rows for name in names):
-                targets = [w.float() if aim is None else aim[:] for w, aim in pairs]
                 grams = [gram for name in names for gram in self.grams[name]]
                 sizes = list(map(len, grams))
-                runs = (torch.cat(rows).split(sizes) for rows in (weights, targets))
+                runs = (torch.cat(rows).split(sizes) for rows in (weights, targets()))
                 fitted = fit_in_turns(*runs, grams, fit)
             elif len(names) == 1:
                 fitted = fit(weights[0], wanted[0])
             else:
-                targets = [w.float() if aim is None else aim[:] for w, aim in pairs]
-                fitted = fit(torch.cat(weights), torch.cat(targets) if is_moved else None)
+                is_moved = any(aim is not None for aim in wanted)
+                fitted = fit(torch.cat(weights), torch.cat(targets()) if is_moved else None)
         except ValueError as error:
             raise ValueError(f"{' and '.join(names)}: {error}") from error
         if len(names) == 1:  # of any format, also one whose parts have no rows

@@ -35,11 +35,17 @@ def test_every_tensor_has_a_cost_and_the_model_stays(family, tied):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def model_and_text(num_sequences):
+    """Return a tiny model, token ids, and these in batches."""
+    model = TINY_MODELS["llama"]().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(0, 256, (num_sequences, 16), generator=generator)
+    return model, token_ids, [Tokens(part) for part in token_ids.split(16)]
+
+
 def test_costs_are_of_the_size_of_the_kl_that_they_predict():
     """The KL after a fit of one linear, in turns, is within a small factor of its cost."""
-    model = TINY_MODELS["llama"]().requires_grad_(False)
-    token_ids = torch.randint(0, 256, (48, 16), generator=torch.Generator().manual_seed(0))
-    batches = [Tokens(part) for part in token_ids.split(16)]
+    model, token_ids, batches = model_and_text(48)
     name = "model.layers.0.mlp.up_proj"
     specs = {f"{name}.weight": [TensorSpec.from_name("gguf:q4_0")]}
     found = measure_costs(model, specs | head_of(model), batches, Place.of(PLACE))
@@ -58,9 +64,7 @@ def test_costs_are_of_the_size_of_the_kl_that_they_predict():
 
 def test_what_fits_make_up_for_costs_less():
     """Outputs that the rest of the model adds up are fitted in turns, and costs know it."""
-    model = TINY_MODELS["llama"]().requires_grad_(False)
-    token_ids = torch.randint(0, 256, (64, 16), generator=torch.Generator().manual_seed(0))
-    batches = [Tokens(part) for part in token_ids.split(16)]
+    model, _, batches = model_and_text(64)
     name = "model.layers.1.mlp.gate_proj"
     specs = {f"{name}.weight": [TensorSpec.from_name("gguf:q4_0")]}
     found = measure_costs(model, specs | head_of(model), batches[:2], Place.of(PLACE), batches[2:])
