@@ -24,7 +24,7 @@ from qat.pipelines.compress_stages import (
     size_on_disk,
     teacher_cache,
     train_student,
-    trained_bits,
+    trained_formats,
     validation_kl,
     write_file,
 )
@@ -99,10 +99,10 @@ def check_output(output: Path, work: Path, result: Path, key: object) -> None:
     elif result.is_file():
         if read_json(result)["key"] != fingerprint(key):
             raise ValueError(
-                f"--output {output} was made with other settings; remove it or name another"
+                f"the output {output} was made with other settings; remove it or name another"
             )
     elif not export_record(work, output).is_file():
-        raise ValueError(f"--output {output} exists; remove it or name another")
+        raise ValueError(f"the output {output} exists; remove it or name another")
 
 
 def budget_bytes(config: CompressConfig, source: Source) -> int | None:
@@ -140,8 +140,8 @@ def take_stages(config: CompressConfig, source: Source, budget: int | None) -> d
     fitted = clock.shared_stage(fit, lambda: fit_plan(plan, source, cache))
     kl_fit = validation_kl(fitted, source, cache)
     say_stage("train", clock, kl_fit)
-    most = trained_bits(found)
-    student, kl = train_student(fitted, kl_fit, source, cache, clock, most)
+    formats = trained_formats(found, source)
+    student, kl = train_student(fitted, kl_fit, source, cache, clock, formats)
     say_stage("export", clock, kl)
     write_file(student, source, config.output)
     say_stage("measure", clock, kl)

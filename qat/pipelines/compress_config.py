@@ -50,9 +50,8 @@ class SourceConfig(PlaceConfig):
     eval_sequences: int = 64
     """Blocks of a measurement."""
     minutes: float = 30.0
-    """Time for a file; training takes what the other stages leave. 0 = no training, and formats of
-    vector grids (IQ2, IQ3) are tried on a CPU as well, which finds their points too slowly to
-    train."""
+    """Time for a file; training takes what the other stages leave. On a CPU formats of vector grids
+    (IQ2, IQ3) are tried from 10 minutes on, and stay as they are fitted. 0 = no training."""
     fit: Fit = "hessian"
     """hessian: against all inputs, layer by layer, on much text. moments: by each input's mean
     square, an order quicker, for a look at sizes; `qat frontier` with --minutes 0 then measures

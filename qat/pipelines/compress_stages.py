@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -135,13 +136,12 @@ class Source:
     def specs(self) -> dict[str, list[TensorSpec]]:
         """The formats that each tensor may take.
 
-        On a CPU the points of vector grids are found in several times what the rest of a training
-        step takes, for some 6% of the KL: with minutes to train in, and for a quick look, those
-        formats are left out.
+        On a CPU the points of vector grids are found in three times what scalar ones take, for some
+        6% of the KL: a quick look and few minutes leave them out.
         """
         specs = candidates(self.config.to, self.size.tensors)
-        has_time = not self.config.minutes and not self.config.is_quick
-        if has_time or self.place.device.kind != "cpu":
+        is_hurried = self.config.is_quick or is_short(self.config.minutes)
+        if not is_hurried or self.place.device.kind != "cpu":
             return specs
         return {name: [s for s in some if not s.is_vector] for name, some in specs.items()}
 
@@ -240,7 +240,7 @@ def cost_table(source: Source, cache: TeacherCache) -> Table:
     num_tokens = min(GRAM_TOKENS, cache.num_text * cache.seq_len // 4)
     key = [cache.fingerprint, source.base["weights"], names, num_tokens, PROBE_KL]
     has_turns = source.config.fit == "hessian" and not is_short(source.config.minutes)
-    if has_turns and not grams_file(source).is_file():
+    if has_turns and not is_whole(grams_file(source)):
         (source.work / "costs.json").unlink(missing_ok=True)
     costs = once(source.work / "costs.json", key, measure)
     return choice_table(costs, source.specs, source.size)
@@ -256,6 +256,15 @@ def write_grams(source: Source, grams: GramRuns) -> None:
     tensors = {f"{name}.{k}": g for name, runs in grams.items() for k, g in enumerate(runs)}
     with atomic_file(grams_file(source)) as temporary:
         save_file(tensors, temporary)
+
+
+def is_whole(file: Path) -> bool:
+    """Return whether a file of tensors is there, of the length that its header tells."""
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def read_grams(source: Source) -> GramRuns:
@@ -323,17 +332,17 @@ def train_student(
     source: Source,
     cache: TeacherCache,
     clock: Clock,
-    max_bits: float | None = None,
+    formats: tuple[str, ...],
 ) -> tuple[Path, float]:
     """Train a student in the time that is left; return the better one with its validation KL."""
-    settings = train_config(student, source, cache, max_bits)
+    settings = train_config(student, source, cache, formats)
 
     def count() -> int:
         return int((1 - LATE_SHARE) * clock.left / rehearse_training(settings))
 
     steps, file = 0, source.work / "steps" / f"{settings.output_dir.name}.json"
     # A run that was begun is gone on with, however late.
-    if clock.left > LEAST_SHARE * clock.limit or file.is_file():
+    if formats and (clock.left > LEAST_SHARE * clock.limit or file.is_file()):
         steps = once(file, settings.output_dir.name, count)
     if steps < 1:
         say("no time to train: the fit is exported as it is")
@@ -348,37 +357,39 @@ def train_student(
     return min(trained, (student, kl), key=lambda pair: pair[1])
 
 
-def trained_bits(found: Allocation) -> float | None:
-    """Return the bits up to which formats train: as few as hold most of the predicted KL.
+def trained_formats(found: Allocation, source: Source) -> tuple[str, ...]:
+    """Return the formats that train: of as few bits as hold most of the predicted KL.
 
     A step takes half the time where embedding and half of the linears have 4 bits and stay as they
-    are; what they would gain is less than what twice the text gives the others.
+    are; what they would gain is less than what twice the text gives the others. Vector grids stay
+    on a CPU: their points are found anew in several times what the rest of a step takes.
     """
-    costs: dict[float, float] = {}
+    has_vectors = source.place.device.kind != "cpu"
+    costs: dict[TensorSpec, float] = {}
     for choice in found.choices.values():
-        if (spec := TensorSpec.from_name(choice.spec)).is_quantized:
-            costs[spec.bits] = costs.get(spec.bits, 0.0) + choice.cost
-    held = 0.0
-    for bits in sorted(costs):
-        held += costs[bits]
-        if held >= TRAINED_SHARE * sum(costs.values()):
-            return bits
-    return None
+        spec = TensorSpec.from_name(choice.spec)
+        if spec.is_quantized and (has_vectors or not spec.is_vector):
+            costs[spec] = costs.get(spec, 0.0) + choice.cost
+    for bits in sorted({spec.bits for spec in costs}):
+        chosen = {spec.name: cost for spec, cost in costs.items() if spec.bits <= bits}
+        if sum(chosen.values()) >= TRAINED_SHARE * sum(costs.values()):
+            return tuple(sorted(chosen))
+    return ()
 
 
 def train_config(
-    student: Path, source: Source, cache: TeacherCache, max_bits: float | None = None
+    student: Path, source: Source, cache: TeacherCache, formats: tuple[str, ...]
 ) -> TrainConfig:
     """Return the settings of training, all but its steps."""
     config = source.config
     names = ("minutes", "batch_size", "lr", "seed", "eval_sequences", "dtype", "device")
-    recipe = fingerprint([max_bits, *(getattr(config, name) for name in names)])
+    recipe = fingerprint([formats, *(getattr(config, name) for name in names)])
     return TrainConfig(
         checkpoint=student,
         cache_dir=cache.folder,
         output_dir=source.work / "runs" / f"{student.name}-{recipe[:6]}",
         model_id=config.model,
-        max_bits=max_bits,
+        formats=formats,
         batch_size=config.batch_size,
         seed=config.seed,
         dtype=config.dtype,

@@ -19,7 +19,7 @@ from qat.pipelines.compress_stages import (
     size_on_disk,
     teacher_cache,
     train_student,
-    trained_bits,
+    trained_formats,
     validation_kl,
     write_file,
 )
@@ -122,8 +122,8 @@ def points_of_size(
     if not config.minutes:
         return [point]
     kl = validation_kl(fitted, source, cache)
-    most = trained_bits(allocation)
-    trained, _ = train_student(fitted, kl, source, cache, clock, most)
+    formats = trained_formats(allocation, source)
+    trained, _ = train_student(fitted, kl, source, cache, clock, formats)
     return [point, file_point("trained", label, trained, source, cache)]
 
 

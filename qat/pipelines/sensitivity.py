@@ -50,7 +50,8 @@ def measure_costs(
         candidates: Formats by parameter name.
         batches: Of the calibration text.
         place: Where to compute.
-        further: More of it, for the grams alone.
+        further: More of it: the first tells what rounding does to text that no fit has seen, the
+            rest is for the grams alone.
     """
     started = time.perf_counter()
     modules = {name.removesuffix(".weight"): specs for name, specs in candidates.items()}
@@ -59,6 +60,7 @@ def measure_costs(
     batches, further = (
         [batch.to(device.torch_device) for batch in some] for some in (batches, further)
     )
+    unseen, *further = further or batches[:1]
     in_turns = [name for name in body if any(spec.has_own_rows for spec in modules[name])]
     with device.hosting(model):
         sums, head = Grams.of(model, in_turns), head_weight(model, modules)
@@ -69,7 +71,7 @@ def measure_costs(
         costs, probes = walked_costs(model, modules, batches, fisher, grams, head)
         for name in modules.keys() - set(body) - {head}:
             costs |= embedding_costs(model, name, modules[name], fisher)
-        ratios = measured_ratios(model, probes, batches[0])
+        ratios = measured_ratios(model, probes, unseen)
     for name, ratio in ratios.items():
         found = costs[f"{name}.weight"]
         costs[f"{name}.weight"] = {spec: ratio * cost for spec, cost in found.items()}

@@ -26,7 +26,7 @@ from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 
 SAMPLED_ROWS = 64  # of each weight that are drawn
-FEWER = 4  # times fewer where a grid rounds several weights at once, which takes longer
+FEWER = 8  # times fewer where a grid rounds several weights at once, which takes longer
 COARSE_BITS = 3  # up to which rounding is coarse
 NUM_ROUNDS = 1  # of the fit by second moments
 NUM_SWEEPS = 1  # of the fit with error feedback

@@ -169,9 +169,10 @@ class TrainConfig(PlaceConfig):
     layers: Layers = "all"
     """Layers that train; the others stay as they are. body: mlp and attention. embedding: a
     quantized embedding or head. all: every quantized layer."""
-    max_bits: float | None = None
-    """Train layers in formats whose indices take at most this many bits a weight only: they lose
-    most, and the others cost a step's time. Norms train whatever the limit."""
+    formats: tuple[str, ...] | None = None
+    """Train layers in these formats only, as the plan names them, such as gguf:q2_0: those of few
+    bits lose most, and the others cost a step's time. All when not given; norms train whatever the
+    formats."""
     trainable: tuple[Part, ...] = ("auto",)
     """What trains in them: weights (and so indices), scales, codebooks, norms; of low-rank scales
     magnitudes alone, or directions, which are scales without their magnitudes. auto: weights and

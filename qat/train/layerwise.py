@@ -54,14 +54,14 @@ def layerwise_stage(
         _number: int, block: nn.Module
     ) -> tuple[list[FakeQuantWeight], torch.optim.Optimizer | None]:
         prefix = next(name for name, module in student.named_modules() if module is block)
-        if not trainable.layers_to_train(block, config.kinds, config.max_bits):
+        if not trainable.layers_to_train(block, config.kinds, config.formats):
             return [], None
         parts = trainable.choose_trainable(
             block,
             kinds=config.kinds,
             parts=tuple(part for part in moving if part != "norms"),
             weight_of=lambda name: weight_of(f"{prefix}.{name}"),
-            max_bits=config.max_bits,
+            formats=config.formats,
         )
         units = trainable.rate_units(block) if config.optim.relative else None
         optimizer = trainable.make_optimizer(parts, rates, config.optim.weight_decay, units)

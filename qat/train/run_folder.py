@@ -185,7 +185,7 @@ def make_trainer(
         kinds=config.kinds,
         parts=config.parts(is_low_rank=has_low_rank_scales(model)),
         weight_of=weight_of,
-        max_bits=config.max_bits,
+        formats=config.formats,
     )
     hold_weights(model, dtype)
     if config.gradient_checkpointing:

@@ -27,7 +27,7 @@ def choose_trainable(
     kinds: tuple[str, ...],
     parts: tuple[str, ...],
     weight_of: Callable[[str], Tensor | None],
-    max_bits: float | None = None,
+    formats: tuple[str, ...] | None = None,
 ) -> dict[str, list[nn.Parameter]]:
     """Freeze a student but for the chosen parts of the chosen layers.
 
@@ -36,7 +36,7 @@ def choose_trainable(
         kinds: Of the layers that train, as `tensor_kind` names them.
         parts: Of weights, scales, directions, magnitudes, codebooks, norms.
         weight_of: Returns the full-precision weight of a layer by name, None where unknown.
-        max_bits: Of indices a weight, in the formats that train; None = all formats.
+        formats: Names of those whose layers train; None = all.
 
     Returns:
         Parameters by part, those parts only that have any.
@@ -45,7 +45,7 @@ def choose_trainable(
         ValueError: If nothing is left to train.
     """
     model.requires_grad_(False)
-    layers = layers_to_train(model, kinds, max_bits)
+    layers = layers_to_train(model, kinds, formats)
     chosen: dict[str, list[nn.Parameter]] = {part: [] for part in parts}
     for name, layer in layers.items():
         if "weights" in parts:
@@ -59,10 +59,10 @@ def choose_trainable(
         chosen["norms"] += norm_parameters(model)
     chosen = {part: parameters for part, parameters in chosen.items() if parameters}
     if not chosen:
+        of_formats = "" if formats is None else f" in {', '.join(formats)}"
         raise ValueError(
             f"--trainable {' '.join(parts)} finds nothing in the student's {' and '.join(kinds)} "
-            f"layers{'' if max_bits is None else f' of at most {max_bits} bits'}; magnitudes are "
-            "there with low-rank scales only"
+            f"layers{of_formats}; magnitudes are there with low-rank scales only"
         )
     for parameters in chosen.values():
         for parameter in parameters:
@@ -71,14 +71,14 @@ def choose_trainable(
 
 
 def layers_to_train(
-    model: nn.Module, kinds: tuple[str, ...], max_bits: float | None
+    model: nn.Module, kinds: tuple[str, ...], formats: tuple[str, ...] | None
 ) -> dict[str, FakeQuantWeight]:
-    """Return the quantized layers of some kinds, in formats of at most as many bits of indices."""
+    """Return the quantized layers of some kinds, in some formats (None = all)."""
     return {
         name: layer
         for kind in kinds
         for name, layer in layers_of_kind(model, kind).items()
-        if max_bits is None or layer.spec.bits <= max_bits
+        if formats is None or layer.spec.name in formats
     }
 
 

@@ -4,6 +4,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from qat.export.from_gguf import read_gguf_model
 from qat.pipelines import compress_stages
 from qat.pipelines.compress import compress
 from qat.pipelines.compress_config import CompressConfig, parse_size
-from qat.pipelines.compress_stages import Clock, trained_bits
+from qat.pipelines.compress_stages import Clock, trained_formats
 from qat.pipelines.evaluate import evaluate
 from qat.quant.allocate import Allocation, Choice
 from qat.storage.files import read_json, sha256_of_file, write_json
@@ -160,13 +161,23 @@ def test_stages_of_another_file_count_for_each_once(tmp_path):
         second.note()
 
 
-@pytest.mark.parametrize(("costs", "bits"), [((0.7, 0.3), 2), ((0.5, 0.5), 4), ((0.0, 0.0), 2)])
-def test_formats_that_hold_most_of_the_kl_train(costs, bits):
-    """The fewest bits whose tensors are predicted to lose the most."""
-    formats = zip(("gguf:q2_0", "gguf:q4_0", "f32"), (*costs, 9.0), strict=True)
-    found = {name: Choice(name, 1, cost) for name, cost in formats}
-    assert trained_bits(Allocation(found)) == bits
-    assert trained_bits(Allocation({"f32": found["f32"]})) is None
+@pytest.mark.parametrize(
+    ("costs", "kind", "expected"),
+    [
+        ((0.7, 0.3, 0.0), "cpu", ["gguf:q2_0"]),
+        ((0.5, 0.5, 0.0), "cpu", ["gguf:q2_0", "gguf:q4_0"]),
+        ((0.0, 0.0, 0.0), "cpu", ["gguf:q2_0"]),
+        ((0.7, 0.3, 8.0), "cpu", ["gguf:q2_0"]),
+        ((0.7, 0.3, 8.0), "cuda", ["gguf:iq2_s", "gguf:q2_0"]),
+    ],
+)
+def test_formats_that_hold_most_of_the_kl_train(costs, kind, expected):
+    """The fewest bits whose tensors are predicted to lose the most, where a device trains them."""
+    source = SimpleNamespace(place=SimpleNamespace(device=SimpleNamespace(kind=kind)))
+    names = ("gguf:q2_0", "gguf:q4_0", "gguf:iq2_s", "f32")
+    found = {name: Choice(name, 1, cost) for name, cost in zip(names, (*costs, 9.0), strict=True)}
+    assert list(trained_formats(Allocation(found), source)) == expected
+    assert trained_formats(Allocation({"f32": found["f32"]}), source) == ()
 
 
 def test_bad_input_is_refused_before_any_work(folder):

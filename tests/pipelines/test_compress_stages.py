@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qat.pipelines import compress_stages
-from qat.pipelines.compress_stages import Clock, calibration_tokens, once, size_on_disk
+from qat.pipelines.compress_stages import Clock, calibration_tokens, is_whole, once, size_on_disk
 
 
 def test_a_clock_goes_on_in_the_next_process(tmp_path, monkeypatch):
@@ -43,6 +45,18 @@ def test_a_folder_is_as_large_as_its_files(tmp_path):
     (tmp_path / "a" / "b" / "y").write_bytes(b"4567")
     assert size_on_disk(tmp_path) == 7
     assert size_on_disk(tmp_path / "a" / "x") == 3
+
+
+def test_tensors_that_were_cut_short_are_made_anew(tmp_path):
+    """Neither a file that is not there, nor a part of one, nor another kind of file is whole."""
+    file = tmp_path / "grams.safetensors"
+    assert not is_whole(file)
+    save_file({"a": torch.ones(100)}, file)
+    assert is_whole(file)
+    file.write_bytes(file.read_bytes()[:-4])
+    assert not is_whole(file)
+    file.write_text("no tensors")
+    assert not is_whole(file)
 
 
 @pytest.mark.parametrize(

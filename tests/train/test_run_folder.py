@@ -104,13 +104,13 @@ def test_a_run_is_found_by_its_identity(tmp_path):
 def test_a_run_of_before_a_setting_came_is_found(tmp_path):
     """What it does not name was left at None."""
     record = record_of(config(), identity())
-    flat = next(v for v in [record["identity"], *record["identity"].values()] if "max_bits" in v)
-    assert flat.pop("max_bits") is None
+    flat = next(v for v in [record["identity"], *record["identity"].values()] if "formats" in v)
+    assert flat.pop("formats") is None
     write_json(tmp_path / CONFIG, record)
     write_json(tmp_path / SUMMARY, {"steps": 3})
     assert finished_run(tmp_path, identity()) == {"steps": 3}
-    with pytest.raises(ValueError, match="max_bits None, this one has 2"):
-        finished_run(tmp_path, identity(max_bits=2))
+    with pytest.raises(ValueError, match="formats None, this one has"):
+        finished_run(tmp_path, identity(formats=("gguf:q2_0",)))
 
 
 @pytest.mark.parametrize(

@@ -41,15 +41,17 @@ def test_kinds_and_parts_decide_what_trains(family):
     assert all("self_attn" in name for name in names(student))
 
 
-def test_formats_of_more_bits_stay():
-    """Only layers of at most as many bits train; a limit below all of them is named."""
+def test_other_formats_stay():
+    """Only layers in the named formats train; formats that no layer has are named."""
     student = tiny_student(plan="q2a4")
     parts = ("weights", "scales")
-    choose_trainable(student, kinds=BOTH, parts=parts, max_bits=2, **NOTHING)
+    narrow = student.model.layers[0].mlp.up_proj.spec.name
+    choose_trainable(student, kinds=BOTH, parts=parts, formats=(narrow,), **NOTHING)
     assert all(".mlp." in name for name in names(student))
     assert len(trained_layers(student)) == 6
-    with pytest.raises(ValueError, match="at most 1.5 bits"):
-        choose_trainable(student, kinds=BOTH, parts=parts, max_bits=1.5, **NOTHING)
+    formats = ("gguf:q2_0", "int3-g32")
+    with pytest.raises(ValueError, match="layers in gguf:q2_0, int3-g32"):
+        choose_trainable(student, kinds=BOTH, parts=parts, formats=formats, **NOTHING)
 
 
 def test_latent_weights_start_at_the_full_precision_ones():
