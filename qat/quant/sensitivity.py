@@ -26,7 +26,7 @@ from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 
 SAMPLED_ROWS = 64  # of each weight that are drawn
-FEWER = 8  # times fewer where a grid rounds several weights at once, which takes longer
+FEWER = 4  # times fewer draws where a grid rounds several weights at once, which takes longer
 COARSE_BITS = 3  # up to which rounding is coarse
 NUM_ROUNDS = 1  # of the fit by second moments
 NUM_SWEEPS = 1  # of the fit with error feedback
@@ -82,20 +82,16 @@ def format_costs(
         hessian: Second moment of the inputs, (I, I).
     """
     hessian = hessian.float()
-    totals, samples, masses = {}, {}, {}
-    for name, info in weights.items():
-        energy = row_errors(info.weight.float(), hessian) * info.row_mass  # (O,)
-        chosen, times = sample_rows(energy, SAMPLED_ROWS)
-        totals[name] = float(energy.sum()) / 2
-        samples[name] = info.weight[chosen].float()
-        masses[name] = info.row_mass[chosen]
-        if len(chosen) < len(energy):  # drawn by their energy, so that relative errors count alike
-            masses[name] = masses[name] * times / energy[chosen].clamp_min(1e-30)
+    energies = {
+        name: row_errors(info.weight.float(), hessian) * info.row_mass  # (O,)
+        for name, info in weights.items()
+    }
+    totals = {name: float(energy.sum()) / 2 for name, energy in energies.items()}
+    many, few = (draw_rows(weights, energies, n) for n in (SAMPLED_ROWS, SAMPLED_ROWS // FEWER))
     costs: dict[str, dict[str, float]] = {name: {} for name in weights}
     gains: dict[str, dict[str, float]] = {}
     for spec in specs:
-        step = FEWER if spec.is_vector else 1
-        rows, mass = ({name: p[::step] for name, p in one.items()} for one in (samples, masses))
+        rows, mass = few if spec.is_vector else many
         ratios = error_ratios(rows, mass, spec, hessian, fit_by_moments)
         if spec.is_quantized and kind_of(spec) not in gains and min(ratios.values()) > 0:
             fed = error_ratios(rows, mass, spec, hessian, fit_with_feedback)
@@ -104,6 +100,19 @@ def format_costs(
         for name, ratio in ratios.items():
             costs[name][spec.name] = ratio * gain.get(name, 1.0) * totals[name]
     return costs
+
+
+def draw_rows(
+    weights: Mapping[str, WeightInfo], energies: Mapping[str, Tensor], count: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return rows of each weight, (R, I), and how much their errors count, (R,), by name."""
+    rows, masses = {}, {}
+    for name, info in weights.items():
+        chosen, times = sample_rows(energies[name], count)
+        rows[name], masses[name] = info.weight[chosen].float(), info.row_mass[chosen]
+        if len(info.weight) > count:  # drawn by their energy, so that relative errors count alike
+            masses[name] = masses[name] * times / energies[name][chosen].clamp_min(1e-30)
+    return rows, masses
 
 
 def kind_of(spec: TensorSpec) -> str:

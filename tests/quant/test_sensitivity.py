@@ -78,6 +78,22 @@ def test_a_row_that_holds_most_of_the_cost_is_in_the_sample():
         assert found[spec.name] == pytest.approx(whole, rel=0.2), spec.name
 
 
+def test_a_row_that_is_hard_to_hold_stands_for_itself_alone():
+    """Of vector grids fewer rows are drawn: the largest counts by its share there as well."""
+    weight, mass, hessian = example(256, 256)
+    hard, weight = weight[7], weight.sign()  # of one magnitude: nearly as they are
+    weight[7] = hard
+    energy = ((weight @ hessian) * weight).sum(1) * mass
+    mass[7] *= energy.sum() / energy[7]  # half of all
+    spec = TensorSpec.from_name("gguf:iq2_s")
+    info = {"w": WeightInfo(weight=weight, row_mass=mass)}
+    found = format_costs(info, [spec], hessian)["w"][spec.name]
+    error = fit_with_hessian(weight, spec, hessian, num_sweeps=NUM_SWEEPS).dequantize() - weight
+    errors = ((error @ hessian) * error).sum(1) * mass
+    assert errors[7] > 0.9 * errors.sum()
+    assert found == pytest.approx(float(errors.sum()) / 2, rel=0.2)
+
+
 @given(
     energies=st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=200),
     count=st.integers(1, 64),

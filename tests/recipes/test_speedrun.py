@@ -80,6 +80,35 @@ def test_the_path_from_teacher_to_log(checkout, environment):
     assert "q2_mlp_2 is already complete" in again.stderr
 
 
+def test_a_recipe_is_a_row(checkout, environment, tmp_path):
+    """Given again it is found; another one is another row, which names what it changes."""
+    flags = {"model": environment["TEACHER"], "data": environment["DATA"], "name": "tried"}
+    flags |= {"sequences": 64, "seq-len": 16, "work": tmp_path / "work", "eval-sequences": 8}
+    flags |= {"table": tmp_path / "a.csv", "fit.sequences": 16, "device": "cpu"}
+    words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+    words = [sys.executable, "speedrun/recipe.py", *words]
+    trained = [
+        "--minutes",
+        "0.3",
+        "--optim.lr",
+        "0.02",
+        "--heldout",
+        str(checkout / "pyproject.toml"),
+    ]
+    rows = []
+    for more in (["--minutes", "0"], ["--minutes", "0"], trained):
+        done = call(checkout, environment, *words, *more)
+        assert done.returncode == 0, done.stderr
+        rows.append(json.loads(done.stdout))
+    assert rows[0]["kl"] == rows[0]["kl_fit"] == rows[2]["kl_fit"]
+    assert {name: str(value) for name, value in rows[0].items()} == rows[1]
+    assert rows[2]["changes"] == '{"optim.lr": 0.02}'
+    assert rows[2]["steps"] > 0
+    assert rows[2]["kl"] < rows[2]["kl_fit"]
+    assert rows[2]["kl_heldout"] > 0
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize(
     ("size", "teacher", "words"),
     [
