@@ -11,6 +11,7 @@ Shape legend: B batch, T tokens, V vocabulary, D hidden size, O out.
 Source: Kunstner et al. 2019, arXiv:1905.12558, section 2 (the Fisher by drawn labels).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from tqdm import tqdm
 
 from qat.calibrate.statistics import Batch
 from qat.model.head import Tokens, hidden_states, logits_of
+from qat.quant.output_feedback import do_turns_pay
 from qat.runtime.device import run_recorded
 
 TOKENS_AT_ONCE = 256  # whose logits are held at a time
-RUN_OUTPUTS = 2048  # of a linear that count together at most: G is quadratic in them
+RUN_OUTPUTS = 1024  # of a linear that count together at most: G is quadratic in them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,12 +60,16 @@ class Watch:
 
 
 class Grams:
-    """Sums of products of gradients at pairs of a linear's outputs, run by run."""
+    """Sums of products of gradients at pairs of a linear's outputs, run by run.
+
+    Batches go to two halves by turns: what both tell is no noise.
+    """
 
     def __init__(self, sizes: Mapping[str, Sequence[int]]) -> None:
         """Take the outputs R of each run, by the linear's name."""
         self.sizes = sizes
-        self.sums: dict[str, list[Tensor]] = {}
+        self.halves: tuple[dict[str, list[Tensor]], ...] = ({}, {})
+        self.num_batches: Counter[str] = Counter()
         self.num_tokens = 0
 
     @classmethod
@@ -75,10 +81,12 @@ class Grams:
     def add(self, name: str, rows: Tensor) -> None:
         """Add gradients at tokens, (N, O)."""
         runs = rows.split(list(self.sizes[name]), dim=1)
-        if name not in self.sums:
-            self.sums[name] = [torch.zeros(run.shape[1], run.shape[1]).to(run) for run in runs]
-        for total, run in zip(self.sums[name], runs, strict=True):
+        if not self.num_batches[name]:
+            for half in self.halves:
+                half[name] = [run.new_zeros(run.shape[1], run.shape[1]) for run in runs]
+        for total, run in zip(self.halves[self.num_batches[name] % 2][name], runs, strict=True):
             total.addmm_(run.T, run)
+        self.num_batches[name] += 1
 
     def add_text(self, model: nn.Module, batches: Iterable[Batch], *, seed: int = 0) -> None:
         """Add gradients on a text; arguments as in `output_fisher`."""
@@ -91,10 +99,18 @@ class Grams:
         Raises:
             ValueError: If a gradient was not finite.
         """
-        require_finite([total for runs in self.sums.values() for total in runs])
-        return {
-            name: [total / self.num_tokens for total in runs] for name, runs in self.sums.items()
-        }
+        return {name: self.mean(name) for name in self.num_batches}
+
+    def mean(self, name: str) -> list[Tensor]:
+        """Return G of the runs of one linear, as `means` does."""
+        sums = [a + b for a, b in zip(*(half[name] for half in self.halves), strict=True)]
+        require_finite(sums)
+        return [total / self.num_tokens for total in sums]
+
+    def of_paying_turns(self) -> dict[str, list[Tensor]]:
+        """Return `means` of the linears whose outputs are worth fitting in turns."""
+        paying = [n for n in self.num_batches if do_turns_pay(*(half[n] for half in self.halves))]
+        return {name: self.mean(name) for name in paying}
 
 
 def output_fisher(

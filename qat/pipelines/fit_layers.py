@@ -115,7 +115,8 @@ class FitTask:
         """Return names in groups whose weights may be fitted as one, in order."""
         groups: dict[object, list[str]] = {}
         for name in names:
-            key = self.specs[name] if self.specs[name].has_own_rows else name
+            spec = self.specs[name]
+            key = (spec, name in self.grams) if spec.has_own_rows else name
             groups.setdefault(key, []).append(name)
         return list(groups.values())
 

@@ -141,7 +141,7 @@ def gradient_grams(
     count = min(GRAM_TOKENS // batches[0].token_ids.numel(), len(batches) // 4)
     grams.add_text(model, batches[:: -(-len(batches) // max(1, count))])
     say(f"gradients of {len(grams.sizes)} linears in {time.perf_counter() - started:.0f} s")
-    return grams.means()
+    return grams.of_paying_turns()
 
 
 def second_moments(

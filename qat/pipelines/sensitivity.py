@@ -67,7 +67,7 @@ def measure_costs(
         fisher = output_fisher(model, body, batches, grams=sums)
         if further:
             sums.add_text(model, further, seed=1)
-        grams = sums.means()
+        grams = sums.of_paying_turns()
         costs, probes = walked_costs(model, modules, batches, fisher, grams, head)
         for name in modules.keys() - set(body) - {head}:
             costs |= embedding_costs(model, name, modules[name], fisher)

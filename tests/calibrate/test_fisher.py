@@ -61,11 +61,26 @@ def test_grams_are_the_moments_of_pairs_of_outputs():
 
 
 @pytest.mark.parametrize(
-    ("num_outputs", "sizes"), [(1, [1]), (2048, [2048]), (5000, [1666, 1667, 1667])]
+    ("num_outputs", "sizes"), [(1, [1]), (1024, [1024]), (2500, [833, 833, 834])]
 )
 def test_wide_outputs_count_together_in_runs(num_outputs, sizes):
     """Of nearly one length, that together are all."""
     assert even_runs(num_outputs) == sizes
+
+
+def test_outputs_that_are_noise_to_each_other_take_no_turns():
+    """Those that move together do so on the other half of the text."""
+    grams = Grams({"a": [64], "b": [64]})
+    generator = torch.Generator().manual_seed(1)
+    shared = torch.randn(3, 64, generator=generator)
+    for _ in range(8):
+        alone = torch.randn(32, 64, generator=generator)
+        grams.add("a", alone)
+        grams.add("b", alone + torch.randn(32, 3, generator=generator) @ shared)
+    grams.num_tokens = 256
+    found = grams.of_paying_turns()
+    assert list(found) == ["b"]
+    torch.testing.assert_close(found["b"], grams.means()["b"])
 
 
 def test_predicts_the_kl_of_a_small_error():

@@ -45,8 +45,8 @@ def model_and_text(num_sequences):
 
 def test_costs_are_of_the_size_of_the_kl_that_they_predict():
     """The KL after a fit of one linear, in turns, is within a small factor of its cost."""
-    model, token_ids, batches = model_and_text(48)
-    name = "model.layers.0.mlp.up_proj"
+    model, token_ids, batches = model_and_text(96)
+    name = "model.layers.0.self_attn.o_proj"
     specs = {f"{name}.weight": [TensorSpec.from_name("gguf:q4_0")]}
     found = measure_costs(model, specs | head_of(model), batches, Place.of(PLACE))
     predicted = found.costs[f"{name}.weight"]["gguf:q4_0"]
@@ -64,15 +64,15 @@ def test_costs_are_of_the_size_of_the_kl_that_they_predict():
 
 def test_what_fits_make_up_for_costs_less():
     """Outputs that the rest of the model adds up are fitted in turns, and costs know it."""
-    model, _, batches = model_and_text(64)
-    name = "model.layers.1.mlp.gate_proj"
+    model, _, batches = model_and_text(96)
+    name = "model.layers.1.mlp.down_proj"
     specs = {f"{name}.weight": [TensorSpec.from_name("gguf:q4_0")]}
     found = measure_costs(model, specs | head_of(model), batches[:2], Place.of(PLACE), batches[2:])
     (gram,) = found.grams[name]
-    assert gram.shape == (128, 128)
+    assert gram.shape == (64, 64)
     info = weight_info(model, name, gram.diagonal())
     plain, turns = (
-        coarse_probe(info, specs[f"{name}.weight"], torch.eye(64), g) for g in ([], [gram])
+        coarse_probe(info, specs[f"{name}.weight"], torch.eye(128), g) for g in ([], [gram])
     )
     assert plain.cost == turns.cost
 
