@@ -115,7 +115,7 @@ def another(hint, default):
         return Path("some/where")
     if hint in (str, str | None):
         return "64:0"  # also fits the curriculum
-    if isinstance(default, tuple):
+    if isinstance(default, tuple) or hint == tuple[str, ...] | None:
         return ("norms", "codebooks")
     return next(value for value in hint.__args__ if value != default)
 
