@@ -127,11 +127,11 @@ def run_recipe(config: RecipeConfig) -> dict[str, Any]:
         "seed": config.seed,
         "changes": json.dumps(config.changes),
     }
-    values = qat.evaluate(fitted, cache, **measured)
+    values = qat.evaluate(fitted, cache=cache, **measured)
     row |= {"bits_per_weight": values.bits_per_weight_model, "fit_seconds": round(fit_seconds)}
     seconds = 60 * config.minutes - fit_seconds
     student, trained = train_student(config, fitted, cache, place, seconds)
-    kl = qat.evaluate(student, cache, **measured).kl_nats if trained else values.kl_nats
+    kl = qat.evaluate(student, cache=cache, **measured).kl_nats if trained else values.kl_nats
     row |= {**trained, "kl_fit": values.kl_nats, "kl": kl}
     if config.heldout is not None:
         text = {"text": config.heldout, "teacher": config.model, "seq_len": config.seq_len}
