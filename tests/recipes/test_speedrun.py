@@ -89,7 +89,7 @@ def test_a_recipe_is_a_row(checkout, environment, tmp_path):
     words = [sys.executable, "speedrun/recipe.py", *words]
     trained = [
         "--minutes",
-        "0.3",
+        "0.2",
         "--optim.lr",
         "0.02",
         "--heldout",
@@ -102,7 +102,7 @@ def test_a_recipe_is_a_row(checkout, environment, tmp_path):
         rows.append(json.loads(done.stdout))
     assert rows[0]["kl"] == rows[0]["kl_fit"] == rows[2]["kl_fit"]
     assert {name: str(value) for name, value in rows[0].items()} == rows[1]
-    assert rows[2]["changes"] == '{"optim.lr": 0.02}'
+    assert rows[2]["changes"] == '{"fit.sequences": 16, "optim.lr": 0.02}'
     assert rows[2]["steps"] > 0
     assert rows[2]["kl"] < rows[2]["kl_fit"]
     assert rows[2]["kl_heldout"] > 0
