@@ -7,6 +7,8 @@ from qat.cli.commands import main
 from qat.tracking import sinks
 from qat.tracking.record import RunRecord
 
+pytestmark = pytest.mark.recipe
+
 
 def test_the_closing_line_holds_numbers_and_paths(tmp_path, capsys):
     """`qat compare` ends with one JSON line; its table goes to standard error."""

@@ -18,6 +18,8 @@ from tests.tiny import (
     tiny_student,
 )
 
+pytestmark = pytest.mark.recipe
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -10,6 +10,8 @@ from qat.quant.plan import kind_specs
 from qat.quant.spec import TensorSpec, make_spec
 from tests.tiny import save_tiny, tiny_llama
 
+pytestmark = pytest.mark.recipe
+
 SIZES = {"bits_per_weight", "bits_per_weight_mlp", "bits_per_weight_model"}
 
 

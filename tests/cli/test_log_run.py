@@ -10,6 +10,8 @@ from qat.reports.log import RUNS_TITLE, add_entry, clock, command_line, read_fac
 from qat.tracking.record import RunRecord
 from qat.train.config import TrainConfig
 
+pytestmark = pytest.mark.recipe
+
 HEADER = {
     "plan": {"name": "q2a4", "tensors": {"layers.0.mlp.up_proj.weight": "lut2-g32"}},
     "base_model": {"name": "tiny"},

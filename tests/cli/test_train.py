@@ -15,6 +15,8 @@ from qat.tracking.record import SETTINGS, read_config, read_rows, read_summary
 from tests.seeds import make_v2
 from tests.tiny import tiny_cache, tiny_llama, tiny_qwen3, tiny_tokenizer
 
+pytestmark = pytest.mark.recipe
+
 USUAL = {
     "layers": "mlp",
     "max_steps": 4,
