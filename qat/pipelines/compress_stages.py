@@ -232,14 +232,17 @@ def cost_table(source: Source, cache: TeacherCache) -> Table:
         batches = spread_batches(cache, max(1, num_tokens // cache.seq_len))
         step = min(len(batches), -(-num_tokens // COST_TOKENS))
         further = [batch for number, batch in enumerate(batches) if number % step]
-        found = measure_costs(model, source.specs, batches[::step], source.place, further)
+        found = measure_costs(
+            model, source.specs, batches[::step], source.place, further, has_turns=has_turns
+        )
         if has_turns:
             write_grams(source, found.grams)
         return found.costs
 
-    num_tokens = min(GRAM_TOKENS, cache.num_text * cache.seq_len // 4)
-    key = [cache.fingerprint, source.base["weights"], names, num_tokens, PROBE_KL]
     has_turns = source.config.fit == "hessian" and not is_short(source.config.minutes)
+    most = GRAM_TOKENS if has_turns else COST_TOKENS
+    num_tokens = min(most, cache.num_text * cache.seq_len // 4)
+    key = [cache.fingerprint, source.base["weights"], names, num_tokens, PROBE_KL]
     if has_turns and not is_whole(grams_file(source)):
         (source.work / "costs.json").unlink(missing_ok=True)
     costs = once(source.work / "costs.json", key, measure)

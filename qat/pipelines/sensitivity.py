@@ -42,6 +42,8 @@ def measure_costs(
     batches: Sequence[Tokens],
     place: Place,
     further: Sequence[Tokens] = (),
+    *,
+    has_turns: bool = True,
 ) -> Sensitivity:
     """Return the cost of each format of each tensor.
 
@@ -52,6 +54,7 @@ def measure_costs(
         place: Where to compute.
         further: More of it: the first tells what rounding does to text that no fit has seen, the
             rest is for the grams alone.
+        has_turns: Whether the fits to come will be in turns; there are no grams otherwise.
     """
     started = time.perf_counter()
     modules = {name.removesuffix(".weight"): specs for name, specs in candidates.items()}
@@ -61,7 +64,7 @@ def measure_costs(
         [batch.to(device.torch_device) for batch in some] for some in (batches, further)
     )
     unseen, *further = further or batches[:1]
-    in_turns = [name for name in body if any(spec.has_own_rows for spec in modules[name])]
+    in_turns = [n for n in body if has_turns and any(spec.has_own_rows for spec in modules[n])]
     with device.hosting(model):
         sums, head = Grams.of(model, in_turns), head_weight(model, modules)
         fisher = output_fisher(model, body, batches, grams=sums)
