@@ -91,10 +91,10 @@ def record(model: Any, names: list[str], batches: list) -> dict[str, Seen]:
         model.get_submodule(name).register_forward_hook(
             lambda _module, args, _out, name=name: inputs[name].append(args[0].flatten(0, -2))
         )
-    for _ in label_gradients(
+    passes = label_gradients(
         model, names, batches, lambda name, rows: gradients[name].append(rows.clone()), seed=0
-    ):
-        pass
+    )
+    say(f"gradients at {sum(one.num_tokens for one in passes)} tokens")
     return {n: Seen(torch.cat(inputs[n]).detach(), torch.cat(gradients[n])) for n in names}
 
 

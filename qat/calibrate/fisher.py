@@ -108,7 +108,12 @@ class Grams:
         return [total / self.num_tokens for total in sums]
 
     def of_paying_turns(self) -> dict[str, list[Tensor]]:
-        """Return `means` of the linears whose outputs are worth fitting in turns."""
+        """Return `means` of the linears whose outputs are worth fitting in turns.
+
+        Raises:
+            ValueError: If a gradient was not finite.
+        """
+        require_finite([total for half in self.halves for runs in half.values() for total in runs])
         paying = [n for n in self.num_batches if do_turns_pay(*(half[n] for half in self.halves))]
         return {name: self.mean(name) for name in paying}
 

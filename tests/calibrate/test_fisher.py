@@ -109,3 +109,12 @@ def test_seed_and_text():
     assert torch.equal(first.linears[name], again.linears[name])
     with pytest.raises(ValueError, match="no tokens"):
         output_fisher(model, [name], [])
+
+
+def test_gradients_that_are_not_finite_are_refused_before_they_are_factored():
+    """The message names the remedy, where a factor of NaN would end in a traceback."""
+    grams = Grams({"a": [4]})
+    for value in (1.0, float("nan")):
+        grams.add("a", torch.full((3, 4), value))
+    with pytest.raises(ValueError, match="try --dtype fp32"):
+        grams.of_paying_turns()
