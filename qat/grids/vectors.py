@@ -16,7 +16,6 @@ Shape legend: O out, I in, N blocks, B weights of a block, D weights of a point,
 Source: the IQ2 and IQ3 types of ggml (ggml-common.h).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -133,84 +132,89 @@ class VectorGrid:
             importance: How much each weight's squared error counts, (I,) or (O, I); all alike when
                 not given.
         """
-        index = most = None
-        for magnitudes, is_negative in self.sign_choices(normalized, importance):
-            points, score = self.nearest_points(magnitudes, importance)
-            signs = joined(is_negative.int(), 1) & (2 ** (self.index_bits - self.sign_place) - 1)
-            found = joined(points.int(), self.table.point_bits) | (signs << self.sign_place)
-            index = found if index is None else torch.where(score > most, found, index)
-            most = score if most is None else torch.maximum(score, most)
-        return index.view(self.index_shape(tuple(normalized.shape)))
+        magnitudes, is_negative = self.sign_choices(normalized, importance, TURNED)
+        points, score = self.nearest_points(magnitudes, importance, len(normalized))
+        signs = joined(is_negative.int(), 1) & (2 ** (self.index_bits - self.sign_place) - 1)
+        found = joined(points.int(), self.table.point_bits) | (signs << self.sign_place)
+        if self.table.has_even_signs:
+            choice = score.view(TURNED, -1).argmax(0, keepdim=True)
+            found = found.view(TURNED, -1).gather(0, choice)
+        return found.view(self.index_shape(tuple(normalized.shape)))
 
     def best_scores(self, normalized: Tensor, importance: Tensor | None = None) -> Tensor:
         """Return how much less than sum h v^2 the error of each rounded block is, (O, I / B).
+
+        To compare scales by: of the signs that may be turned only the first is.
 
         Args:
             normalized: As in `round`.
             importance: As in `round`.
         """
-        best = None
-        for magnitudes, _ in self.sign_choices(normalized, importance):
-            score = self.nearest_points(magnitudes, importance, scores_only=True)[1]
-            best = score if best is None else torch.maximum(best, score)
-        return best.view(self.index_shape(tuple(normalized.shape)))
+        magnitudes, _ = self.sign_choices(normalized, importance, 1)
+        score = self.nearest_points(magnitudes, importance, len(normalized), scores_only=True)[1]
+        return score.view(self.index_shape(tuple(normalized.shape)))
 
     def sign_choices(
-        self, normalized: Tensor, importance: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give what blocks are under the signs to try, (N, B), and which weights are negative."""
+        self, normalized: Tensor, importance: Tensor | None, num_turned: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return what blocks are under the signs to try, (C N, B), and which are negative.
+
+        All blocks under the first choice come first; where any signs will do, there is one choice.
+        """
         blocks = normalized.reshape(-1, self.block_size)
         magnitudes, is_negative = blocks.abs(), blocks < 0
         if not self.table.has_even_signs:
-            yield magnitudes, is_negative
-            return
-        cost = normalized.abs() if importance is None else normalized.abs() * importance
-        order = cost.reshape(-1, self.block_size).argsort(dim=-1, stable=True)
+            return magnitudes, is_negative
+        cost = magnitudes if importance is None else (normalized.abs() * importance).view_as(blocks)
+        turned = cost.topk(num_turned, dim=-1, largest=False).indices.T.unsqueeze(-1)  # (C, N, 1)
         is_odd = is_negative.sum(-1, keepdim=True) % 2 == 1
-        places = torch.arange(self.block_size, device=blocks.device)
-        for turned in order[:, :TURNED].split(1, dim=1):
-            flip = (places == turned) & is_odd
-            yield torch.where(flip, -magnitudes, magnitudes), is_negative ^ flip
+        flip = (torch.arange(self.block_size, device=blocks.device) == turned) & is_odd  # (C, N, B)
+        magnitudes = torch.where(flip, -magnitudes, magnitudes)
+        size = (-1, self.block_size)
+        return magnitudes.reshape(size), (is_negative ^ flip).reshape(size)
 
     def nearest_points(
-        self, magnitudes: Tensor, importance: Tensor | None, *, scores_only: bool = False
+        self,
+        magnitudes: Tensor,
+        importance: Tensor | None,
+        num_rows: int,
+        *,
+        scores_only: bool = False,
     ) -> tuple[Tensor | None, Tensor]:
-        """Return the points nearest to each block (N, B), (N, points of a block), and their scores.
+        """Return the points nearest to each block (C N, B), and their scores.
 
         Args:
             magnitudes: Negative where the sign of a weight is not its own.
             importance: As in `round`.
+            num_rows: O.
             scores_only: Leave the points out; finding a maximum's position is slow.
 
         Returns:
-            Points, and sum h v^2 less the error they leave, (N,).
+            Points, (C N, points of a block), and sum h v^2 less the error they leave, (C N,).
         """
         table = point_values(self.kind, magnitudes.device)  # (P, D)
-        magnitudes = magnitudes.reshape(-1, self.table.dimension)
-        num_vectors, device = len(magnitudes), magnitudes.device
-        step = max(1, min(num_vectors, numbers_at_once(device) // len(table)))
+        vectors = magnitudes.reshape(-1, self.table.dimension)
+        mass = torch.ones_like(table[0]) if importance is None else importance
+        if importance is not None:
+            mass = mass.expand(num_rows, -1).reshape(-1, self.table.dimension)
+            mass = mass.repeat(len(vectors) // len(mass), 1)  # for every choice
+        pairs = torch.cat([mass * vectors, mass.expand_as(vectors)], dim=1)  # (V, 2D)
         products = torch.cat([2 * table, -table.square()], dim=1).T  # (2D, P)
-        mass = torch.ones_like(table[:1]) if importance is None else importance
-        mass = mass.reshape(-1, self.table.dimension)
-        is_repeated = len(mass) < num_vectors  # one importance for each input, for all rows
-        if is_repeated:
-            step = max(step // len(mass), 1) * len(mass)
-            mass = mass.repeat(step // len(mass), 1)
+        step = max(1, min(len(pairs), numbers_at_once(table.device) // len(table)))
         # One buffer for all chunks: fresh memory of this size costs more than the product.
-        buffer = torch.empty(min(step, num_vectors), len(table), device=device)
-        score = torch.empty(num_vectors, device=device)
-        found = None if scores_only else torch.empty(num_vectors, dtype=torch.int64, device=device)
-        for first in range(0, num_vectors, step):
-            vectors = magnitudes[first : first + step]
-            chunk = mass[: len(vectors)] if is_repeated else mass[first : first + step]
-            out = buffer[: len(vectors)]
-            torch.mm(torch.cat([chunk * vectors, chunk], dim=1), products, out=out)
+        buffer = torch.empty(step, len(table), device=table.device)
+        found, score = [], []
+        for chunk in pairs.split(step):
+            out = torch.mm(chunk, products, out=buffer[: len(chunk)])
             if scores_only:
-                torch.amax(out, -1, out=score[first : first + step])
-            else:
-                found[first : first + step], score[first : first + step] = first_best(out)
+                score.append(out.amax(-1))
+                continue
+            point, most = first_best(out)
+            found.append(point)
+            score.append(most)
         per_block = (-1, self.table.num_points)
-        return None if scores_only else found.view(per_block), score.view(per_block).sum(-1)
+        points = None if scores_only else torch.cat(found).view(per_block)
+        return points, torch.cat(score).view(per_block).sum(-1)
 
     def nearest(
         self, normalized: Tensor, codebook: None = None, importance: Tensor | None = None

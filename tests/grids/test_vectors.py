@@ -65,11 +65,16 @@ def test_round_finds_the_nearest_points(grid, kind):
 
 @each_grid
 def test_scores_are_what_rounding_saves(grid):
-    """Of sum h v^2, without finding the points."""
+    """Of sum h v^2, without finding the points; hardly less where signs have to be even."""
     weight, importance = some_weights(grid, 16, 64), torch.rand(64) + 0.1
     error = (weight - grid.nearest(weight, None, importance)).square() * importance
     saved = (weight.square() * importance - error).view(16, -1, grid.block_size).sum(-1)
-    assert torch.allclose(grid.best_scores(weight, importance), saved, rtol=1e-4, atol=1e-1)
+    scores = grid.best_scores(weight, importance)
+    exact = (scores - saved).abs() <= 1e-4 * saved.abs() + 0.1
+    if not grid.table.has_even_signs:
+        assert exact.all()
+    assert (exact | (scores < saved)).all()
+    assert scores.sum() > 0.97 * saved.sum()
 
 
 @each_grid
