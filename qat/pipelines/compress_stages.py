@@ -46,7 +46,7 @@ from qat.storage.files import atomic_file, fingerprint, read_json, write_json
 from qat.tracking.messages import say
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
-CACHE_SHARE = 1 / 15  # of the minutes: as much text as training then reads about twice
+CACHE_SHARE = 1 / 30  # of the minutes: as much text as training then reads about twice
 TEXT_SHARE = 2 / 15  # in which the teacher would read what a fit does, in three times as long
 MOST_CALIBRATION_TOKENS = 131072  # of a fit
 MEMORY_STEP = 8192  # tokens that memory decides by: a little more or less makes no other fit
@@ -57,7 +57,7 @@ SHORT_MINUTES = 10  # below which there is no time for turns
 SWEEPS = 1  # of a fit after its first codes: what a second takes, training makes more of
 COST_TOKENS = 4096  # of the text that costs are measured on
 LATE_SHARE = 0.2  # of the time that training is left with, kept for what comes after it
-LEAST_SHARE = 0.1  # of the minutes: with less left, seeing how long a step takes would use it up
+LEAST_SHARE = 0.05  # of the minutes: with less left, seeing how long a step takes would use it up
 TRAINED_SHARE = 0.6  # of the predicted KL: held by the formats that train
 SCALE_LR_RATIO = 0.1  # of relative rates: scales at 0.0005 a step where weights have 0.005
 Made = TypeVar("Made")

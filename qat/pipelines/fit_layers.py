@@ -20,7 +20,7 @@ from qat.quant.drift import (
     Correction,
     Moments,
     WantedWeight,
-    choose_correction,
+    choose_corrections,
     wanted_weight,
 )
 from qat.quant.fit import check_weight, fit_weight
@@ -166,11 +166,11 @@ def fit_by_decoder_layers(
     walk = walk_decoder_layers(model, body, batches, head=head, reference=reference)
     with closing(walk):
         for names, statistics in walk if body or head else ():
-            corrections = {
-                name: choose_correction(task.weight_of(name), statistics.halves) for name in names
-            }
+            weights = [task.weight_of(name) for name in names]
+            found = choose_corrections(weights, statistics.halves)
+            corrections = dict(zip(names, found, strict=True))
             moments = statistics.all
-            del statistics  # its halves: of a wide layer they are gigabytes
+            del statistics, weights  # halves of a wide layer's are gigabytes
             for some in task.of_one_format(names):
                 progress.set_postfix_str(some[0].removeprefix("model.layers."), refresh=False)
                 for name, quantized in task.fit_against(some, moments, corrections).items():

@@ -56,35 +56,37 @@ class Correction:
     """Of the regression's answer, 0 to 1."""
 
 
-def choose_correction(weight: Tensor, halves: Sequence[Moments]) -> Correction:
+def choose_corrections(weights: Sequence[Tensor], halves: Sequence[Moments]) -> list[Correction]:
     """Return the ridge and share with which each half of the tokens predicts the other best.
 
     For one ridge the error on the other half is quadratic in the share, so its best is at hand.
 
     Args:
-        weight: (O, I).
+        weights: That read the same inputs, (O, I) each.
         halves: Moments of each half.
+
+    Returns:
+        A correction for each weight.
     """
-    spread = slice(None, None, -(-len(weight) // SAMPLED_ROWS))
-    aims = [half.aim(weight, spread) for half in halves]  # (S, I) each
-    best, least = Correction(ridge=RIDGES[-1], share=0.0), 0.0
+    spreads = [slice(None, None, -(-len(weight) // SAMPLED_ROWS)) for weight in weights]
+    pairs = list(zip(weights, spreads, strict=True))
+    parts = [[half.aim(weight, spread) for weight, spread in pairs] for half in halves]
+    sizes = list(map(len, parts[0]))
+    aims = list(map(torch.cat, parts))  # (S, I) each, of all weights
+    best = [(0.0, Correction(ridge=RIDGES[-1], share=0.0))] * len(sizes)
     for ridge in RIDGES:
-        along = square = 0.0
+        along, square = [], []  # (S,) each, of the two directions
         for learned, judged in ((0, -1), (-1, 0)):
-            change = regression(aims[learned], halves[learned].hessian, ridge)
-            along = along + (aims[judged] * change).sum()
-            square = square + ((change @ halves[judged].hessian) * change).sum()
-        share = float((along / square.clamp_min(1e-30)).clamp(0, 1))
-        error = share * share * float(square) - 2 * share * float(along)
-        if error < least:
-            best, least = Correction(ridge=ridge, share=share), error
-    return best
-
-
-def regression(aim: Tensor, hessian: Tensor, ridge: float) -> Tensor:
-    """Return aim (H + ridge)^-1, (O, I); zeros where H is zero or has no factor."""
-    factor, mean = ridge_factor(hessian, ridge)
-    return solved(aim, factor, mean)
+            change = solved(aims[learned], *ridge_factor(halves[learned].hessian, ridge))
+            along.append((aims[judged] * change).sum(1))
+            square.append(((change @ halves[judged].hessian) * change).sum(1))
+        sums = [[s.sum() for s in sum(rows).split(sizes)] for rows in (along, square)]
+        for place, (one, other) in enumerate(zip(*sums, strict=True)):
+            share = float((one / other.clamp_min(1e-30)).clamp(0, 1))
+            error = share * share * float(other) - 2 * share * float(one)
+            candidate = error, Correction(ridge=ridge, share=share)
+            best[place] = min(best[place], candidate, key=lambda pair: pair[0])
+    return [correction for _, correction in best]
 
 
 def ridge_factor(hessian: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,13 @@
 import torch
 
-from qat.quant.drift import Correction, Moments, choose_correction, regression, wanted_weight
+from qat.quant.drift import (
+    Correction,
+    Moments,
+    choose_corrections,
+    ridge_factor,
+    solved,
+    wanted_weight,
+)
 
 
 def inputs(num_tokens: int, noise: float, *, is_linear: bool, seed: int = 0):
@@ -26,9 +33,8 @@ def output_error(weight, wanted, x, fed) -> float:
 def chosen(weight, x, fed) -> Correction:
     """Return the correction chosen on two halves of the tokens."""
     half = len(x) // 2
-    return choose_correction(
-        weight, (moments_of(x[:half], fed[:half]), moments_of(x[half:], fed[half:]))
-    )
+    halves = (moments_of(x[:half], fed[:half]), moments_of(x[half:], fed[half:]))
+    return choose_corrections([weight], halves)[0]
 
 
 def test_the_wanted_weight_is_the_ridge_regression_drawn_to_the_weight():
@@ -42,7 +48,7 @@ def test_the_wanted_weight_is_the_ridge_regression_drawn_to_the_weight():
         moments.hessian.double() + identity, (weight.double() @ (cross + identity)).T
     ).T
     found = wanted_weight(weight, moments, Correction(ridge=ridge, share=1.0))
-    assert torch.equal(found[1:3], found[:][1:3])
+    torch.testing.assert_close(found[1:3], found[:][1:3])
     found = found[:]
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-3)
 
@@ -63,7 +69,8 @@ def test_another_output_may_be_wanted():
     x, _ = inputs(2000, 0.0, is_linear=True)
     weight, wanted = torch.randn(16, 24), torch.randn(16, 24)
     moments = Moments(hessian=x.T @ x / len(x), wanted=(x @ wanted.T).T @ x / len(x))
-    found = wanted_weight(weight, moments, choose_correction(weight, (moments, moments)))[:]
+    (correction,) = choose_corrections([weight], (moments, moments))
+    found = wanted_weight(weight, moments, correction)[:]
     before = float((x @ (wanted - weight).T).square().mean())
     assert float((x @ (wanted - found).T).square().mean()) < 0.05 * before
 
@@ -75,7 +82,7 @@ def test_a_correction_that_few_tokens_suggest_is_not_taken():
     moments = moments_of(x, fed)
     careful = wanted_weight(weight, moments, chosen(weight, x, fed))
     careful = weight if careful is None else careful[:]
-    bold = weight + regression(moments.aim(weight), moments.hessian, ridge=0.01)
+    bold = weight + solved(moments.aim(weight), *ridge_factor(moments.hessian, 0.01))
     x, fed = inputs(2000, 0.5, is_linear=False, seed=1)
     errors = [output_error(weight, one, x, fed) for one in (careful, bold, weight)]
     assert errors[0] < errors[1]
@@ -87,3 +94,15 @@ def test_no_drift_and_silent_inputs_leave_the_weight():
     weight, x = torch.randn(5, 24), torch.randn(50, 24)
     for fed in (x, torch.zeros_like(x)):
         assert wanted_weight(weight, moments_of(x, fed), chosen(weight, x, fed)) is None
+
+
+def test_weights_that_read_one_input_are_looked_at_together():
+    """Each gets what it gets alone."""
+    x, fed = inputs(200, 0.3, is_linear=False)
+    weights = [torch.randn(16, 24), torch.zeros(4, 24), torch.randn(300, 24)]
+    halves = (moments_of(x[:100], fed[:100]), moments_of(x[100:], fed[100:]))
+    together = choose_corrections(weights, halves)
+    for weight, found in zip(weights, together, strict=True):
+        (alone,) = choose_corrections([weight], halves)
+        assert found.ridge == alone.ridge
+        assert abs(found.share - alone.share) < 1e-5
