@@ -75,7 +75,7 @@ def distil(config: MlxPeersConfig, folder: Path) -> None:
     """Train mlx-lm's scales and offsets against the teacher's logits on the same text."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
     ids = tokenizer(config.data.read_text(), add_special_tokens=False).input_ids
     blocks = [ids[at : at + config.seq_len] for at in range(0, len(ids), config.seq_len)]
     texts = config.output / "dwq-data"

@@ -21,6 +21,9 @@ class FileServer:
     cut_after: int | None
     cuts: int
     has_etag: bool = True
+    honors_if_range: bool = True
+    range_shift: int = 0
+    """Bytes by which the start of a part is off, as its Content-Range tells."""
     status: int = 0
     """Answer everything with this error."""
     port: int = 0
@@ -63,16 +66,18 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         data = path.read_bytes()
+        etag = f'"{hashlib.sha256(data).hexdigest()}"'
         start = re.match(r"bytes=(\d+)-$", self.headers.get("Range", ""))
-        if start and state.ranges:
-            first = int(start[1])
+        is_other = state.honors_if_range and self.headers.get("If-Range", etag) != etag
+        if start and state.ranges and not is_other:
+            first = int(start[1]) + state.range_shift
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
             data = data[first:]
         else:
             self.send_response(200)
         if state.has_etag:
-            self.send_header("ETag", f'"{hashlib.sha256(path.read_bytes()).hexdigest()}"')
+            self.send_header("ETag", etag)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if with_body:

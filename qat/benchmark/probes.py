@@ -16,11 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from qat.runtime.device import says_out_of_memory
-from qat.storage.files import fingerprint, read_json, write_json
+from qat.storage.decode import read_as
+from qat.storage.files import fingerprint, write_json
 
 SCRATCH = ".probe."
 TAIL_LINES = 20  # of a process's messages: an error is at their end, warnings at their start
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """What the file of a probe holds."""
+
+    identity: dict[str, Any]
+    row: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +49,7 @@ class Probes:
         identity = {**self.identity, "configuration": configuration, "batch": batch}
         path = self.folder / "probes" / f"{configuration}_{batch}_{fingerprint(identity)}.json"
         if path.is_file():
-            return read_json(path)["row"]
+            return read_as(path, Probe, remedy="remove it").row
         arguments = self.arguments(batch, configuration == "checkpointing")
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"{SCRATCH}*"):  # by a search that was killed

@@ -25,7 +25,7 @@ from qat.cache.read import TeacherCache
 from qat.data.blocks import Blocks, set_aside
 from qat.model.head import hidden_states, logit_scaling, logits_of
 from qat.runtime.device import Device
-from qat.storage.files import atomic_folder, folder_lock, write_json
+from qat.storage.files import atomic_folder, folder_lock, sweep_leftovers, write_json
 
 HEAD_FILE = "head.safetensors"
 TEXT_FILE = "text.safetensors"
@@ -99,8 +99,7 @@ def write_cache(
         if built := find_built(folder, identity):
             return built, BuildRates(None, None)
         write_json(folder / manifests.BUILDING_FILE, asdict(identity))
-        for leftover in folder.glob(".*.part"):
-            leftover.unlink()
+        sweep_leftovers(folder)
         blocks, text = split_text(blocks, identity)
         job = Job(
             forward=teacher_forward(teacher, identity.content),
@@ -265,7 +264,21 @@ def write_shard(job: Job, index: int, fields: codec.Fields) -> manifests.FileEnt
     fields = {name: field.cpu() for name, field in fields.items()}
     path = job.folder / shard.shard_name(index)
     num_sequences = len(fields["input_ids"])
+    require_finite(fields, job)
     return shard.write_fields(path, fields, ids=job.id_dtype, num_sequences=num_sequences)
+
+
+def require_finite(fields: codec.Fields, job: Job) -> None:
+    """Refuse what a teacher computes where its numbers overflow, before it is written.
+
+    Runs where `write_shard` does, so by numpy.
+    """
+    for name, field in fields.items():
+        if field.is_floating_point() and not np.isfinite(field.numpy()).all():
+            raise ValueError(
+                f"the teacher gives {name} with NaN or infinity in {job.identity.dtype}; "
+                "build the cache with --dtype fp32"
+            )
 
 
 def kept_shard(job: Job, index: int, rows: Tensor) -> manifests.FileEntry | None:

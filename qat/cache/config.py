@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from qat.data.config import TextConfig
 from qat.runtime.config import require_at_least
+from qat.storage.files import require_plain_name
 
 Content = Literal["top-k", "sampled", "hidden"]
 DEFAULT_TOP_K = {"top-k": 64, "sampled": 8, "hidden": 0}
@@ -46,6 +47,8 @@ class BuildCacheConfig(TextConfig):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
+        if self.name is not None:
+            require_plain_name(self.name, "--name")
         require_at_least(2, self, "seq_len")
         require_at_least(1, self, "num_sequences", "batch_size")
         require_at_least(0, self, "num_negatives", "text_sequences")

@@ -5,22 +5,24 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
 from transformers import PreTrainedTokenizerBase
 
 from qat.cache.config import NUM_DRAWS, BuildCacheConfig
 from qat.data.records import holds_one_document, source_revision
 from qat.data.text import bos_id
+from qat.storage.decode import MOST, Count, FileName, Sha256, Size, as_type, read_as
 from qat.storage.files import canonical_json, fingerprint, read_json, write_json
 
 CODEC_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 BUILDING_FILE = "building.json"  # the identity of a cache whose shards are being written
 TOKENIZER_HASH_VERSION = 2
+REMEDY = "build or fetch the cache again"
 StoredContent = Literal["top-k", "sampled", "hidden", "conditional"]
 # Fields that caches of version 0.1.0 lack. Their defaults say what those caches are, and are left
 # out of the fingerprint, so that it stays the one that was recorded.
@@ -41,11 +43,11 @@ class CacheMismatch(ValueError):  # noqa: N818 the documented name
 class FileEntry:
     """One file of a cache."""
 
-    file: str
-    sha256: str | None
+    file: FileName
+    sha256: Sha256 | None
     """None only for files of an imported cache, which keeps no checksum."""
-    num_bytes: int
-    num_sequences: int = 0
+    num_bytes: Count
+    num_sequences: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,13 +67,14 @@ class CacheIdentity:
     format: str | None
     thinking: str | None
     loss_on: str
-    seq_len: int
-    top_k: int
-    num_draws: int = 0
-    num_negatives: int = 0
-    max_sequences: int | None = None
+    seq_len: Annotated[int, Meta(ge=2, le=MOST)]
+    top_k: Count
+    num_draws: Count = 0
+    num_negatives: Count = 0
+    max_sequences: Count | None = None
     """The limit that was asked for."""
-    heldout_ratio: float
+    heldout_ratio: int | float
+    """An int stays one: the fingerprint is of the JSON text."""
     seed: int | None
     dtype: str | None
     """The teacher's."""
@@ -79,12 +82,17 @@ class CacheIdentity:
     tokenizer_hash_version: int = 1
     block_start: Literal["bos", "none"] = "none"
     """bos: every block starts with BOS, as the teacher was trained."""
-    block_start_id: int | None = None
+    block_start_id: Count | None = None
     """Token id of BOS."""
     documents: Literal["separate", "joined"] = "joined"
     """separate: documents in one block do not attend to each other."""
-    text_sequences: int = 0
+    text_sequences: Count = 0
     """The limit of further training blocks, which the teacher has not read."""
+
+    def __post_init__(self) -> None:
+        """Refuse what another version wrote."""
+        if self.codec_version != CODEC_VERSION:
+            raise ValueError(f"codec_version {self.codec_version} is not {CODEC_VERSION}")
 
     @property
     def fingerprint(self) -> str:
@@ -101,16 +109,27 @@ class CacheManifest:
     identity: CacheIdentity
     teacher_name: str | None
     data_name: str | None
-    vocab_size: int | None
+    vocab_size: Size | None
     """Width of the teacher's logits, padding included; None where an old cache does not say."""
-    num_sequences: int
-    num_heldout: int
+    num_sequences: Size
+    num_heldout: Count
     """The last sequences are the held-out ones."""
     shards: tuple[FileEntry, ...]
     head: FileEntry | None = None
     """The teacher's output matrix, for hidden content."""
     text: FileEntry | None = None
     """Token ids of further training blocks, which the teacher has not read."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that contradict each other."""
+        stored = sum(shard.num_sequences for shard in self.shards)
+        if self.num_sequences != stored or self.num_heldout > stored:
+            raise ValueError(
+                f"num_sequences {self.num_sequences}, num_heldout {self.num_heldout} and the "
+                f"shards' {stored} sequences contradict each other"
+            )
+        if (self.identity.content == "hidden") != (self.head is not None):
+            raise ValueError(f"content {self.identity.content} and head contradict each other")
 
     @property
     def fingerprint(self) -> str:
@@ -151,14 +170,9 @@ def read_manifest(folder: Path) -> CacheManifest:
             f"{folder} holds no {MANIFEST_FILE}: no cache, or one whose build was cut short; "
             "run its `qat build-cache` again"
         )
-    values = read_json(path)
+    values = as_type(read_json(path), dict[str, Any], path, remedy=REMEDY, refuse=CacheMismatch)
     recorded = values.pop("fingerprint", None)
-    version = values.get("identity", {}).get("codec_version")
-    if version != CODEC_VERSION:
-        raise CacheMismatch(
-            f"{path}: codec_version {version} is not {CODEC_VERSION}; build the cache again"
-        )
-    manifest = manifest_of(values, path)
+    manifest = as_type(values, CacheManifest, path, remedy=REMEDY, refuse=CacheMismatch)
     if recorded != manifest.fingerprint:
         raise CacheMismatch(
             f"{path}: fingerprint {recorded} is recorded but its fields give "
@@ -169,26 +183,8 @@ def read_manifest(folder: Path) -> CacheManifest:
 
 def read_identity(path: Path) -> CacheIdentity:
     """Return the identity in a file that a build left."""
-    try:
-        return CacheIdentity(**read_json(path))
-    except TypeError as error:
-        raise CacheMismatch(f"{path} is of another version; remove {path.parent}") from error
-
-
-def manifest_of(values: Mapping[str, Any], path: Path) -> CacheManifest:
-    """Return the manifest that JSON values describe, or raise CacheMismatch."""
-    try:
-        return CacheManifest(
-            **{
-                **values,
-                "identity": CacheIdentity(**values["identity"]),
-                "shards": tuple(FileEntry(**entry) for entry in values["shards"]),
-                "head": FileEntry(**values["head"]) if values["head"] else None,
-                "text": FileEntry(**values["text"]) if values.get("text") else None,
-            }
-        )
-    except (KeyError, TypeError) as error:
-        raise CacheMismatch(f"{path} is no manifest of this version ({error})") from error
+    remedy = f"remove {path.parent} and build the cache again"
+    return read_as(path, CacheIdentity, remedy=remedy, refuse=CacheMismatch)
 
 
 def require_equal(recorded: object, given: object, field: str, remedy: str) -> None:

@@ -17,9 +17,11 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from qat.cache.codec import Fields, unpack, unpack_hidden
+from qat.cache.fields import check_head, check_shard, check_text
 from qat.cache.manifest import (
     MANIFEST_FILE,
     CacheManifest,
+    CacheMismatch,
     read_manifest,
     require_equal,
     template_sha256,
@@ -87,6 +89,7 @@ class TeacherCache:
         self._load_shard = load_shard
         self._head_fields: dict[torch.device, Fields] = {}
         self._shards: dict[int, dict[str, np.ndarray]] = {}
+        self._id_limit = manifest.vocab_size
         self._ends = np.cumsum([shard.num_sequences for shard in manifest.shards])
 
     @classmethod
@@ -156,7 +159,9 @@ class TeacherCache:
         parts = [self.fields(chosen[chosen < num_read])]
         if self.manifest.text:
             check_sha256(self.folder, self.manifest.text)
-            text = read_fields(self.folder / self.manifest.text.file)
+            path = self.folder / self.manifest.text.file
+            text = read_fields(path)
+            check_text(path, text, self.manifest)
             rows = chosen[chosen >= num_read] - num_read
             parts.append({name: torch.from_numpy(x.numpy()[rows]) for name, x in text.items()})
         ids = torch.cat([part["input_ids"].long() for part in parts])
@@ -223,11 +228,19 @@ class TeacherCache:
         return {name: column.nbytes for name, column in self._shard(0).items()}
 
     def _shard(self, index: int) -> dict[str, np.ndarray]:
-        """Map a shard, once, after checking its bytes."""
+        """Map a shard, once, after checking its bytes and what they stand for."""
         if index not in self._shards:
             entry = self.manifest.shards[index]
             check_sha256(self.folder, entry)
-            fields = self._load_shard(self.folder / entry.file)
+            path = self.folder / entry.file
+            fields = self._load_shard(path)
+            check_shard(path, fields, entry, self.manifest, self._id_limit)
+            first = next(iter(self._shards.values()), fields)
+            if fields.keys() != first.keys():
+                raise CacheMismatch(
+                    f"{path} has the fields {', '.join(sorted(fields))}, other shards "
+                    f"{', '.join(sorted(first))}; fetch or build the cache again"
+                )
             self._shards[index] = {name: field.numpy() for name, field in fields.items()}
         return self._shards[index]
 
@@ -236,10 +249,10 @@ class TeacherCache:
         device = fields["hidden"].device
         if device not in self._head_fields:
             check_sha256(self.folder, self.manifest.head)
-            self._head_fields[device] = {
-                name: field.to(device).float()
-                for name, field in read_fields(self.folder / self.manifest.head.file).items()
-            }
+            path = self.folder / self.manifest.head.file
+            head = read_fields(path)
+            check_head(path, head, self.vocab_size, fields["hidden"].shape[-1])
+            self._head_fields[device] = {n: field.to(device).float() for n, field in head.items()}
         stored = self._head_fields[device]
         hidden = unpack_hidden(fields, stored["channel_scale"])
         logits = functional.linear(hidden, stored["weight"], stored.get("bias"))
@@ -255,9 +268,13 @@ class TeacherCache:
         require_equal(identity.template_sha256, given, "template_sha256", remedy)
 
     def require_vocabulary(self, vocab_size: int) -> None:
-        """Refuse a model whose logits are narrower or wider than the teacher's."""
+        """Refuse a model whose logits are narrower or wider than the teacher's.
+
+        Where a cache does not say, its ids are bounded by the model's when they are read.
+        """
         remedy = "use a student of the same vocabulary"
         require_equal(self.vocab_size, vocab_size, "vocab_size", remedy)
+        self._id_limit = vocab_size
 
     def require_teacher(self, weights: str) -> None:
         """Refuse a cache of another teacher; `model_identity` gives the hash of its weights."""

@@ -5,12 +5,10 @@ import errno
 import inspect
 import io
 import json
-import linecache
 import math
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
@@ -19,6 +17,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError  # loads no torch
 
+from qat.storage.decode import is_own_mistake
 from qat.storage.files import read_json
 from qat.tracking.messages import LOGGER, messages_on_standard_error
 from qat.tracking.record import SETTINGS, config_from_json
@@ -72,20 +71,6 @@ def run_command(
             return 2
     print(line, flush=True)  # noqa: T201 the closing line
     return 0
-
-
-def is_own_mistake(error: BaseException) -> bool:
-    """Whether a ValueError comes from a line of this package that raises nothing itself.
-
-    `zip(strict=True)`, an unpacking or a conversion that fails there is a fault of the package and
-    ends in a traceback. What is raised on purpose, or inside a library, speaks of user input.
-    """
-    if type(error) is not ValueError or error.__traceback__ is None:
-        return False
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    if not frame.f_globals.get("__name__", "").startswith("qat."):
-        return False
-    return not linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise")
 
 
 def find_function(pipeline: str | Callable[[Config], object]) -> Callable[[Config], object]:
@@ -180,7 +165,9 @@ def close_bars() -> None:
 
 def one_line(error: BaseException) -> str:
     """Return an error's message on one line, with a remedy where the system gave it."""
-    message = " ".join(str(error).split())
+    # What others named may hold signs that steer a terminal.
+    message = "".join(sign if sign.isprintable() else " " for sign in str(error))
+    message = " ".join(message.split())
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{error.filename}: "
         is_full = error.errno in DISK_FULL or not where

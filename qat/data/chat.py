@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from qat.data.config import Format, TextConfig, Thinking
 from qat.data.records import Record
+from qat.storage.decode import reading
 
 Turn = dict[str, str]
 
@@ -72,6 +74,8 @@ def turn(role: str, content: str | list[dict[str, str]] | None) -> Turn:
         raise ValueError(f"role {role!r} is not one of {', '.join((*KNOWN_ROLES, *ROLES))}")
     if isinstance(content, list):
         content = "".join(part.get("text", "") for part in content)
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"content {content!r} is no text")
     return {"role": role, "content": content or ""}
 
 
@@ -85,11 +89,35 @@ def render(
     """Return turns as one text; `prompt` opens the assistant's turn at the end."""
     if thinking == "none":
         return "\n\n".join(item["content"] for item in turns if item["content"])
-    text = tokenizer.apply_chat_template(
-        turns, tokenize=False, enable_thinking=thinking == "true", add_generation_prompt=prompt
+    text = apply_template(
+        tokenizer, turns, enable_thinking=thinking == "true", add_generation_prompt=prompt
     )
     # Templates write an empty span into answers whatever enable_thinking says.
     return text if thinking == "true" else THINK_SPAN.sub("", text)
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], **settings: bool) -> str:
+    """Return turns as the tokenizer's chat template writes them; transformers runs it in a sandbox.
+
+    Raises:
+        ValueError: If the template is none, or fails on these turns.
+    """
+    where = f"the chat template of {tokenizer.name_or_path}"
+    with reading(where, "correct it, or pass --thinking none or --template none"):
+        require_no_powers(str(tokenizer.chat_template))
+        return tokenizer.apply_chat_template(turns, tokenize=False, **settings)
+
+
+@cache
+def require_no_powers(template: str) -> None:
+    """Refuse a template that raises numbers to powers: no text needs one, and one fills a memory.
+
+    The sandbox bounds loops, not numbers.
+    """
+    from jinja2 import Environment
+
+    if any(sign == "**" for _, kind, sign in Environment().lex(template) if kind == "operator"):
+        raise ValueError("it has the operator **")
 
 
 def ignores_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -112,7 +140,10 @@ def render_records(
         try:
             turns = turns_of(record, kind)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"sample {index} is not of --format {kind}: {error!r}") from error
+            raise ValueError(
+                f"sample {index} is not of --format {kind} ({error!r}); correct or remove it, or "
+                "give its --format"
+            ) from error
         seen = set()
         for thinking in RENDERINGS[plan.thinking]:
             text = render(turns, tokenizer, thinking)

@@ -1,11 +1,12 @@
 """Data sources to records: files, folders and hub names, one JSON object a record."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qat.storage.files import fingerprint, sha256_of_file
+from qat.storage.decode import reading
+from qat.storage.files import fingerprint, parse_json, sha256_of_file
+from qat.storage.hub import parse_hub_name
 
 Record = dict[str, Any]
 
@@ -28,14 +29,19 @@ def source_files(source: str) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
         if not files:
-            raise ValueError(f"--data {source} has no file ending in {', '.join(SUFFIXES)}")
+            raise ValueError(
+                f"--data {source} has no file ending in {', '.join(SUFFIXES)}; give one"
+            )
         return files
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise ValueError(f"--data {path} does not end in {', '.join(SUFFIXES)}; convert it")
         return [path]
-    if path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"--data {source} does not exist; give a file, folder or hub name")
+    if parse_hub_name(source) is None:
+        raise FileNotFoundError(
+            f"--data {source} does not exist; give a file, a folder, or a hub data set as "
+            "hf:OWNER/NAME"
+        )
     return []
 
 
@@ -55,12 +61,12 @@ def source_revision(source: str) -> str:
     files = source_files(source)
     if files:
         return fingerprint([sha256_of_file(file) for file in files])
-    repository, _, revision = source.partition("@")
     from huggingface_hub import dataset_info
     from huggingface_hub.errors import HFValidationError
 
+    repository, revision = parse_hub_name(source)
     try:
-        return str(dataset_info(repository, revision=revision or None).sha)
+        return str(dataset_info(repository, revision=revision).sha)
     except (HFValidationError, OSError) as error:
         raise no_hub_data(source, error) from error
 
@@ -106,12 +112,12 @@ def read_lines(path: Path) -> Iterator[Record]:
                 continue
             where = f"{path} line {number}"
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{where} is not UTF-8 text ({error.reason}); convert it"
                 ) from error
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise ValueError(f"{where} is not JSON ({error}); correct or remove it") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{where} is not a JSON object; correct or remove it")
@@ -122,12 +128,14 @@ def read_json_records(path: Path) -> Iterator[Record]:
     """Yield the records of a JSON list, or of the first list in a JSON object."""
     text = read_text(path)
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = parse_json(text)
+    except ValueError:
         yield from read_lines(path)  # many .json files hold one object a line
         return
     if isinstance(value, dict):
         value = next((item for item in value.values() if isinstance(item, list)), [value])
+    if not isinstance(value, list):
+        raise ValueError(f"{path} holds no JSON list or object; convert it")
     for index, record in enumerate(value):
         if not isinstance(record, dict):
             raise ValueError(f"{path} item {index} is not a JSON object; remove it")
@@ -138,20 +146,18 @@ def read_parquet(path: Path) -> Iterator[Record]:
     """Yield a parquet file's rows, a batch in memory at a time."""
     import pyarrow.parquet
 
-    try:
+    with reading(path, "fetch it again, or convert it"):
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file ({error}); fetch it again") from error
 
 
 def read_hub(name: str) -> Iterator[Record]:
     """Yield the train split of a hub data set, streamed; `name@revision` fixes the revision."""
     from datasets import load_dataset
 
-    repository, _, revision = name.partition("@")
+    repository, revision = parse_hub_name(name)
     try:
-        records = load_dataset(repository, split="train", streaming=True, revision=revision or None)
+        records = load_dataset(repository, split="train", streaming=True, revision=revision)
     except (ValueError, OSError) as error:
         raise no_hub_data(name, error) from error
     yield from records

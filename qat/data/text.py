@@ -8,7 +8,7 @@ Shape legend: N blocks, L tokens of a block.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from qat.data.blocks import Blocks, Document, blocks_of_documents, take_tokens
 from qat.data.chat import Rendering, render_records
 from qat.data.config import LossOn, TextConfig
 from qat.data.records import read_records, read_text
+from qat.storage.decode import naming, reading
 
 RECORDS_A_CALL = 256  # documents given to the tokenizer at once: enough to feed its threads
 
@@ -47,7 +48,8 @@ def text_blocks(
     if limit is not None:
         # Text has far fewer than 32 characters a token; what lies beyond need not be read.
         text = text[: limit * seq_len * 32]
-    token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    with reading(f"the tokenizer of {tokenizer.name_or_path}"):
+        token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     bos = bos_id(tokenizer)
     num_new = seq_len if bos is None else seq_len - 1
     num_blocks = len(token_ids) // num_new
@@ -68,9 +70,10 @@ def read_documents(
             "pass --thinking none"
         )
     rendered, bos = render_records(read_records(source), tokenizer, plan), bos_id(tokenizer)
-    while chunk := list(itertools.islice(rendered, RECORDS_A_CALL)):
-        for document in tokenize(chunk, tokenizer, plan.loss_on):
-            yield document if bos is None else begin_with(document, bos)
+    with naming(source):
+        while chunk := list(itertools.islice(rendered, RECORDS_A_CALL)):
+            for document in tokenize(chunk, tokenizer, plan.loss_on):
+                yield document if bos is None else begin_with(document, bos)
 
 
 def tokenize(
@@ -80,13 +83,14 @@ def tokenize(
     needs_offsets = loss_on == "assistant"
     if needs_offsets and not tokenizer.is_fast:
         raise ValueError("--loss-on assistant needs a fast tokenizer (tokenizer.json)")
-    encoded = tokenizer(
-        [rendering.text for rendering in renderings],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_offsets_mapping=needs_offsets,
-        verbose=False,  # documents may be longer than the model's context; blocks are not
-    )
+    with reading(f"the tokenizer of {tokenizer.name_or_path}"):
+        encoded = tokenizer(
+            [rendering.text for rendering in renderings],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=needs_offsets,
+            verbose=False,  # documents may be longer than the model's context; blocks are not
+        )
     for position, (record, _, spans) in enumerate(renderings):
         token_ids = np.asarray(encoded["input_ids"][position], dtype=np.int32)
         is_counted = np.ones(len(token_ids), dtype=bool)
@@ -99,6 +103,16 @@ def tokenize(
                     f"sample {record} has no counted token; remove it or pass --loss-on all"
                 )
         yield Document(token_ids, is_counted, record)
+
+
+def require_known_ids(token_ids: Iterable[int], vocab_size: int, tokenizer: str) -> None:
+    """Refuse token ids that a model of a vocabulary has no embedding for."""
+    ids = torch.as_tensor(token_ids)
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(
+            f"the tokenizer of {tokenizer} gives ids {int(ids.min())} .. {int(ids.max())}, the "
+            f"model's vocabulary has {vocab_size}; use the model's own tokenizer"
+        )
 
 
 def begin_with(document: Document, bos: int) -> Document:

@@ -4,7 +4,7 @@ Shape legend: B batch, T tokens of the longest prompt in it, N new tokens.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from qat.data.chat import turns_of
+from qat.data.chat import apply_template, turns_of
 from qat.data.records import Record, read_lines
+from qat.data.text import require_known_ids
 from qat.evaluate.generate_config import Template
-from qat.storage.files import canonical_json, fingerprint, write_text
+from qat.storage.decode import Count, as_type, reading
+from qat.storage.files import canonical_json, fingerprint, parse_json, write_text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """A line of a part file."""
+
+    row: Count
+    output: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +53,9 @@ def generate_texts(
         ValueError: If a prompt and its answer do not fit the model's context.
     """
     token_ids = [prompt_token_ids(tokenizer, prompt, decoding.template) for prompt in prompts]
+    vocab_size = model.config.get_text_config().vocab_size
+    for ids in token_ids:
+        require_known_ids(ids, vocab_size, tokenizer.name_or_path)
     require_context(model, token_ids, decoding.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda position: -len(token_ids[position]))
     with tqdm(total=len(prompts), desc="answers", unit="answer") as bar:
@@ -61,7 +74,7 @@ def prompt_token_ids(
     if template == "none" or not tokenizer.chat_template:
         return tokenizer(prompt).input_ids
     turns = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    text = apply_template(tokenizer, turns, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -161,7 +174,7 @@ def answer_file(
     unanswered = [n for n, row in enumerate(rows) if overwrite_outputs or not row.get("output")]
     part = output.with_suffix(".part.jsonl")
     header = {"settings": settings, "rows": fingerprint([prompt_of(rows[n]) for n in unanswered])}
-    answers = read_part(part, header)
+    answers = read_part(part, header, unanswered)
     open_rows = [n for n in unanswered if n not in answers]
     resumed = len(answers)
     with part.open("a", encoding="utf-8") as file:
@@ -195,22 +208,27 @@ def read_rows(path: Path) -> list[Record]:
     for number, row in enumerate(rows, start=1):
         if not str(row.get("instruction", "")).strip():
             raise ValueError(f"{path} row {number} has no instruction; give it one or remove it")
+        texts = [row["instruction"], row.get("input") or "", row.get("output") or ""]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{path} row {number} has {texts}, which are no texts; correct it")
     if not rows:
         raise ValueError(f"{path} has no rows; give JSON lines with instruction, input, output")
     return rows
 
 
-def read_part(part: Path, header: dict[str, Any]) -> dict[int, str]:
-    """Return the answers gathered so far by row number; begin the file if there is none.
+def read_part(part: Path, header: dict[str, Any], asked: Collection[int]) -> dict[int, str]:
+    """Return the answers gathered so far by row number, of `asked`; begin the file if none is.
 
     A last line that an interruption cut short is dropped from the file.
     """
-    lines = part.read_text(encoding="utf-8").splitlines(keepends=True) if part.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    if whole and json.loads(whole[0]) != json.loads(canonical_json(header)):
+    lines = part.read_bytes().splitlines(keepends=True) if part.exists() else []
+    whole, remedy = [line for line in lines if line.endswith(b"\n")], "remove that file"
+    with reading(part, remedy):
+        values = [parse_json(line) for line in whole]
+    if values and values[0] != parse_json(canonical_json(header)):
         raise ValueError(
             f"{part} was begun for other rows or settings; remove it, or repeat what began it"
         )
-    write_text(part, "".join(whole) or canonical_json(header) + "\n")
-    answers = [json.loads(line) for line in whole[1:]]
-    return {answer["row"]: answer["output"] for answer in answers}
+    answers = [as_type(value, Answer, part, remedy=remedy) for value in values[1:]]
+    write_text(part, b"".join(whole).decode() or canonical_json(header) + "\n")
+    return {answer.row: answer.output for answer in answers if answer.row in asked}

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from qat.grids.scalar import fits_float16
 from qat.model.layers import FakeQuantWeight
-from qat.storage.files import read_json, write_json
+from qat.storage.decode import object_in
+from qat.storage.files import write_json
 
 REPORT_NAME = "export.json"
 
@@ -69,7 +70,7 @@ def require_equal_rows(source: str, found: Tensor, trained: Tensor) -> None:
 
 def require_replaceable(path: Path) -> None:
     """Refuse to overwrite a file that is no report of an export."""
-    if path.exists() and "tensors_compared" not in read_json(path):
+    if path.exists() and "tensors_compared" not in object_in(path):
         raise ValueError(f"{path} exists and is no export's report; export into another folder")
 
 

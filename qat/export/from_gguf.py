@@ -26,6 +26,7 @@ from qat.model.attention import widen_attention
 from qat.model.checkpoint import empty_model_of, read_model_config
 
 FILE_TYPE = "general.file_type"
+REMEDY = "give its own with --model-id"
 HEAD = "output.weight"  # absent where the embedding is also the head
 
 
@@ -149,17 +150,19 @@ def read_gguf_model(path: Path, base: Path, *, dtype: torch.dtype = torch.float3
     names = file_names(config, parameters)
     if odd := sorted(set(names.values()) ^ (header.tensors.keys() - rope_tensors(config).keys())):
         where = "in the file only" if odd[0] in header.tensors else "not in the file"
-        raise ValueError(f"{path} is of another model than {base}: {odd[0]} is {where}")
+        raise ValueError(f"{path} is of another model than {base}: {odd[0]} is {where}; {REMEDY}")
     for source, parameter in parameters.items():
         record = header.tensors[names[source]]
         if record.shape != parameter.shape:
             raise ValueError(
                 f"{path} is of another model than {base}: {names[source]} is "
-                f"{record.shape}, not {tuple(parameter.shape)}"
+                f"{record.shape}, not {tuple(parameter.shape)}; {REMEDY}"
             )
         found = read_weight(path, record)
         if not found.isfinite().all():
-            raise ValueError(f"{path}: {names[source]} holds infinite values or NaN")
+            raise ValueError(
+                f"{path}: {names[source]} holds infinite values or NaN; fetch or make it again"
+            )
         if source.endswith("norm.weight"):
             found = found - FAMILIES[config.model_type].norm_offset
         order = row_order(config, source)
@@ -186,4 +189,6 @@ def require_same_model(path: Path, header: Header, config: PreTrainedConfig) -> 
             not isinstance(found, str) and math.isclose(found, value, rel_tol=1e-6)
         )
         if not is_equal:
-            raise ValueError(f"{path} is of another model: its {key} is {found}, not {value}")
+            raise ValueError(
+                f"{path} is of another model: its {key} is {found}, not {value}; {REMEDY}"
+            )

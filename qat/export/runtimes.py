@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qat.export.gguf_file import read_tensor_records
 from qat.export.llama_cpp import CONTEXT_TOKENS, LlamaCpp, open_library
 from qat.export.parity import Runtime
-from qat.storage.files import read_json
+from qat.storage.decode import object_in
 
 
 class RuntimeModel(nn.Module):
@@ -83,7 +83,7 @@ def open_runtime(path: Path) -> tuple[str, Runtime]:
         path = files[0]
     if path.suffix == ".gguf":
         return open_gguf(path)
-    config = read_json(path / "config.json")
+    config = object_in(path / "config.json")
     if "quantization" in config:
         return "mlx-lm", mlx_runtime(path)
     return "transformers", transformers_runtime(path, config)
@@ -191,7 +191,9 @@ def transformers_runtime(path: Path, config: dict[str, Any]) -> Runtime:
             raise ValueError(f"{path} needs compressed-tensors; pip install compressed-tensors")
         with loading("compressed-tensors"):
             import_module("compressed_tensors")
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path), dtype=torch.float32, trust_remote_code=False
+    ).eval()
 
     @torch.inference_mode()
     def logits(token_ids: list[int]) -> np.ndarray:

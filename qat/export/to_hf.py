@@ -71,7 +71,7 @@ def compare_with_file(student: nn.Module, layers: dict[str, FakeQuantWeight], fo
     """
     from transformers import AutoModelForCausalLM
 
-    found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).state_dict()
     expected = student.state_dict()
     if odd := found.keys() ^ expected.keys():
         raise ValueError(f"{min(odd)} is in the student or in the file only; nothing was written")

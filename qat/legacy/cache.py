@@ -7,7 +7,7 @@ Shape legend: n sequences of a shard, L tokens of a block, T = L - 1, K top-k, R
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from torch import Tensor
 from qat.cache.codec import Fields
 from qat.cache.manifest import CacheIdentity, CacheManifest, CacheMismatch, FileEntry
 from qat.cache.read import TeacherCache
-from qat.legacy.torch_file import read_torch_file
-from qat.storage.files import fingerprint, read_json
+from qat.legacy.torch_file import is_plain, read_torch_file
+from qat.storage.decode import Size, as_type, read_as
+from qat.storage.files import fingerprint
 
 META_FILE = "meta.json"
 SHARD_PATTERN = "shard_*.pt"
@@ -30,6 +31,18 @@ FIELD_OF_KEY = {
     "rand_idx": ("negative_ids", 3),
     "rand_logits": ("negative_logits", 3),
 }
+
+
+class Meta(TypedDict, total=False):
+    """What is read of meta.json, which holds more."""
+
+    teacher_model: str | None
+    dataset_name: str | None
+    dataset_format: str | None
+    chat_thinking: str | None
+    vocab_size: Size | None
+
+
 REQUIRED_KEYS = ("input_ids", "topk_idx", "topk_logits")
 
 
@@ -52,7 +65,10 @@ def read_seed_manifest(folder: Path) -> CacheManifest:
     Raises:
         CacheMismatch: If a shard is missing in the row, broken, or unlike the first.
     """
-    meta = read_json(folder / META_FILE) if (folder / META_FILE).is_file() else {}
+    meta = {}
+    if (folder / META_FILE).is_file():
+        meta = read_as(folder / META_FILE, dict[str, Any], refuse=CacheMismatch)
+        as_type(meta, Meta, folder / META_FILE, refuse=CacheMismatch)
     paths = sorted(folder.glob(SHARD_PATTERN))
     entries, first = [], {}
     for index, path in enumerate(paths):
@@ -110,9 +126,11 @@ def read_seed_shard(path: Path) -> Fields:
     stored = load_tensors(path)
     missing = [key for key in REQUIRED_KEYS if key not in stored]
     if missing:
-        raise CacheMismatch(f"{path} has no {', '.join(missing)}: it is no shard of a cache")
+        raise CacheMismatch(
+            f"{path} has no {', '.join(missing)}: it is no shard of a cache; fetch it again"
+        )
     fields = {
-        name: with_axes(stored[key], axes)
+        name: with_axes(path, key, stored[key], axes)
         for key, (name, axes) in FIELD_OF_KEY.items()
         if key in stored
     }
@@ -134,12 +152,20 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except ValueError as error:
         raise CacheMismatch(str(error)) from error
     if not isinstance(stored, dict):
-        raise CacheMismatch(f"{path} holds a {type(stored).__name__}, not a shard of a cache")
+        raise CacheMismatch(
+            f"{path} holds a {type(stored).__name__}, not a shard of a cache; fetch it again"
+        )
     return stored
 
 
-def with_axes(field: Tensor, axes: int) -> Tensor:
-    """Return a field with its sequences' axis; single examples were stored without."""
+def with_axes(path: Path, key: str, field: Tensor, axes: int) -> Tensor:
+    """Return a field with its sequences' axis; single examples were stored without.
+
+    Raises:
+        CacheMismatch: If it is no plain tensor of so many axes.
+    """
+    if not is_plain(field) or field.dim() not in (axes - 1, axes):
+        raise CacheMismatch(f"{path}: {key} is no tensor of {axes} axes; fetch the cache again")
     return field.unsqueeze(0) if field.dim() == axes - 1 else field
 
 
@@ -150,5 +176,5 @@ def require_alike(path: Path, fields: Fields, first: Fields) -> None:
         if found != field.shape[1:]:
             raise CacheMismatch(
                 f"{path} has {name} of {found} a sequence, the first shard {field.shape[1:]}; "
-                "the folder mixes two caches"
+                "the folder mixes two caches: fetch it again"
             )

@@ -9,11 +9,12 @@ Shape legend: O out, I in, R rank, C codebook values.
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
-from qat.legacy.torch_file import read_torch_file
+from qat.legacy.torch_file import is_plain, read_torch_file
+from qat.storage.decode import as_type
 from qat.storage.files import fingerprint, read_json, sha256_of_file
 
 CONFIG_NAMES = ("config.json", "v2_config.json")
@@ -44,6 +45,15 @@ PRESETS = {  # MLP codebook size and rank, attention codebook size and rank
 }
 
 Parts = dict[str, Tensor]
+
+
+class Config(TypedDict, total=False):
+    """What is read of config.json, which holds more."""
+
+    model_id: str | None
+    force_positive_scales: bool | None
+    positive_scale_method: str
+    magnitude_activation: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +111,9 @@ def open_seed_checkpoint(file: Path) -> SeedCheckpoint:
         else:
             dense[key] = tensor
     if not layers:
-        raise ValueError(f"{file} has no {SCALE_A} key: it is no checkpoint of the seeds' forms")
+        raise ValueError(
+            f"{file} has no {SCALE_A} key: it is no checkpoint of the seeds' forms; give another"
+        )
     checkpoint = SeedCheckpoint(file=file, layers=layers, dense=dense, config=config)
     check_keys(checkpoint)
     return checkpoint
@@ -113,20 +125,24 @@ def load_state(file: Path) -> tuple[Parts, dict[str, Any]]:
     config: dict[str, Any] = {}
     if isinstance(stored, dict) and isinstance(stored.get("model_state_dict"), dict):
         config, stored = stored.get("config") or {}, stored["model_state_dict"]
-    if not isinstance(stored, dict) or not all(isinstance(v, Tensor) for v in stored.values()):
+    is_state = isinstance(stored, dict) and all(map(is_plain, stored.values()))
+    if not is_state or not all(isinstance(key, str) for key in stored):
         raise ValueError(f"{file} is no state dict of tensors; give a checkpoint of the seeds")
-    return dict(stored), config
+    return dict(stored), checked_config(config, file)
 
 
 def read_seed_config(file: Path) -> dict[str, Any]:
     """Return the config next to a checkpoint, empty where there is none."""
     for name in CONFIG_NAMES:
         if (file.parent / name).is_file():
-            config = read_json(file.parent / name)
-            if not isinstance(config, dict):
-                raise ValueError(f"{file.parent / name} is no JSON object; make it again")
-            return config
+            return checked_config(read_json(file.parent / name), file.parent / name)
     return {}
+
+
+def checked_config(config: object, where: Path) -> dict[str, Any]:
+    """Return a config that names what is read of it as it must be."""
+    as_type(config, Config, where)
+    return as_type(config, dict[str, Any], where)
 
 
 def check_keys(checkpoint: SeedCheckpoint) -> None:
@@ -139,7 +155,7 @@ def check_keys(checkpoint: SeedCheckpoint) -> None:
         missing += [f"{name}.{part}" for part in expected if part not in parts]
         if not is_first and not parts.keys() & {VALUES, INDICES, LATENT}:
             missing.append(f"{name}.{VALUES}")
-        if LORA_B in parts and parts[LORA_B].any():
+        if LORA_B in parts and bool(parts[LORA_B].any()):
             raise ValueError(
                 f"{name}.{LORA_B} is a recovery adapter, which no quantized layer holds; merge it "
                 "into the weights with the program that trained it"
@@ -152,7 +168,9 @@ def refuse_keys(file: Path, what: str, keys: list[str]) -> None:
     """Raise a ValueError that names keys, if there are any."""
     if keys:
         more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-        raise ValueError(f"{file} has {what} keys: {', '.join(sorted(keys)[:3])}{more}")
+        raise ValueError(
+            f"{file} has {what} keys: {', '.join(sorted(keys)[:3])}{more}; give another checkpoint"
+        )
 
 
 def content_fingerprint(file: Path) -> str:

@@ -29,6 +29,12 @@ EPSILON = 1e-6  # added to magnitudes, least norm of a direction
 FLOOR = 1e-8  # of a scale in the first form
 FOLD_TOLERANCE = 2e-6  # float32 norms; a float16 number is 250 times further from the next
 UNIFORM_TOLERANCE = 4e-3  # bfloat16 rounding of a codebook value up to one
+AXES = {  # of the codebook any: it is flattened
+    keys.CODEBOOK_STEPS: 1,
+    keys.MAGNITUDE: 1,
+    **dict.fromkeys((keys.SCALE_A, keys.SCALE_B, keys.LATENT, keys.VALUES, keys.INDICES), 2),
+}
+SMALL = (keys.CODEBOOK, keys.CODEBOOK_STEPS, keys.MAGNITUDE, keys.SCALE_A, keys.SCALE_B)
 POSITIVE = {"abs": torch.abs, "softplus": nn.functional.softplus}
 ACTIVATIONS = {"identity": lambda magnitude: magnitude, **POSITIVE}
 
@@ -78,14 +84,17 @@ def choice(config: dict[str, Any], key: str, default: str, known: dict[str, Any]
 def check_shapes(checkpoint: keys.SeedCheckpoint, name: str) -> None:
     """Refuse a layer whose tensors do not go together or hold NaN or infinity; names the key."""
     parts = checkpoint.layers[name]
-    small = [
-        part
-        for part in (keys.CODEBOOK, keys.SCALE_A, keys.SCALE_B, keys.MAGNITUDE)
-        if part in parts
-    ]
-    for part in small:
-        if not torch.isfinite(parts[part]).all():
+    for part, num_axes in AXES.items():
+        if part in parts and parts[part].dim() != num_axes:
+            raise ValueError(
+                f"{name}.{part} has shape {tuple(parts[part].shape)}, not {num_axes} axes; fetch "
+                "the checkpoint again"
+            )
+    for part in SMALL:
+        if part in parts and not torch.isfinite(parts[part]).all():
             raise ValueError(f"{name}.{part} holds NaN or infinity; give an earlier checkpoint")
+    if keys.BAKED in parts and parts[keys.BAKED].numel() != 1:
+        raise ValueError(f"{name}.{keys.BAKED} is no flag; fetch the checkpoint again")
     num_outputs, rank = parts[keys.SCALE_A].shape
     width = parts[keys.SCALE_B].shape[1]
     num_inputs = parts[keys.LATENT].shape[1] if checkpoint.is_first_form else width

@@ -31,6 +31,7 @@ from qat.model.rankwise import as_group_scales
 from qat.model.surgery import quantized_layers
 from qat.quant.plan import PlanRules, Rule, tensor_kind
 from qat.quant.spec import TensorSpec, make_spec
+from qat.storage.decode import naming, reading
 from qat.storage.files import atomic_file, write_json
 
 KINDS = ("mlp", "attention")
@@ -50,23 +51,25 @@ def read_seed_student(
     Raises:
         ValueError: If a tensor does not fit the model or another tensor; names it.
     """
-    factors = {name: read_factors(checkpoint, name) for name in checkpoint.layers}
-    model = empty_student(base, rules_of(checkpoint, factors).resolve, dtype)
-    layers = quantized_layers(model)
     file = checkpoint.file
-    keys.refuse_keys(file, "unknown", [f"{n}.{keys.SCALE_A}" for n in factors if n not in layers])
-    keys.refuse_keys(file, "missing", [f"{n}.{keys.SCALE_A}" for n in layers if n not in factors])
-    for name, layer in layers.items():
-        fill_layer(layer, checkpoint, name, factors[name])
-    fill_dense(model, checkpoint, base, dtype)
+    with naming(file):
+        factors = {name: read_factors(checkpoint, name) for name in checkpoint.layers}
+        model = empty_student(base, rules_of(checkpoint, factors).resolve, dtype)
+        layers = quantized_layers(model)
+        odd = {"unknown": factors.keys() - layers, "missing": layers.keys() - factors}
+        for what, names in odd.items():
+            keys.refuse_keys(file, what, [f"{name}.{keys.SCALE_A}" for name in names])
+        for name, layer in layers.items():
+            fill_layer(layer, checkpoint, name, factors[name])
+        fill_dense(model, checkpoint, base, dtype)
     return model.eval().requires_grad_(False)
 
 
 def seed_rules(checkpoint: keys.SeedCheckpoint) -> PlanRules:
     """Return how a checkpoint is quantized."""
-    return rules_of(
-        checkpoint, {name: read_factors(checkpoint, name) for name in checkpoint.layers}
-    )
+    with naming(checkpoint.file):
+        factors = {name: read_factors(checkpoint, name) for name in checkpoint.layers}
+        return rules_of(checkpoint, factors)
 
 
 def rules_of(checkpoint: keys.SeedCheckpoint, factors: dict[str, LowRank]) -> PlanRules:
@@ -177,7 +180,7 @@ def read_dense(folder: Path, keys: list[str]) -> keys.Parts:
     """Return the tensors of a model folder that are asked for and there."""
     found: keys.Parts = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as handle:
+        with reading(file), safe_open(file, framework="pt") as handle:
             found |= {key: handle.get_tensor(key) for key in keys if key in handle.keys()}  # noqa: SIM118 not a dict
     return found
 

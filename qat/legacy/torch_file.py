@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat.storage.decode import reading
+
 STORAGES = {  # what stands for a dtype in a file
     torch.float32: torch.FloatStorage,
     torch.int64: torch.LongStorage,
@@ -62,16 +64,22 @@ def read_torch_file(file: Path) -> object:
     Raises:
         ValueError: If it is cut, or holds code.
     """
-    try:
+    with reading(file, "fetch it again, or give another file of tensors"):
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, ValueError, OSError):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{file} cannot be read as tensors ({reason}); fetch it again, or give another"
-        ) from error
+
+
+def is_plain(value: object) -> bool:
+    """Return whether something that a file held is a dense tensor of real numbers on the CPU."""
+    return (
+        type(value) is Tensor
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_complex()
+        and not value.is_quantized
+    )
 
 
 def write_torch_file(path: Path, tensors: Iterable[tuple[str, Tensor | str]]) -> None:

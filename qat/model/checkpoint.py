@@ -8,7 +8,7 @@ config.json, tokenizer files: the folder needs nothing else to load
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,14 +24,18 @@ from qat.grids.scalar import fits_float16, snap_bfloat16
 from qat.model import surgery
 from qat.model.attention import widen_attention
 from qat.model.layers import FakeQuantWeight
-from qat.quant.plan import QuantPlan, TensorInfo, plan_from_dict, tensor_kind
+from qat.quant.plan import QuantPlan, TensorInfo, check_plan_values, plan_from_dict, tensor_kind
 from qat.quant.spec import TensorSpec
+from qat.storage.decode import as_type, naming, reading
 from qat.storage.files import atomic_folder, read_json, sha256_of_file, write_json
 
 HEADER_NAME = "checkpoint.json"
 TENSORS_NAME = "student.safetensors"
 FORMAT = "qat-student-2"
 OLD_FORMAT = "qat-student-1"  # of version 0.1.0: a scheme in the place of a plan
+# Above what any model has; one that is said to be larger would take hours to be made and refused.
+LARGEST_SIZES = {"vocab_size": 2**24, "hidden_size": 2**20, "num_hidden_layers": 2**12}
+UNKNOWN_MODEL: dict[str, str | None] = {"path": None, "name": None, "weights": None}
 TEXT_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -111,12 +115,15 @@ def as_stored(values: Tensor, spec: TensorSpec, name: str, part: str) -> Tensor:
 def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parts that are not quantized, each once, in the smallest lossless dtype.
 
-    Tied heads are the embedding itself and are left out.
+    Tied heads are the embedding itself and are left out. A number that is not finite is refused.
     """
-    return {
-        key: smallest_lossless(tensor.detach().cpu()).contiguous()
-        for key, tensor in dense_targets(model).items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for key, target in dense_targets(model).items():
+        tensor = target.detach().cpu()
+        if tensor.is_floating_point():
+            require_finite(tensor, key)
+        tensors[key] = smallest_lossless(tensor).contiguous()
+    return tensors
 
 
 def smallest_lossless(tensor: Tensor) -> Tensor:
@@ -153,13 +160,13 @@ def read_header(folder: Path) -> CheckpointHeader:
         values = {**values, "plan": values["scheme"], "format": FORMAT}
         del values["scheme"]
         found = FORMAT
-    known = {f.name for f in fields(CheckpointHeader)}
-    if found != FORMAT or not {"plan", "base_model"} <= set(values) <= known:
-        raise ValueError(
-            f"{path} has format {found!r} or other fields than this version reads ({FORMAT!r}); "
-            "make the checkpoint again or install the version that wrote it"
-        )
-    return CheckpointHeader(**values)
+    remedy = "make the checkpoint again or install the version that wrote it"
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found!r}, this version reads {FORMAT!r}; {remedy}")
+    header = as_type(values, CheckpointHeader, path, remedy=remedy)
+    with naming(path):
+        check_plan_values(header.plan)
+    return replace(header, base_model={**UNKNOWN_MODEL, **header.base_model})
 
 
 def read_checkpoint(
@@ -178,8 +185,11 @@ def read_checkpoint(
         raise ValueError(
             f"{folder / TENSORS_NAME} does not match its sha256; fetch or make it again"
         )
-    model = empty_student(folder, partial(plan_from_dict, header.plan), dtype)
-    with safe_open(folder / TENSORS_NAME, framework="pt") as file:
+    with naming(folder / HEADER_NAME):
+        model = empty_student(folder, partial(plan_from_dict, header.plan), dtype)
+    with reading(folder / TENSORS_NAME):
+        file = safe_open(folder / TENSORS_NAME, framework="pt")
+    with file, naming(folder / TENSORS_NAME):
         fill(model, file, dtype)
     return model.eval().requires_grad_(False), header
 
@@ -209,23 +219,36 @@ def empty_model_of(
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with no_init_weights(), torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
+    with (
+        reading(f"{config.name_or_path}/config.json"),
+        no_init_weights(),
+        torch.device(device),
+    ):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model.tie_weights()
     return model
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:
-    """Return the model config in a folder."""
+    """Return the model config in a folder; code that it names is never run.
+
+    Raises:
+        ValueError: If it cannot be read, or is of no language model, or of none that is that large.
+    """
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        why = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
-        raise ValueError(
-            f"{folder}/config.json cannot be read ({why}); fetch or make that folder again"
-        ) from error
+    path, remedy = f"{folder}/config.json", "fetch or make that folder again"
+    with reading(path, remedy):
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        text = config.get_text_config()
+        sizes = {name: getattr(text, name, None) for name in LARGEST_SIZES}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or not 0 < size <= LARGEST_SIZES[name]:
+            raise ValueError(
+                f"{path}: {name} is {size!r}, not 1 .. {LARGEST_SIZES[name]} as a language model "
+                f"has; {remedy}"
+            )
+    return config
 
 
 @torch.no_grad()
@@ -310,7 +333,17 @@ def put(target: Tensor, values: Tensor, name: str) -> None:
             f"tensor {name} has shape {tuple(values.shape)}, the model has "
             f"{tuple(target.shape)}; the checkpoint fits another model"
         )
+    if target.is_floating_point():
+        require_finite(values, name)
     target.data = values.contiguous()
+
+
+def require_finite(values: Tensor, name: str) -> None:
+    """Refuse a tensor with NaN, infinity, or no numbers of the kind that weights are."""
+    if not values.is_floating_point():
+        raise ValueError(f"tensor {name} is of {values.dtype}, not of floats; make it again")
+    if not torch.isfinite(values).all():
+        raise ValueError(f"tensor {name} holds NaN or infinity; fetch or make it again")
 
 
 def bits_per_weight(model: nn.Module) -> dict[str, float | None]:

@@ -1,25 +1,27 @@
 """Models from folders and hub names: tokenizer, dense model, student, and who they are."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qat.model.attention import widen_attention
-from qat.model.checkpoint import is_checkpoint, read_model_config
+from qat.model.checkpoint import is_checkpoint, read_model_config, require_finite
+from qat.storage.decode import FileName, naming, read_as, reading
 from qat.storage.files import fingerprint, recover_interrupted_replace, sha256_of_file
+from qat.storage.hub import HubName, parse_hub_name
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_SKIPPED = ["*/*", "consolidated*"]  # other formats of the same weights
 WHAT_TO_GIVE = (
-    "give a folder of a model or a student, or a hub name (`qat fetch smollm2` makes a folder)"
+    "give a folder of a model or a student, or a hub model as hf:OWNER/NAME (`qat fetch smollm2` "
+    "makes a folder)"
 )
 
 
@@ -34,20 +36,23 @@ def model_folder(name: str | Path) -> Path:
     recover_interrupted_replace(Path(name))
     if Path(name).exists():
         return Path(name)
-    if not HUB_NAME.fullmatch(str(name)):
-        raise FileNotFoundError(f"no folder {name}, and no hub has such names; {WHAT_TO_GIVE}")
-    return hub_snapshot(str(name))
+    asked = parse_hub_name(str(name))
+    if asked is None:
+        raise FileNotFoundError(f"no folder {name}, and it is no hub name; {WHAT_TO_GIVE}")
+    return hub_snapshot(asked)
 
 
 @cache
-def hub_snapshot(name: str) -> Path:
+def hub_snapshot(asked: HubName) -> Path:
     """Return the folder of a hub model's files, fetched where this machine has them not yet.
 
     HF_HUB_OFFLINE and HF_HOME are heeded.
     """
     from huggingface_hub import snapshot_download
 
-    fetch = partial(snapshot_download, name, ignore_patterns=HUB_SKIPPED)
+    fetch = partial(
+        snapshot_download, asked.repository, revision=asked.revision, ignore_patterns=HUB_SKIPPED
+    )
     try:
         folder = Path(fetch(allow_patterns=HUB_FILES))
         has_weights = any(folder.glob("*.safetensors"))
@@ -55,7 +60,8 @@ def hub_snapshot(name: str) -> Path:
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise FileNotFoundError(
-            f"no folder {name}, and the model hub does not give it ({why}); {WHAT_TO_GIVE}"
+            f"no folder {asked.repository}, and the model hub does not give it ({why}); "
+            f"{WHAT_TO_GIVE}"
         ) from error
 
 
@@ -64,10 +70,13 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     folder = model_folder(name)
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"no tokenizer in {folder}; {WHAT_TO_GIVE}") from error
+    with reading(f"tokenizer of {folder}", "fetch or make that folder again"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"no tokenizer in {folder}; {WHAT_TO_GIVE}") from error
+        tokenizer("")  # some of its settings are read when it is used
+    return tokenizer
 
 
 def vocabulary_size(name: str | Path) -> int:
@@ -93,14 +102,16 @@ def load_dense(name: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Mo
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it would warn of is an error below
+    read_model_config(folder)
+    require_own_files(folder)
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if not weight_files(folder):
+        raise FileNotFoundError(f"no weights in {folder}; {WHAT_TO_GIVE}")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except OSError as error:
-        raise FileNotFoundError(f"no weights in {folder}; {WHAT_TO_GIVE}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{folder} holds a damaged file ({error}); fetch it again") from error
+        with reading(folder, "fetch or make that folder again"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, trust_remote_code=False, **options
+            )
     finally:
         logging.set_verbosity(verbosity)
     wrong = sorted(report["missing_keys"]) + [key for key, *_ in report["mismatched_keys"]]
@@ -109,8 +120,25 @@ def load_dense(name: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Mo
             f"{folder}: {len(wrong)} weights do not fit config.json, {wrong[0]} the first; "
             "fetch the model again"
         )
+    with naming(folder):
+        for key, tensor in model.named_parameters():
+            require_finite(tensor, key)
     widen_attention(model)
     return model.eval().requires_grad_(False)
+
+
+def require_own_files(folder: Path) -> None:
+    """Refuse a model folder whose files name others: shards elsewhere, or a model to adapt."""
+    for index in folder.glob("*.index.json"):
+        read_as(index, ShardIndex)
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} is an adapter; merge it into its model, and give that folder")
+
+
+class ShardIndex(TypedDict):
+    """What is read of an index of weight files."""
+
+    weight_map: dict[str, FileName]
 
 
 def model_identity(name: str | Path) -> dict[str, str]:
@@ -120,8 +148,10 @@ def model_identity(name: str | Path) -> dict[str, str]:
     if not files:
         raise FileNotFoundError(f"no weights in {folder}; {WHAT_TO_GIVE}")
     sums = {file.name: unchanged_sha256(file) for file in files}
-    called = folder.resolve().name if Path(name).exists() else str(name)
-    return {"name": called, "weights": fingerprint(sums)}
+    identity = {"name": folder.resolve().name, "weights": fingerprint(sums)}
+    if not Path(name).exists():  # a snapshot's folder is named after its commit
+        identity |= {"name": parse_hub_name(str(name)).repository, "revision": folder.name}
+    return identity
 
 
 def unchanged_sha256(path: Path) -> str:
@@ -157,12 +187,14 @@ class BaseWeights:
         return self.read(layer)
 
 
-def base_weights(name: str | Path, identity: dict[str, str]) -> BaseWeights:
+def base_weights(name: str | Path | None, identity: dict[str, str | None]) -> BaseWeights:
     """Return the weights of a base model, if they are those that a student was made from.
 
     They are read one at a time from the folder's memory-mapped files. A model that is not there
     gives no weights.
     """
+    if name is None:
+        return BaseWeights(lambda _layer: None, "its checkpoint names no full-precision model")
     try:
         folder = model_folder(name)
         found = model_identity(folder)["weights"]
@@ -187,13 +219,14 @@ def tensors_in(file: Path) -> dict[str, Callable[[], Tensor]]:
             with safe_open(file, framework="pt") as handle:
                 return handle.get_tensor(key)
 
-        with safe_open(file, framework="pt") as handle:
+        with reading(file), safe_open(file, framework="pt") as handle:
             return {key: partial(read, key) for key in handle.keys()}  # noqa: SIM118 not a dict
     if not file.name.startswith("pytorch_model"):  # such as training_args.bin
         return {}
     load = partial(torch.load, file, map_location="cpu", weights_only=True)
-    try:
-        tensors = load(mmap=True)
-    except RuntimeError:  # of before torch 1.6, which cannot be mapped
-        tensors = load()
+    with reading(file):
+        try:
+            tensors = load(mmap=True)
+        except RuntimeError:  # of before torch 1.6, which cannot be mapped
+            tensors = load()
     return {key: partial(tensors.get, key) for key in tensors}

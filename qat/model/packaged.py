@@ -8,11 +8,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.storage.files import atomic_folder, read_json, sha256_of_file, write_json
+from qat.storage.decode import FileName, Sha256, read_as
+from qat.storage.files import atomic_folder, sha256_of_file, write_json
 from qat.tracking.messages import say
 
 if TYPE_CHECKING:
@@ -32,6 +34,14 @@ SMOLLM2 = {
     "dtype": "bfloat16",  # the dtype that SmolLM2 was published in
     "tokenizer": "digits one by one",
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """What source.json holds."""
+
+    source: dict[str, str]
+    files: dict[FileName, Sha256]
 
 
 def fetch_smollm2(folder: Path) -> dict[str, Any]:
@@ -62,10 +72,12 @@ def files_of(folder: Path) -> dict[str, str]:
 
 def is_whole(folder: Path) -> bool:
     """Return whether a folder holds this source and every file that was written, unchanged."""
-    record = read_json(folder / SOURCE_FILE) if (folder / SOURCE_FILE).is_file() else {}
-    return record.get("source") == SMOLLM2 and all(
+    if not (folder / SOURCE_FILE).is_file():
+        return False
+    record = read_as(folder / SOURCE_FILE, Source)
+    return record.source == SMOLLM2 and all(
         (folder / name).is_file() and sha256_of_file(folder / name) == sha256
-        for name, sha256 in record["files"].items()
+        for name, sha256 in record.files.items()
     )
 
 
@@ -76,7 +88,7 @@ def refuse_other_content(folder: Path) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     record = folder / SOURCE_FILE
-    held = read_json(record).get("source", {}) if record.is_file() else {}
+    held = read_as(record, Source).source if record.is_file() else {}
     if held.get("model") != SMOLLM2["model"]:
         raise ValueError(
             f"--output-dir {folder} holds something other than {SMOLLM2['model']}; "
@@ -134,12 +146,15 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
-        **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        **place,
+        trust_remote_code=False,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
     )
     if hasattr(model.config, "_model_name_or_path"):
         del model.config._model_name_or_path  # the file's title, which is no path
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(**place)
+    tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
     split_digits(tokenizer)
     tokenizer.model_max_length = CONTEXT_TOKENS
     tokenizer.save_pretrained(folder)

@@ -12,6 +12,7 @@ from qat.benchmark.throughput import rates
 from qat.pipelines.batch_probe import describe, probe
 from qat.reports.benchmark import results_of, row_line, write_report
 from qat.reports.log import command_line
+from qat.storage.files import folder_lock
 from qat.tracking.messages import say
 
 MOST_PROBES = 8  # of a search; where it ends sooner, smaller batches are timed as well
@@ -81,11 +82,14 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult | dict[str, Any]:
         ),
         max_seconds=config.probe_seconds,
     )
-    rows = [
-        row for name in config.configurations for row in measure_all(config, probes, facts, name)
-    ]
-    results = results_of(rows, facts, is_search=config.find_max_batch)
-    return BenchmarkResult(**write_report(folder, results, facts, command(config)))
+    with folder_lock(folder):
+        rows = [
+            row
+            for name in config.configurations
+            for row in measure_all(config, probes, facts, name)
+        ]
+        results = results_of(rows, facts, is_search=config.find_max_batch)
+        return BenchmarkResult(**write_report(folder, results, facts, command(config)))
 
 
 def measure_all(

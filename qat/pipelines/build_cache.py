@@ -11,8 +11,8 @@ from qat.cache.manifest import CacheIdentity, default_name, expected_identity
 from qat.data.blocks import Blocks
 from qat.data.chat import ignores_thinking
 from qat.data.records import source_name
-from qat.data.text import read_blocks
-from qat.model.load import load_dense, load_tokenizer, model_identity
+from qat.data.text import read_blocks, require_known_ids
+from qat.model.load import load_dense, load_tokenizer, model_identity, vocabulary_size
 from qat.pipelines.place import Place
 from qat.runtime.device import dtype_name
 from qat.tracking.messages import say
@@ -57,6 +57,7 @@ def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
         if has_modes and ignores_thinking(tokenizer):
             say(f"this chat template ignores enable_thinking: one text for {config.thinking}")
         blocks = read_all(config, tokenizer)
+        require_known_ids(blocks.token_ids, vocabulary_size(config.teacher), config.teacher)
         say(describe_blocks(blocks, identity))
         teacher = load_dense(config.teacher, dtype=dtype)
         device.place(teacher)

@@ -13,6 +13,7 @@ from qat.cache.read import TeacherCache
 from qat.pipelines.compress_config import CompressConfig, parse_size
 from qat.pipelines.compress_stages import (
     Clock,
+    Kept,
     Source,
     byte_table,
     cost_table,
@@ -31,7 +32,8 @@ from qat.pipelines.compress_stages import (
 from qat.pipelines.plan import print_table
 from qat.quant.allocate import Allocation, Table, allocate, frontier, smallest
 from qat.runtime.memory import peak_rss_bytes
-from qat.storage.files import fingerprint, folder_lock, read_json
+from qat.storage.decode import read_as
+from qat.storage.files import fingerprint, folder_lock, sweep_leftovers
 from qat.tracking.messages import say
 
 STAGES = ("cache", "costs", "plan", "fit", "train", "export", "measure")
@@ -87,6 +89,7 @@ def compress(config: CompressConfig) -> CompressResult:
     settings = {f.name: str(getattr(config, f.name)) for f in fields(config)}
     key = [source.base["weights"], {k: v for k, v in settings.items() if k not in skipped}]
     with folder_lock(source.work):
+        sweep_leftovers(source.work)
         result = source.work / "results" / f"{config.output.name}.json"
         check_output(config.output, source.work, result, key)
         return CompressResult(**once(result, key, lambda: take_stages(config, source, budget)))
@@ -97,7 +100,7 @@ def check_output(output: Path, work: Path, result: Path, key: object) -> None:
     if not output.exists():
         result.unlink(missing_ok=True)
     elif result.is_file():
-        if read_json(result)["key"] != fingerprint(key):
+        if read_as(result, Kept, remedy="remove it").key != fingerprint(key):
             raise ValueError(
                 f"the output {output} was made with other settings; remove it or name another"
             )

@@ -6,7 +6,7 @@ Each part leaves its result in a work folder and finds it there again.
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +42,8 @@ from qat.quant.plan import QuantPlan
 from qat.quant.spec import TensorSpec
 from qat.quant.targets import candidates
 from qat.runtime.memory import host_bytes
-from qat.storage.files import atomic_file, fingerprint, read_json, write_json
+from qat.storage.decode import read_as
+from qat.storage.files import atomic_file, fingerprint, write_json
 from qat.tracking.messages import say
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
@@ -64,6 +65,14 @@ Made = TypeVar("Made")
 NUMBERS = ("kl_nats", "kl_p99", "top1_agreement", "perplexity")
 
 
+@dataclass(kw_only=True, slots=True)
+class Spent:
+    """What a clock's file, or that of a shared stage, holds."""
+
+    seconds: float = 0.0
+    shared: list[str] = field(default_factory=list)
+
+
 class Clock:
     """Seconds of one file's stages, also those of earlier processes and those that others took.
 
@@ -72,8 +81,8 @@ class Clock:
 
     def __init__(self, path: Path, minutes: float) -> None:
         self.path, self.limit = path, 60 * minutes
-        kept = read_json(path) if path.is_file() else {}
-        self.before, self.shared = kept.get("seconds", 0.0), kept.get("shared", [])
+        kept = read_as(path, Spent, remedy="remove it") if path.is_file() else Spent()
+        self.before, self.shared = kept.seconds, kept.shared
         self.started = time.perf_counter()
 
     @property
@@ -98,7 +107,7 @@ class Clock:
         if not file.is_file():
             write_json(file, {"seconds": seconds})
         elif name not in self.shared:
-            self.before += max(0.0, read_json(file)["seconds"] - seconds)
+            self.before += max(0.0, read_as(file, Spent, remedy="remove it").seconds - seconds)
         self.shared = [*{*self.shared, name}]
         return made
 
@@ -151,12 +160,21 @@ class Source:
         return {"device": self.place.device.torch_device, "dtype": self.place.dtype}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """What a file of the work folder holds."""
+
+    key: str
+    """Of all that decides the value."""
+    value: Any = None
+
+
 def once(path: Path, key: object, make: Callable[[], Any]) -> Any:
     """Return what a file keeps under a key, else make it and keep it."""
     key = fingerprint(key)
-    if path.is_file() and (kept := read_json(path))["key"] == key:
+    if path.is_file() and (kept := read_as(path, Kept, remedy="remove it")).key == key:
         say(f"{path} is already complete")
-        return kept["value"]
+        return kept.value
     value = make()
     write_json(path, {"key": key, "value": value})
     return value
@@ -425,7 +443,7 @@ def write_file(student: Path, source: Source, output: Path) -> None:
     """Export a student, in the place of a file that was made in this work folder of another one."""
     record = export_record(source.work, output)
     key = fingerprint([open_checkpoint(student).header.sha256, source.config.to])
-    if output.exists() and record.is_file() and read_json(record)["key"] == key:
+    if output.exists() and record.is_file() and read_as(record, Kept).key == key:
         return
     if output.is_dir():
         shutil.rmtree(output)

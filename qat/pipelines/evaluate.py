@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from qat.cache.read import TeacherCache
-from qat.data.text import bos_id, text_blocks
+from qat.data.text import bos_id, require_known_ids, text_blocks
 from qat.evaluate.config import EvaluateConfig
 from qat.evaluate.on_cache import evaluate_on_cache
 from qat.evaluate.on_text import evaluate_on_text, require_equal_widths
@@ -65,6 +65,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
     if config.cache_dir is None:
         tokenizer = load_tokenizer(opened.text_folder)
         blocks = text_blocks(config.text, tokenizer, config.seq_len, config.num_sequences)
+        require_known_ids(blocks, vocabulary_size(opened.text_folder), str(opened.text_folder))
         num_context = 0 if bos_id(tokenizer) is None else 1
         measure = partial(evaluate_on_text, blocks=blocks, num_context=num_context, **options)
     else:

@@ -9,6 +9,7 @@ from tyro.conf import Positional
 from qat.pipelines.stored_items import check_content, is_present, kind_of
 from qat.storage import stores
 from qat.storage.archive import SUFFIXES, archive_stem
+from qat.storage.files import require_plain_name
 from qat.storage.registry import (
     REGISTRY,
     STORE_FOLDERS,
@@ -82,11 +83,7 @@ class FetchTask:
 def fetch(config: FetchConfig) -> FetchResult:
     """Look every name up first, then get what is not here."""
     items = read_registry(config.registry)
-    tasks = [
-        plan_task(name, items, config.output_dir, force=config.force)
-        for name in config.source
-        if name != SMOLLM2
-    ]
+    tasks = [plan_task(name, items, config) for name in config.source if name != SMOLLM2]
     fetched = [fetch_smollm2_model(config)] if SMOLLM2 in config.source else []
     fetched += [run_task(task, dry_run=config.dry_run) for task in tasks]
     paths = {item.kind: item.path for item in fetched}
@@ -98,17 +95,16 @@ def fetch(config: FetchConfig) -> FetchResult:
     )
 
 
-def plan_task(
-    name: str, items: dict[str, StoredItem], output_dir: Path | None, *, force: bool
-) -> FetchTask:
+def plan_task(name: str, items: dict[str, StoredItem], config: FetchConfig) -> FetchTask:
     """Look one name up: an address, a short name, or the name of something in a store."""
+    output_dir = config.output_dir
     is_address = "://" in name or (name not in items and Path(name).exists())
     if is_address:
         options = items_at(name)
     else:
         options = [items[name]] if name in items else items_named(name.strip("/"), STORE_FOLDERS)
     for option in options:
-        if not force and is_present(option, option.local_path(output_dir)):
+        if not config.force and is_present(option, option.local_path(output_dir)):
             return FetchTask(name, (option,), output_dir, None)
     if is_address:
         return FetchTask(name, tuple(options), output_dir, stores.locate_address(name))
@@ -117,11 +113,12 @@ def plan_task(
         found = stores.locate(found_stores, option.store_folder, option.name, option.files)
         if found:
             return FetchTask(name, (option,), output_dir, found)
-    raise not_found(name, items, found_stores)
+    raise not_found(name, items, found_stores, config.registry)
 
 
 def items_named(name: str, kinds: Sequence[Kind]) -> list[StoredItem]:
-    """Return what a name may stand for."""
+    """Return what a name, one part of a path, may stand for."""
+    require_plain_name(name, "SOURCE")
     return [StoredItem(kind=kind, name=name) for kind in kinds]
 
 
@@ -134,19 +131,23 @@ def items_at(address: str) -> list[StoredItem]:
 
 
 def not_found(
-    name: str, items: dict[str, StoredItem], found_stores: Sequence[stores.Store]
+    name: str, items: dict[str, StoredItem], found_stores: Sequence[stores.Store], registry: Path
 ) -> Exception:
     """Return the error of a name that leads nowhere, with what was tried."""
     item, known = items.get(name), ", ".join(items)
     if not found_stores:
-        what = "is not here" if item else f"is none of {known}, and not here"
+        what = "is not here" if item else f"is none of {known} ({registry}), and not here"
         return FileNotFoundError(f"{name} {what}, and there is no store; {stores.HOW_TO_GIVE}")
     tried = ", ".join(f"{store.name} ({store.base})" for store in found_stores)
     if item is None:
-        return ValueError(f"{name!r} is none of {known}, nor the name of anything in {tried}")
+        return ValueError(
+            f"{name!r} is none of {known} ({registry}), nor the name of anything in {tried}; "
+            "correct the name, or `qat push` it there"
+        )
     return FileNotFoundError(
         f"{name}: neither {item.name}.tar.lz4, .tgz nor a folder {item.name} lies in "
-        f"{item.store_folder} of {tried}; `qat push` puts it there, or set QAT_STORE"
+        f"{item.store_folder} of {tried}; `qat push` puts it there, or set QAT_STORE, or correct "
+        f"{registry}"
     )
 
 

@@ -1,10 +1,11 @@
 """Write a run into the speedrun log: an entry from the run's record, its plot, the table."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from qat.model.checkpoint import read_header
 from qat.reports.compare import flat_settings, plot_curves, read_runs
 from qat.reports.log import (
     EMPTY_LOG,
@@ -15,7 +16,7 @@ from qat.reports.log import (
     entry_text,
     with_table,
 )
-from qat.storage.files import read_json, write_text
+from qat.storage.files import write_text
 from qat.tracking.environment import read_sessions
 from qat.tracking.messages import say
 from qat.tracking.record import SUMMARY, config_as_json
@@ -61,7 +62,7 @@ def read_run_facts(folder: Path) -> Facts:
     """Return what a run's folder records."""
     (run,), _ = read_runs([folder])
     headers = [folder / name / HEADER for name in ("best", "", "final")]
-    header = next((read_json(path) for path in headers if path.is_file()), {})
+    header = next((asdict(read_header(at.parent)) for at in headers if at.is_file()), {})
     sessions = read_sessions(folder)
     summary = folder / SUMMARY
     seconds = summary.stat().st_mtime if summary.is_file() else datetime.now(UTC).timestamp()

@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from qat.pipelines.pack import PackResult
 from qat.pipelines.stored_items import check_content, kind_of
 from qat.storage import archive, stores
+from qat.storage.files import require_plain_name
 from qat.storage.registry import REGISTRY, Kind, StoredItem, read_registry
 from qat.tracking.messages import say
 
@@ -58,6 +59,7 @@ def push(config: PushConfig) -> PackResult:
 
 def item_named(name: str, kind: Kind, registry: Path) -> StoredItem:
     """Return what a thing is called in a store: a short name's file, or the name itself."""
+    require_plain_name(name, "--name")
     item = read_registry(registry).get(name) or StoredItem(kind=kind, name=name)
     if item.kind != kind:
         raise ValueError(f"--name {name} stands for a {item.kind}, this is a {kind}")

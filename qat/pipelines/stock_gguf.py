@@ -13,10 +13,11 @@ from qat.export.config import ExportConfig
 from qat.export.llama_quantize import find_quantizer, quantize_file, write_importance_matrix
 from qat.export.to_gguf import file_names
 from qat.model.load import load_dense
-from qat.pipelines.compress_stages import Source
+from qat.pipelines.compress_stages import Kept, Source
 from qat.pipelines.export import export
 from qat.pipelines.quantize import spread_batches
-from qat.storage.files import fingerprint, read_json, write_json
+from qat.storage.decode import read_as
+from qat.storage.files import fingerprint, write_json
 from qat.tracking.messages import say
 
 MOST_TOKENS = 8192  # whose inputs weigh the errors; second moments are known from few
@@ -83,7 +84,7 @@ def make_file(one: StockType, path: Path, dense: Path, importance: Path, key: st
 def is_made(path: Path, key: str) -> bool:
     """Return whether a file is there that was made of the same model and text."""
     record = path.with_suffix(".json")
-    return path.is_file() and record.is_file() and read_json(record)["key"] == key
+    return path.is_file() and record.is_file() and read_as(record, Kept).key == key
 
 
 def input_moments(source: Source, cache: TeacherCache) -> dict[str, Tensor]:

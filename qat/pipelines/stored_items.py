@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from qat.storage.files import read_json, sha256_of_file
+from qat.storage.decode import object_in
+from qat.storage.files import sha256_of_file
 from qat.storage.receipt import read_receipt, receipt_path
 from qat.storage.registry import Kind, StoredItem
 from qat.tracking.messages import say
@@ -53,7 +54,7 @@ def is_present(expected: StoredItem, target: Path) -> bool:
 def recorded_fingerprint(folder: Path) -> str | None:
     """Return the fingerprint in a cache's manifest, None where there is none."""
     path = folder / MANIFEST_FILE
-    return read_json(path).get("fingerprint") if path.is_file() else None
+    return object_in(path).get("fingerprint") if path.is_file() else None
 
 
 def check_content(expected: StoredItem, folder: Path) -> None:

@@ -3,7 +3,8 @@
 Open the student and its cache, choose what trains, take steps, keep the best, write the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from time import strftime
@@ -28,14 +29,15 @@ from qat.pipelines.open_checkpoint import (
 )
 from qat.pipelines.place import Place
 from qat.runtime.device import dtype_name, seeded
-from qat.storage.files import folder_lock, write_json
+from qat.storage.decode import as_type
+from qat.storage.files import folder_lock, sweep_leftovers, write_json
 from qat.tracking.messages import say
-from qat.tracking.record import CONFIG
+from qat.tracking.record import CONFIG, SUMMARY
 from qat.tracking.sinks import Tracker, open_tracker
 from qat.train import run_folder
 from qat.train.config import TrainConfig
 from qat.train.layerwise import layerwise_stage
-from qat.train.loop import Hooks, train_end_to_end
+from qat.train.loop import DivergedError, Hooks, train_end_to_end
 from qat.train.state import Progress, has_state, read_state, write_state
 from qat.train.step import Trainer
 from qat.train.trainable import mode
@@ -89,6 +91,7 @@ def train(config: TrainConfig) -> TrainResult:
     run = open_run(config)
     run_folder.finished_run(config.output_dir, run.identity)  # refuse before the folder is touched
     with folder_lock(config.output_dir), seeded(run.place.device.torch_device, config.seed):
+        sweep_leftovers(config.output_dir)
         summary = run_folder.finished_run(config.output_dir, run.identity)
         if summary is None:
             summary = take_run(run)
@@ -97,7 +100,8 @@ def train(config: TrainConfig) -> TrainResult:
         if config.tracking.copy_to:
             copied = run_folder.copy_results(config.output_dir, config.tracking.copy_to)
             say(f"copied to {config.tracking.copy_to}: {', '.join(copied)}")
-    return TrainResult(checkpoint=str(config.output_dir / BEST_NAME), **summary)
+    values = {"checkpoint": str(config.output_dir / BEST_NAME), **summary}
+    return as_type(values, TrainResult, config.output_dir / SUMMARY)
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -163,24 +167,39 @@ def take_run(run: Run) -> dict[str, Any]:
     made_by = {"command": run_folder.COMMAND, **run.identity}
     header = replace(header, cache_fingerprint=run.cache.fingerprint, made_by=made_by)
     keep = partial(write_student, run, trainer, header)
-    progress = train_end_to_end(
-        trainer,
-        partial(
-            run_folder.training_batches,
-            run.cache,
-            config,
-            device.torch_device,
-            vocab_size=model.config.vocab_size,
-        ),
+    batches_from = partial(
+        run_folder.training_batches,
+        run.cache,
         config,
-        make_hooks(run, trainer, track, keep),
-        progress,
+        device.torch_device,
+        vocab_size=model.config.vocab_size,
     )
+    hooks = make_hooks(run, trainer, track, keep)
+    with naming_parameter(model):
+        progress = train_end_to_end(trainer, batches_from, config, hooks, progress)
     keep(FINAL_NAME, progress.last_eval, progress.step)
     leave_seed_files(run, base, weight_of)
     summary = run_folder.summary_of(progress) | bits_per_weight(model)
     track.finish(summary)
     return summary
+
+
+@contextmanager
+def naming_parameter(model: nn.Module) -> Iterator[None]:
+    """Add to what ends a run the first trained parameter that is not finite, or its gradient."""
+    try:
+        yield
+    except DivergedError as error:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        found = (
+            name
+            for name, parameter in named
+            for one in (parameter, parameter.grad)
+            if one is not None and not one.isfinite().all()
+        )
+        name = next(found, None)
+        where = f"{name} is the first parameter that is not finite; " if name else ""
+        raise DivergedError(f"{error}; {where}train with a lower --optim.lr") from error
 
 
 def latent_start(config: TrainConfig, model: nn.Module, weights: BaseWeights) -> str | None:

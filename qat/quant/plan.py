@@ -14,7 +14,6 @@ integer grids that runtimes hold: 2 bits are {-2, -1, 0, 1} per 64 weights (GGUF
 pair that GGUF, MLX and compressed-tensors hold alike: `w2a16-g64+w4a16-g32`.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qat.quant.spec import F16, F32, FORMATS, TensorSpec, make_spec
+from qat.storage.decode import naming
+from qat.storage.files import read_json
 
 TensorKind = Literal["mlp", "attention", "embedding", "head", "other"]
 
@@ -248,17 +249,17 @@ def plan_from_dict(values: Any, tensors: Mapping[str, TensorInfo]) -> QuantPlan:
     Raises:
         ValueError: If a field is missing or unknown, or a tensor is not the model's.
     """
-    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
-        raise ValueError(f"plan {values!r} has no name; make the checkpoint or the file again")
+    check_plan_values(values)
     if "mlp" in values:
         return rules_from_scheme(values).resolve(tensors)
-    named = values.get("tensors")
-    if not isinstance(named, dict) or not all(isinstance(spec, str) for spec in named.values()):
-        raise ValueError(f"plan {values['name']!r} lists no tensors; make it again with `qat plan`")
+    named = values["tensors"]
     if named.keys() != tensors.keys():
         odd = min(named.keys() ^ tensors.keys())
         place = "in the plan only" if odd in named else "in the model only"
-        raise ValueError(f"plan {values['name']!r} is of another model: {odd} is {place}")
+        raise ValueError(
+            f"plan {values['name']!r} is of another model: {odd} is {place}; make it again with "
+            "`qat plan` of this model"
+        )
     specs = {name: TensorSpec.from_name(named[name]) for name in tensors}
     shapes = {name: info.shape for name, info in tensors.items()}
     for name, spec in specs.items():
@@ -266,6 +267,24 @@ def plan_from_dict(values: Any, tensors: Mapping[str, TensorInfo]) -> QuantPlan:
             raise ValueError(f"plan {values['name']!r} quantizes {name}, which must stay dense")
         check_fit(Rule(name, spec), name, tensors[name])
     return QuantPlan(name=values["name"], specs=specs, shapes=shapes)
+
+
+def check_plan_values(values: object) -> None:
+    """Refuse plain values that are no plan, neither of this version nor of 0.1.0.
+
+    Raises:
+        ValueError: Says what is missing.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+        raise ValueError(f"plan {values!r} has no name; make the checkpoint or the file again")
+    if "mlp" in values:
+        rules_from_scheme(values)
+        return
+    named = values.get("tensors")
+    if not isinstance(named, dict) or not all(isinstance(spec, str) for spec in named.values()):
+        raise ValueError(f"plan {values['name']!r} lists no tensors; make it again with `qat plan`")
+    for spec in set(named.values()):
+        TensorSpec.from_name(spec)
 
 
 def kind_specs(values: dict[str, Any]) -> dict[TensorKind, TensorSpec | None]:
@@ -372,11 +391,9 @@ def read_plan(text: str, tensors: Mapping[str, TensorInfo]) -> QuantPlan:
     """
     if not text.endswith(".json"):
         return parse_plan(text).resolve(tensors)
-    try:
-        values = json.loads(Path(text).read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{text} is no JSON ({error}); write it with `qat plan --save`") from error
-    return plan_from_dict(values, tensors)
+    values = read_json(Path(text))
+    with naming(text):
+        return plan_from_dict(values, tensors)
 
 
 def tensor_kind(module_name: str) -> TensorKind:

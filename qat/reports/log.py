@@ -15,6 +15,8 @@ from typing import Any
 from tyro.conf import Positional
 
 from qat.reports.compare import Run, Table, final, markdown_table, numbers_of, show
+from qat.storage.decode import naming
+from qat.storage.files import parse_json
 from qat.tracking.record import KL_NAMES
 
 RUNS_TITLE = "## Run History"
@@ -281,7 +283,8 @@ def find_runs(log: str) -> tuple[int, int]:
 
 def read_facts(text: str) -> list[dict[str, Any]]:
     """Return the numbers that entries keep, in order."""
-    return [json.loads(match["facts"]) for match in FACTS.finditer(text)]
+    with naming("the log"):
+        return [parse_json(match["facts"]) for match in FACTS.finditer(text)]
 
 
 def with_table(log: str) -> str:

@@ -5,7 +5,8 @@ from typing import Any
 
 from qat.model.checkpoint import CheckpointHeader
 from qat.reports.compare import Table, markdown_table
-from qat.storage.files import read_json, write_text
+from qat.storage.decode import object_in
+from qat.storage.files import write_text
 
 CARD_NAME = "README.md"
 SUMMARY_NAME = "summary.json"  # of a run, next to its best and final students
@@ -159,5 +160,5 @@ def facts(
 def training_of(checkpoint: Path) -> dict[str, Any]:
     """Return the summary of the run that a student came from; empty where there is none."""
     path = checkpoint.parent / SUMMARY_NAME
-    found = read_json(path) if path.is_file() else {}
-    return found if isinstance(found, dict) and "tokens_seen" in found else {}
+    found = object_in(path) if path.is_file() else {}
+    return found if "tokens_seen" in found else {}

@@ -17,12 +17,29 @@ from typing import IO
 import lz4.frame
 from tqdm import tqdm
 
-from qat.storage.files import atomic_file, replace_folder, require_space, sha256_of_file, write_text
+from qat.storage.files import (
+    FREE_MARGIN_BYTES,
+    atomic_file,
+    folder_lock,
+    is_leftover,
+    replace_folder,
+    require_space,
+    sha256_of_file,
+    write_text,
+)
 from qat.storage.receipt import read_receipt, receipt_path, stamp, write_receipt
 
 SUFFIXES = (".tar.lz4", ".tgz", ".tar.gz")
 CHUNK_BYTES = 1 << 20
 GZIP_LEVEL = 6
+MOST_CHECKSUM_BYTES = 4096  # of a file that holds one line
+MOST_MEMBERS = 1_000_000  # a cache of 16 G tokens has as many shards
+MOST_HEADER_BYTES = 1 << 20  # tarfile reads each into memory
+LONG_HEADERS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+DAMAGED = (tarfile.TarError, EOFError, gzip.BadGzipFile, RuntimeError, zlib.error)
 LZ4_MAGIC = b"\x04\x22\x4d\x18"
 
 
@@ -55,7 +72,7 @@ def pack_folder(folder: Path, archive: Path, *, leave_out: Collection[str] = ())
     """Write a folder as one archive, its sha256 in a file next to it, and return the sha256.
 
     The same content gives the same archive: members by name, no owners, no times. `leave_out` are
-    names directly in the folder that stay behind.
+    names directly in the folder that stay behind, as does what killed processes left half made.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist; give one to pack")
@@ -63,7 +80,8 @@ def pack_folder(folder: Path, archive: Path, *, leave_out: Collection[str] = ())
     if archive.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{archive} would lie in the folder that it packs; choose another place")
     items = [item for item in sorted(folder.iterdir()) if item.name not in leave_out]
-    paths = [path for item in items for path in (item, *item.rglob("*"))]
+    paths = [path for item in items for path in (item, *sorted(item.rglob("*")))]
+    paths = [path for path in paths if not is_left_behind(path, folder)]
     for path in paths:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is a link or a device; replace it by a file to pack it")
@@ -78,11 +96,17 @@ def pack_folder(folder: Path, archive: Path, *, leave_out: Collection[str] = ())
             tarfile.open(fileobj=counted, mode="w|", format=tarfile.PAX_FORMAT) as tar,
         ):
             tar.add(folder, top, recursive=False, filter=anonymous)
-            for item in items:
-                tar.add(item, f"{top}/{item.name}", filter=anonymous)
+            for path in paths:
+                name = f"{top}/{path.relative_to(folder).as_posix()}"
+                tar.add(path, name, recursive=False, filter=anonymous)
         digest = sha256_of_file(temporary)
     write_text(sidecar(archive), f"{digest}  {archive.name}\n")
     return digest
+
+
+def is_left_behind(path: Path, folder: Path) -> bool:
+    """Return whether a path, or a folder around it, is what a killed process left half made."""
+    return any(is_leftover(Path(part)) for part in path.relative_to(folder).parts)
 
 
 def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -109,6 +133,15 @@ def extract_once(archive: Path) -> Path:
     receipt = read_receipt(folder)
     if receipt and receipt.source_stamp == stamp(archive):
         return folder
+    with folder_lock(folder):
+        return extract_next_to(archive, folder)
+
+
+def extract_next_to(archive: Path, folder: Path) -> Path:
+    """Return the folder with an archive's content, made anew where it is of another one."""
+    receipt = read_receipt(folder)
+    if receipt and receipt.source_stamp == stamp(archive):
+        return folder  # another process has just made it
     if folder.exists() and receipt is None:
         raise FileExistsError(
             f"{folder} was not extracted from {archive.name}, or was changed since; "
@@ -129,7 +162,9 @@ def check_sidecar(archive: Path) -> str:
     """Return an archive's sha256 in hex, checked against the file next to it where there is one."""
     digest, path = sha256_of_file(archive), sidecar(archive)
     if path.is_file():
-        expected = parse_checksum(path.read_text("ascii", "replace"), str(path))
+        with path.open("rb") as file:
+            text = file.read(MOST_CHECKSUM_BYTES).decode("ascii", "replace")
+        expected = parse_checksum(text, str(path))
         if digest != expected:
             raise ArchiveMismatch(
                 f"{archive} has sha256 {digest}, {path.name} says {expected}; fetch it again"
@@ -162,15 +197,18 @@ def extract_archive(archive: Path, folder: Path) -> Path:
 
 def extract_members(archive: Path, folder: Path) -> None:
     """Write an archive's members into a folder."""
+    members = SafeMembers(shutil.disk_usage(folder).free - FREE_MARGIN_BYTES)
     try:
         with open_unpacked(archive) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
-                tar.extractall(folder, filter=safe_member)
+            with tarfile.open(fileobj=stream, mode="r|", tarinfo=BoundedMember) as tar:
+                tar.extractall(folder, filter=members)
             while stream.read(CHUNK_BYTES):  # to the end, where the content's checksum is
                 pass
     except tarfile.FilterError as error:
         raise ArchiveMismatch(f"{archive}: {error}; refused") from error
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, RuntimeError, zlib.error) as error:
+    except ArchiveMismatch as error:
+        raise ArchiveMismatch(f"{archive}: {error}; refused") from error
+    except (*DAMAGED, ValueError) as error:
         raise ArchiveMismatch(f"{archive} is cut or altered ({error}); fetch it again") from error
 
 
@@ -187,13 +225,38 @@ def open_unpacked(archive: Path) -> Iterator[IO[bytes]]:
             yield stream
 
 
-def safe_member(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
-    """Return what to write of a member: nothing outside the folder, nothing beyond the disk."""
-    if PurePosixPath(member.name).name.startswith("._"):
-        return None  # AppleDouble: macOS's attributes of a file
-    require_space(Path(folder), member.size, f"extracting {member.name}")
-    # Without a time, files are as old as their extraction, not as the archive says.
-    return tarfile.data_filter(member, folder).replace(mtime=None, deep=False)
+class BoundedMember(tarfile.TarInfo):
+    """A member whose headers are read only where they are as short as names and times are."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in LONG_HEADERS and self.size > MOST_HEADER_BYTES:
+            raise ArchiveMismatch(f"a header of {self.size:,} bytes is no member's")
+        return super()._proc_member(archive)
+
+
+class SafeMembers:
+    """What to write of each member: nothing outside the folder, nothing beyond the disk."""
+
+    def __init__(self, most_bytes: int) -> None:
+        """Bound what all members together may take."""
+        self.most_bytes = most_bytes
+        self.count = self.num_bytes = 0
+
+    def __call__(self, member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+        """Return a member as it is written, None for one that is left out."""
+        self.count += 1
+        self.num_bytes += member.size
+        if self.count > MOST_MEMBERS:
+            raise ArchiveMismatch(f"it has more than {MOST_MEMBERS:,} members")
+        if self.num_bytes > self.most_bytes:
+            raise OSError(
+                f"extracting {member.name} needs {self.num_bytes:,} bytes so far and {folder} had "
+                f"{self.most_bytes:,} free; free some space"
+            )
+        if PurePosixPath(member.name).name.startswith("._"):
+            return None  # AppleDouble: macOS's attributes of a file
+        # Without a time, files are as old as their extraction, not as the archive says.
+        return tarfile.data_filter(member, folder).replace(mtime=None, deep=False)
 
 
 def top_folder(folder: Path) -> Path:

@@ -1,7 +1,9 @@
 """Downloads from any path or URL that fsspec opens: resumed, checked, whole or absent."""
 
+import logging
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,18 @@ from typing import Any
 import fsspec
 from tqdm import tqdm
 
-from qat.storage.archive import ArchiveMismatch, parse_checksum
+from qat.storage.archive import MOST_CHECKSUM_BYTES, ArchiveMismatch, parse_checksum
 from qat.storage.files import flush_to_disk, read_json, require_space, sha256_of_file, write_json
 
 TIMEOUT_SECONDS = 60  # without one byte
 TRIES = 3  # in a row, without one byte
 WAIT_SECONDS = 1
 CHUNK_BYTES = 1 << 20
-ABSENT = (403, 404, 410)  # object stores answer 403 for what is not there
+ABSENT = (404, 410)
+FORBIDDEN = (401, 403)
+CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
+LOGGER = logging.getLogger("qat")
 # What file systems tell of a file that changes when it does; each tells some of them.
 VERSION_FIELDS = ("size", "mtime", "created", "ETag", "Last-Modified", "LastModified")
 VERSION_FIELDS += ("Content-MD5", "etag", "md5Hash", "generation", "blob_id")
@@ -48,6 +54,7 @@ def file_info(address: str) -> dict[str, Any] | None:
 
     Raises:
         ConnectionError: If a web server cannot be reached or fails.
+        PermissionError: If it refuses to tell.
     """
     files, path = open_files(address)
     try:
@@ -57,8 +64,14 @@ def file_info(address: str) -> dict[str, Any] | None:
     except FileNotFoundError as error:
         # fsspec says so of every failure of a web server; the cause tells which one it was.
         cause = error.__cause__ if is_web(address) else None
-        if cause is None or getattr(cause, "status", None) in ABSENT:
+        status = getattr(cause, "status", None)
+        if cause is None or status in ABSENT:
             return None
+        if status in FORBIDDEN:
+            raise PermissionError(
+                f"{address} is refused ({status}): it is private, or it is not there and the store "
+                "does not tell; check the address and your credentials"
+            ) from error
         raise ConnectionError(
             f"{address} cannot be reached ({cause}); check the address and the network"
         ) from error
@@ -79,10 +92,16 @@ def is_folder(address: str) -> bool:
 def stated_sha256(address: str) -> str | None:
     """Return the checksum next to a file, None where there is none."""
     checksum = f"{address}.sha256"
-    if not is_file(checksum):
+    info = file_info(checksum)
+    if info is None or info["type"] != "file":
         return None
+    if (info["size"] or 0) > MOST_CHECKSUM_BYTES:
+        raise ArchiveMismatch(f"{checksum} has {info['size']:,} bytes and holds no sha256; fix it")
     files, path = open_files(checksum)
-    return parse_checksum(files.cat_file(path).decode("ascii", "replace"), checksum)
+    streamed = {"block_size": 0, "size": 1} if is_web(address) else {}
+    with files.open(path, "rb", **streamed) as file:
+        text = file.read(MOST_CHECKSUM_BYTES)
+    return parse_checksum(text.decode("ascii", "replace"), checksum)
 
 
 def part_path(target: Path) -> Path:
@@ -107,6 +126,7 @@ def download(source: str, target: Path, *, sha256: str | None = None) -> str:
         ArchiveMismatch: If the copy's checksum differs; the copy is removed.
         OSError: If the disk is too small or the connection breaks.
     """
+    warn_of_plain_http(source)
     version = file_version(source)
     part, record = part_path(target), record_path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +138,7 @@ def download(source: str, target: Path, *, sha256: str | None = None) -> str:
         part.unlink(missing_ok=True)
         write_json(record, version)
     if not target.is_file():
-        copy_rest(source, part, int(version["size"]))
+        copy_rest(source, part, version)
     copy = target if target.is_file() else part
     digest = sha256_of_file(copy)
     for expected, where in ((version.get("sha256"), "its store"), (sha256, "the registry")):
@@ -145,9 +165,13 @@ def file_version(source: str) -> dict[str, str]:
     return {"source": source, **version, **({"sha256": stated} if stated else {})}
 
 
-def copy_rest(source: str, part: Path, num_bytes: int) -> None:
-    """Append to a part what it lacks; a broken connection is taken up again where it broke."""
-    tries = 0
+def copy_rest(source: str, part: Path, version: dict[str, str]) -> None:
+    """Append to a part what it lacks; a broken connection is taken up again where it broke.
+
+    Raises:
+        OSError: If nothing more comes, or what comes is of another version.
+    """
+    tries, num_bytes = 0, int(version["size"])
     with (
         part.open("ab") as writer,
         tqdm(total=num_bytes, unit="B", unit_scale=True, desc="copy") as progress,
@@ -155,8 +179,8 @@ def copy_rest(source: str, part: Path, num_bytes: int) -> None:
         progress.update(writer.tell())
         while (have := writer.tell()) < num_bytes:
             try:
-                for data in read_from(source, have):
-                    writer.write(data)
+                for data in read_from(source, have, version):
+                    writer.write(data[: num_bytes - writer.tell()])
                     progress.update(len(data))
                 why = "the connection closed early"
             except ConnectionError as error:
@@ -168,12 +192,12 @@ def copy_rest(source: str, part: Path, num_bytes: int) -> None:
     flush_to_disk(part)
 
 
-def read_from(source: str, offset: int) -> Iterator[bytes]:
+def read_from(source: str, offset: int, version: dict[str, str]) -> Iterator[bytes]:
     """Yield a file's bytes from an offset on."""
     import aiohttp
 
     try:
-        file, skip = open_at(source, offset)
+        file, skip = open_at(source, offset, version)
         with file:
             while data := file.read(CHUNK_BYTES):
                 yield data[skip:]
@@ -182,8 +206,12 @@ def read_from(source: str, offset: int) -> Iterator[bytes]:
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 
-def open_at(source: str, offset: int) -> tuple[Any, int]:
-    """Return a file opened at an offset, and how many bytes of it must be skipped first."""
+def open_at(source: str, offset: int, version: dict[str, str]) -> tuple[Any, int]:
+    """Return a file opened at an offset, and how many bytes of it must be skipped first.
+
+    Raises:
+        ArchiveMismatch: If a server answers with another version of it than is being copied.
+    """
     files, path = open_files(source)
     if not is_web(source):
         file = files.open(path, "rb")
@@ -191,10 +219,47 @@ def open_at(source: str, offset: int) -> tuple[Any, int]:
         return file, 0
     # One streamed answer is as fast as the connection, and servers without ranges give it as well:
     # they send all of the file again, which is skipped.
-    headers = {"Range": f"bytes={offset}-"} if offset else {}
-    headers["Accept-Encoding"] = "identity"
+    headers = {"Accept-Encoding": "identity"}
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
+        etag = version.get("ETag", "")
+        if etag and not etag.startswith("W/"):  # weak ones do not name bytes
+            headers["If-Range"] = etag  # of another version, all of it comes
     file = files.open(path, "rb", block_size=0, size=1, headers=headers)
+    require_version(source, file.r.status, file.r.headers, offset, version)
     return file, 0 if file.r.status == HTTPStatus.PARTIAL_CONTENT else offset
+
+
+def require_version(
+    source: str, status: int, headers: Mapping[str, str], offset: int, version: dict[str, str]
+) -> None:
+    """Refuse a server's answer that is not of the version, or the part of it, that was asked for.
+
+    Raises:
+        ArchiveMismatch: Says what differs.
+    """
+    size = int(version["size"])
+    told = {"ETag": (headers.get("ETag"), version.get("ETag"))}
+    if status == HTTPStatus.PARTIAL_CONTENT:
+        found = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
+        start, total = (found[1], found[3]) if found else (None, None)
+        told["start of its Content-Range"] = (start, str(offset))
+        told["size"] = (size if total == "*" else total and int(total), size)
+    elif "Content-Length" in headers and "Content-Encoding" not in headers:
+        told["size"] = (int(headers["Content-Length"]), size)
+    for name, (found, expected) in told.items():
+        if found != expected and not (name == "ETag" and None in (found, expected)):
+            raise ArchiveMismatch(
+                f"{source} has changed while it was copied, or its server answers wrongly: {name} "
+                f"is {found}, not {expected}; run the same command again"
+            )
+
+
+def warn_of_plain_http(source: str) -> None:
+    """Say that what comes by http can be changed by whoever is in between."""
+    host = source.partition("://")[2]
+    if source.startswith("http://") and not host.startswith(LOOPBACK):
+        LOGGER.warning(f"{source} comes by http, which anybody on the way can change; use https")
 
 
 def discard(target: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -16,6 +17,9 @@ from filelock import FileLock, Timeout
 
 FINGERPRINT_HEX = 16  # 64 bits: ample against accident, short enough for a folder name
 FREE_MARGIN_BYTES = 64 << 20  # left free, so that a full disk does not take the system along
+MOST_JSON_BYTES = 1 << 28  # a manifest of a million shards; more is no header of anything
+PLAIN_NAME = re.compile(r"(?!\.)[^/\\:\x00-\x1f]{1,255}")
+LEFT_ENDINGS = (".part", ".part.json", ".lock", ".old", ".fetching", ".placing", ".extracting")
 LOCK_SECONDS = 0.2  # enough to retry where a lock file is replaced while it is being opened
 
 
@@ -37,10 +41,29 @@ def sha256_of_file(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """Return the JSON value in a file."""
+    if (num_bytes := Path(path).stat().st_size) > MOST_JSON_BYTES:
+        raise ValueError(f"{path} has {num_bytes:,} bytes, too many for JSON; make it again")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); remove it or make it again") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: If it is none, or nested too deeply, or has a number that JSON does not know.
+    """
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def refuse_constant(name: str) -> None:
+    """Refuse NaN and infinity, which Python reads where JSON has no such numbers."""
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -129,7 +152,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which the system releases when the process dies.
 
     The lock file lies next to the folder and stays there: a lock file that is removed lets a
-    process that has the old one open and a process that makes a new one in at the same time.
+    process that has the old one open and a process that makes a new one in at the same time. For
+    where somebody else removes it, the folder itself is locked as well.
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -143,9 +167,32 @@ def folder_lock(folder: Path) -> Iterator[None]:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
         with suppress(OSError):  # a full disk costs the message, not the lock
             path.write_text(canonical_json(owner), encoding="utf-8")
-        yield
+        with hold_folder(folder):
+            yield
     finally:
         lock.release()
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder's own entry on the disk, where there is one and the system can."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (ImportError, AttributeError, OSError):  # Windows, or no such folder yet
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder} is in use by another process; wait for it") from error
+        except OSError:  # some mounted drives lock nothing
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def lock_owner(path: Path) -> str:
@@ -155,6 +202,29 @@ def lock_owner(path: Path) -> str:
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (OSError, ValueError, TypeError, KeyError):
         return "another process"
+
+
+def is_leftover(path: Path) -> bool:
+    """Return whether a path is what a killed process left half made, or only served to make it."""
+    return path.name.startswith(".") and path.name.endswith(LEFT_ENDINGS)
+
+
+def sweep_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half made in a folder that this one has locked.
+
+    A previous folder whose place was being taken is put back, where its place is empty.
+    """
+    for path in sorted(Path(folder).rglob(".*")):
+        if path.name.endswith(".old"):
+            recover_interrupted_replace(path.with_name(path.name[1 : -len(".old")]))
+        elif path.name.endswith(".part"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def require_plain_name(name: str, flag: str) -> None:
+    """Refuse what is not one part of a path, so that nothing lands outside its folder."""
+    if not PLAIN_NAME.fullmatch(name):
+        raise ValueError(f"{flag} {name!r} is no plain name; leave out slashes and dots before it")
 
 
 def require_space(folder: Path, num_bytes: int, what: str) -> None:

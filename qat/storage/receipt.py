@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qat.storage.decode import as_type
 from qat.storage.files import read_json, recover_interrupted_replace, write_json
 
 Stamp = list[int]
@@ -48,9 +49,10 @@ def read_receipt(folder: Path) -> Receipt | None:
     path = receipt_path(folder)
     if not (path.is_file() and folder.is_dir()):
         return None
+    values = read_json(path)
     try:
-        receipt = Receipt(**read_json(path))
-    except TypeError:  # other fields: written by another version
+        receipt = as_type(values, Receipt, path)
+    except ValueError:  # other fields: written by another version
         return None
     is_whole = all(
         (folder / name).is_file() and stamp(folder / name) == then

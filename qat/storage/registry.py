@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qat.storage.decode import FileName, Sha256, as_type
+
 Kind = Literal["cache", "checkpoint"]
 REGISTRY = Path(__file__).parents[2] / "speedrun" / "registry.toml"
 STORE_FOLDERS: dict[str, str] = {"cache": "qwen3_caches", "checkpoint": "qwen3_runs"}
@@ -18,14 +20,14 @@ class StoredItem:
     """A cache or checkpoint in a store."""
 
     kind: Kind
-    name: str
+    name: FileName
     """Without suffix; also of the folder here."""
     stored_as: str = ""
     """The file that `sha256` is of."""
-    files: tuple[str, ...] = ()
+    files: tuple[FileName, ...] = ()
     """What a plain folder holds, for stores that cannot list."""
     size: str | None = None
-    sha256: str | None = None
+    sha256: Sha256 | None = None
     fingerprint: str | None = None
     """Of a cache of our form."""
     notes: str = ""
@@ -50,17 +52,11 @@ def read_registry(path: Path = REGISTRY) -> dict[str, StoredItem]:
         return {}
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML ({error}); correct it") from error
     items = {}
     for name, fields in values.items():
-        try:
-            made = StoredItem(**{**fields, "files": tuple(fields.get("files", ()))})
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{path}, {name}: {error}; correct it") from error
-        if made.kind not in STORE_FOLDERS:
-            raise ValueError(f"{path}, {name}: kind {made.kind!r} is not cache or checkpoint")
-        items[name] = made
+        items[name] = as_type(fields, StoredItem, f"{path}, {name}", remedy="correct it")
     return items
 
 

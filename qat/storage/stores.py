@@ -4,6 +4,7 @@ A store is a folder or a URL with `qwen3_caches/` and `qwen3_runs/` in it. What 
 under its name only when whole and checked; a hidden receipt next to it tells that it still is.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +29,12 @@ from qat.storage.download import (
     is_web,
     open_files,
     record_path,
+    stated_sha256,
 )
 from qat.storage.files import folder_lock, recover_interrupted_replace, replace_folder
 from qat.storage.receipt import receipt_path, write_receipt
 
+LOGGER = logging.getLogger("qat")
 COLAB_DRIVE = Path("/content/drive/MyDrive")
 CONFIG_FILES = ("config.json",)  # next to a checkpoint of one file
 HOW_TO_GIVE = (
@@ -163,7 +166,10 @@ def take(
 
 def fetch_archive(address: str, copy: Path, staging: Path, sha256: str | None) -> str:
     """Extract an archive out of a store; return its checksum."""
+    is_verified = sha256 is not None or stated_sha256(address) is not None
     digest = download(address, copy, sha256=sha256)
+    if not is_verified:
+        LOGGER.info(f"{address} is unverified: no checksum is known of it; it has sha256 {digest}")
     try:
         extract_archive(copy, staging)
     except ArchiveMismatch:

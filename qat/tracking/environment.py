@@ -6,14 +6,24 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from qat import __version__
+from qat.storage.decode import read_as
 from qat.storage.files import read_json, write_json
 
 ENVIRONMENT = "environment.json"
 VERSIONS = ("torch", "torch_xla", "torch_tpu", "transformers")
 GIT_SECONDS = 10  # a checkout on a mounted drive may answer slowly
+
+
+class Session(TypedDict):
+    """What is read of a session, which holds more."""
+
+    device: str
+    machine: str
+    started: str
+    commit: str | None
 
 
 def describe_environment(device_name: str = "auto") -> dict[str, Any]:
@@ -57,4 +67,7 @@ def add_session(folder: Path, environment: dict[str, Any], *, is_resumed: bool) 
 def read_sessions(folder: Path) -> list[dict[str, Any]]:
     """Return a run's sessions in order; none where it did not keep them."""
     path = Path(folder) / ENVIRONMENT
-    return read_json(path) if path.is_file() else []
+    if not path.is_file():
+        return []
+    read_as(path, list[Session])
+    return read_json(path)

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from qat.storage.files import read_json, write_json, write_text
+from qat.storage.decode import Count, as_type, object_in, read_as
+from qat.storage.files import parse_json, write_json, write_text
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -23,6 +24,43 @@ KL_NAMES = ("kl_nats", "kl_nats_lower")
 SETTINGS = "config"  # the key of config.json that holds a command's whole config
 
 Config = TypeVar("Config")
+
+
+Number = int | float | None
+
+
+class Row(TypedDict):
+    """What a row of metrics.jsonl has at least; all else are numbers."""
+
+    step: Count
+
+
+class Asked(TypedDict, total=False):
+    """What is read of config.json, which holds more."""
+
+    config: dict[str, Any]
+    identity: dict[str, Any]
+
+
+class Summary(TypedDict, total=False):
+    """What reports read of summary.json, which holds more."""
+
+    steps: Count | None
+    final_loss: Number
+    best_kl_nats: Number
+    best_kl_nats_lower: Number
+    tokens_seen: Number
+    seconds: Number
+    tokens_per_second: Number
+    bits_per_weight: Number
+    bits_per_weight_mlp: Number
+    bits_per_weight_model: Number
+    kl_nats: Number
+    kl_nats_lower: Number
+    kd_loss: Number
+    loss: Number
+    perplexity: Number
+    top1_agreement: Number
 
 
 class RunRecord:
@@ -72,30 +110,37 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     A last line that a killed process left half written is left out.
     """
     path = Path(folder) / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     rows = []
     for number, line in enumerate(lines, start=1):
+        where, remedy = f"{path}:{number}", "remove that line"
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path}:{number} is not JSON; remove that line") from error
+                raise ValueError(f"{where} is not JSON ({error}); {remedy}") from error
+            continue
+        rows.append(as_type(row, dict[str, Number], where, remedy=remedy))
+        as_type(row, Row, where, remedy=remedy)
     return rows
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return what the run was asked for; empty where it was not written."""
-    return read_if_present(Path(folder) / CONFIG)
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        return {}
+    read_as(path, Asked)
+    return object_in(path)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """Return how the run ended; empty where it has not."""
-    return read_if_present(Path(folder) / SUMMARY)
-
-
-def read_if_present(path: Path) -> dict[str, Any]:
-    """Return a JSON object from a file, empty where there is none."""
-    return read_json(path) if path.is_file() else {}
+    path = Path(folder) / SUMMARY
+    if not path.is_file():
+        return {}
+    read_as(path, Summary)
+    return object_in(path)
 
 
 def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from qat.storage.files import read_json, write_json
+from qat.storage.decode import read_as
+from qat.storage.files import write_json
 from qat.tracking.environment import add_session, describe_environment
 from qat.tracking.record import SETTINGS, RunRecord
 
@@ -182,7 +183,7 @@ def import_wandb(flag: str) -> ModuleType:
 def run_id(path: Path, *, resume: bool) -> str:
     """Return the id kept in a file, or make one and keep it there."""
     if resume and path.is_file():
-        return read_json(path)["id"]
+        return read_as(path, dict[str, str]).get("id") or secrets.token_hex(4)
     made = secrets.token_hex(4)
     write_json(path, {"id": made})
     return made

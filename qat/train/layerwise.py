@@ -13,7 +13,8 @@ from qat.cache.read import TeacherCache
 from qat.model import surgery
 from qat.model.head import Tokens
 from qat.model.layers import FakeQuantWeight
-from qat.storage.files import atomic_file, read_json, write_json
+from qat.storage.decode import read_as, reading
+from qat.storage.files import atomic_file, write_json
 from qat.train import trainable
 from qat.train.blockwise import BlockPlan, train_blockwise
 from qat.train.config import TrainConfig
@@ -130,14 +131,17 @@ def read_blocks(
         report = folder / f"{number:03d}.json"
         if not report.is_file():
             return number, seconds
-        seconds = read_json(report)["seconds"]
+        told = read_as(report, dict[str, int | float], remedy=f"remove {folder}")
+        seconds = told.get("seconds", 0.0)
         layers = surgery.quantized_layers(block)
-        for key, value in load_file(folder / f"{number:03d}.safetensors").items():
-            name, _, part = key.rpartition(".")
-            layer = layers[name]
-            if part == "latent_weight" and layer.latent_weight is None:
-                surgery.thaw_indices(layer)
-            if part not in UNTRAINED:
-                getattr(layer, part).copy_(value)
+        stored = folder / f"{number:03d}.safetensors"
+        with reading(stored, f"remove {folder}"):
+            for key, value in load_file(stored).items():
+                name, _, part = key.rpartition(".")
+                layer = layers[name]
+                if part == "latent_weight" and layer.latent_weight is None:
+                    surgery.thaw_indices(layer)
+                if part not in UNTRAINED:
+                    getattr(layer, part).copy_(value)
         surgery.hold_weights(block, next(iter(layers.values())).held_weight.dtype)
     return number + 1, seconds

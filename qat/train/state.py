@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qat.runtime.device import random_state, set_random_state
 from qat.storage import files
+from qat.storage.decode import Count, as_type, read_as, reading
 from qat.train.step import Trainer
 
 STATE = "state"
@@ -23,9 +24,9 @@ STATE = "state"
 class Progress:
     """Where a run stands."""
 
-    step: int = 0
+    step: Count = 0
     """Optimizer steps taken."""
-    tokens_seen: int = 0
+    tokens_seen: Count = 0
     seconds: float = 0.0
     """Time spent in training, earlier processes included."""
     best_kl_nats: float | None = None
@@ -34,7 +35,7 @@ class Progress:
     best_step: int | None = None
     last_loss: float | None = None
     smooth_loss: float | None = None
-    rollbacks: int = 0
+    rollbacks: Count = 0
     """Times that the run went back to a state after its loss jumped; each halves the rate."""
     last_eval: dict[str, Any] = field(default_factory=dict)
 
@@ -91,14 +92,24 @@ def has_state(folder: Path) -> bool:
 def read_state(folder: Path, trainer: Trainer) -> Progress:
     """Put a run's state back into its model, optimizer and random generators."""
     path = Path(folder) / STATE / "state.pt"
-    values: dict[str, Any] = files.read_json(Path(folder) / STATE / "state.json")
-    if files.sha256_of_file(path) != values.pop("sha256"):
-        raise ValueError(f"{path} does not match its sha256; remove {path.parent} to start over")
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    remedy = f"remove {path.parent} to start over"
+    values = read_as(path.with_name("state.json"), dict[str, Any], remedy=remedy)
+    recorded = values.pop("sha256", None)
+    progress = as_type(values, Progress, path.with_name("state.json"), remedy=remedy)
+    if files.sha256_of_file(path) != recorded:
+        raise ValueError(f"{path} does not match its sha256; {remedy}")
+    with reading(path, remedy):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        restore(state, trainer)
+    return progress
+
+
+def restore(state: dict[str, Any], trainer: Trainer) -> None:
+    """Put what `write_state` took of a trainer back."""
     ema, optimizer = trainer.ema, trainer.optimizer
     parameters = dict(trainer.model.named_parameters())
     for name, tensor in state["trained"].items():
-        parameters[name].copy_(tensor)
+        copy_same(parameters[name], tensor)
     # Rates follow from the step, and how the optimizer works from the device, which may be another.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
@@ -106,5 +117,11 @@ def read_state(folder: Path, trainer: Trainer) -> Progress:
     if trainer.scaler is not None:
         trainer.scaler.load_state_dict(state["scaler"])
     for average, tensor in zip(ema.averages if ema else [], state["ema"], strict=True):
-        average.copy_(tensor)
-    return Progress(**values)
+        copy_same(average, tensor)
+
+
+def copy_same(target: Tensor, values: Tensor) -> None:
+    """Copy a tensor of the same shape; others would be repeated where they can be."""
+    if target.shape != values.shape:
+        raise ValueError(f"a tensor has shape {tuple(values.shape)}, not {tuple(target.shape)}")
+    target.copy_(values)

@@ -250,7 +250,7 @@ def test_a_build_of_another_version_is_not_gone_on_with(tmp_path, blocks):
     """Its fields are strange, so its shards are not to be trusted."""
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "building.json").write_text('{"strange": 1}')
-    with pytest.raises(CacheMismatch, match="another version"):
+    with pytest.raises(CacheMismatch, match="content is missing; remove"):
         build(tmp_path / "c", blocks)
 
 

@@ -13,6 +13,7 @@ from qat.train.config import TrainConfig
 pytestmark = pytest.mark.recipe
 
 HEADER = {
+    "format": "qat-student-2",
     "plan": {"name": "q2a4", "tensors": {"layers.0.mlp.up_proj.weight": "lut2-g32"}},
     "base_model": {"name": "tiny"},
     "cache_fingerprint": "c" * 16,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.data.chat import detect_format, ignores_thinking, render, turns_of
+from qat.data.chat import detect_format, ignores_thinking, render, turn, turns_of
 from qat.data.config import TextConfig
 from qat.data.text import read_documents
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer, write_jsonl
@@ -136,3 +136,27 @@ def test_a_sample_without_counted_tokens_is_refused_with_its_index(tmp_path):
     plan = TextConfig(seq_len=8, loss_on="assistant")
     with pytest.raises(ValueError, match="sample 1 "):
         list(read_documents(str(path), tiny_tokenizer(), plan))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for message in messages %}", "unexpected end|Unexpected end"),
+        ("{{ messages[9].content.x }}", "no element 9|undefined|has no"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ 9 ** 9 ** 9 }}", r"operator \*\*"),
+        ("{{ raise_exception('two systems') }}", "two systems"),
+    ],
+)
+def test_a_template_that_fails_is_named(template, said):
+    """jinja's own words came out of a traceback; a power could fill the memory."""
+    tokenizer = tiny_tokenizer(template)
+    with pytest.raises(ValueError, match=rf"chat template of .* cannot be read \(.*({said})"):
+        render([turn("user", "x")], tokenizer, "true")
+
+
+def test_text_is_text():
+    """A number or a list in the place of a text reached the joining of texts."""
+    for content in (3, {"a": 1}, b"x"):
+        with pytest.raises(ValueError, match="is no text"):
+            turn("user", content)

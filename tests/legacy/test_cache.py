@@ -140,3 +140,28 @@ def test_a_folder_of_other_files_is_no_cache(tmp_path):
     with pytest.raises(FileNotFoundError, match="no cache"):
         open_teacher_cache(tmp_path)
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"topk_idx": 3.0}, "topk_idx is no tensor of 3 axes"),
+        ({"input_ids": torch.zeros(B, L, 2)}, "input_ids is no tensor of 2 axes"),
+        ({"topk_logits": torch.full((B, L - 1, K), float("nan"))}, "logits holds NaN"),
+        ({"topk_idx": torch.full((B, L - 1, K), -1)}, "token_ids reaches -1"),
+        ({"input_ids": torch.zeros(B, L)}, "input_ids is of torch.float32"),
+    ],
+)
+def test_a_shard_of_another_form_is_named(tmp_path, change, said):
+    """Its tensors were used before anybody had looked at them."""
+    torch.save(seed_shard() | change, tmp_path / "shard_00000.pt")
+    with pytest.raises(CacheMismatch, match=rf"shard_00000\.pt: {said}"):
+        _ = open_teacher_cache(tmp_path).batch([0]).signal
+
+
+@pytest.mark.parametrize("meta", [[], 3, {"vocab_size": "40"}, {"teacher_model": 1}])
+def test_a_meta_file_of_another_form_is_named(seeds_cache, meta):
+    """Field by field it was taken as it came."""
+    (seeds_cache / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(CacheMismatch, match=r"meta\.json: .*Expected"):
+        open_teacher_cache(seeds_cache)

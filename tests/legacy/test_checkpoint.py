@@ -116,12 +116,12 @@ def test_other_files_are_refused_in_one_line(tmp_path):
     """A pickled object, a cut file, a state dict of no quantized model, text."""
     file = tmp_path / "x.pt"
     torch.save({"model": CheckpointHeader(plan={}, base_model={})}, file)
-    with pytest.raises(ValueError, match="cannot be read as tensors"):
+    with pytest.raises(ValueError, match="cannot be read .*tensors"):
         load_model(file)
     made = make_v2(tmp_path)
     whole = made.write(tmp_path / "run")
     file.write_bytes(whole.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="cannot be read as tensors"):
+    with pytest.raises(ValueError, match="cannot be read .*tensors"):
         load_model(file)
     torch.save({"weight": torch.zeros(2)}, file)
     with pytest.raises(ValueError, match="no scale_A key"):

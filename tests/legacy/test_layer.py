@@ -161,3 +161,23 @@ def test_first_form_rounds_on_the_exact_grid(tmp_path):
     decided = (position - 1.5).abs() > 1e-5  # nearer, float32 decides
     assert torch.equal(indices[decided].long(), position.round().long()[decided])
     assert set(indices.unique().tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("scale_A", torch.zeros(3), "not 2 axes"),
+        ("scale_B", torch.zeros(2, 2, 2), "not 2 axes"),
+        ("rank_magnitude", torch.zeros(2, 2), "not 1 axes"),
+        ("_scales_baked_flag", torch.zeros(2, dtype=torch.int8), "is no flag"),
+        ("lut", torch.tensor([0.0, 1.0, 2.0, float("inf")]), "holds NaN or infinity"),
+        ("_Q", torch.zeros(0), "not 2 axes"),
+        ("_indices", torch.zeros(1, 1, dtype=torch.int64).to_sparse(), "no state dict"),
+    ],
+)
+def test_tensors_of_another_form_are_named_with_their_file(tmp_path, part, value, said):
+    """Their number of axes was taken for granted, and a sparse one was read as a plain one."""
+    made = make_v2(tmp_path)
+    made.state[f"{GATE}.{part}"] = value
+    with pytest.raises(ValueError, match=rf"best_state_dict\.pt.*{said}"):
+        load_model(made.write(tmp_path / "run"))

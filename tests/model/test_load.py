@@ -67,6 +67,8 @@ def test_a_hub_name_means_its_files(hub, model):
     assert model_folder("org/tiny").resolve() == hub.resolve()
     assert model_identity("org/tiny")["weights"] == model_identity(model)["weights"]
     assert model_identity("org/tiny")["name"] == "org/tiny"
+    assert model_identity("hf:org/tiny")["revision"] == hub.name
+    assert model_folder(f"org/tiny@{hub.name}").resolve() == hub.resolve()
     assert load_tokenizer("org/tiny").get_vocab() == tiny_tokenizer().get_vocab()
     assert vocabulary_size("org/tiny") == 272
     assert torch.equal(load_dense("org/tiny")(TOKEN_IDS).logits, tiny_llama()(TOKEN_IDS).logits)
@@ -132,7 +134,7 @@ def test_a_model_is_never_filled_up_with_random_weights(copy, change, message, c
 def test_a_damaged_weight_file_is_named(copy):
     """safetensors' own error names neither file nor remedy."""
     (copy / "model.safetensors").write_bytes(b"xx")
-    with pytest.raises(ValueError, match="copy holds a damaged file .*; fetch it again"):
+    with pytest.raises(ValueError, match="copy cannot be read .*; fetch or make"):
         load_dense(copy)
 
 
@@ -255,3 +257,49 @@ def test_the_vocabulary_is_the_width_of_the_logits(model, copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
     assert vocabulary_size(copy) == 300
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors.index.json", {"weight_map": {"a": "../x.safetensors"}}, "weight_map"),
+        ("adapter_config.json", {}, "is an adapter; merge it"),
+    ],
+)
+def test_a_folder_that_names_others_is_refused(copy, name, content, said):
+    """An index could name a file anywhere on the disk, whose bytes no identity covers."""
+    (copy / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=said):
+        load_dense(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_hidden_layers", 2**31), ("vocab_size", 0), ("hidden_size", 2**40), ("rope_theta", [1])],
+)
+def test_a_config_that_no_model_has_is_refused_at_once(copy, name, value):
+    """Millions of layers would be made before one weight is found missing."""
+    config = json.loads((copy / "config.json").read_text())
+    config |= {name: value} | ({"rope_parameters": {name: value}} if "rope" in name else {})
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"copy(/config\.json)?(: | cannot be read).*again"):
+        load_dense(copy)
+
+
+def test_weights_that_are_not_finite_are_named(copy):
+    """A teacher with a NaN gave a cache of them."""
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"copy: tensor model\.norm\.weight holds NaN.*again"):
+        load_dense(copy)
+
+
+def test_code_of_a_model_is_not_run(copy):
+    """`auto_map` names a file of Python in the folder."""
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "own.py").write_text("raise SystemExit('this ran')")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        load_dense(copy)

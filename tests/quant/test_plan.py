@@ -184,7 +184,7 @@ def test_a_plan_comes_back_from_json(text, tmp_path):
 def test_a_file_that_is_no_plan_is_refused(tmp_path):
     """With the command that writes one."""
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON.*qat plan --save"):
+    with pytest.raises(ValueError, match="is not JSON.*make it again"):
         read_plan(str(tmp_path / "plan.json"), tensors())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import lz4.frame
 import pytest
 
-from qat.storage import files
+from qat.storage import archive, files
 from qat.storage.archive import (
     ArchiveMismatch,
     archive_stem,
@@ -237,3 +237,37 @@ def test_what_cannot_be_packed_is_told(folder, tmp_path):
     with pytest.raises(ValueError, match="link"):
         pack_folder(folder, tmp_path / "x.tgz")
     assert archive_stem("a.b.tar.lz4") == "a.b"
+
+
+def test_what_killed_processes_left_is_not_packed(folder, tmp_path):
+    """A half shard of a build that was cut short went along into the archive."""
+    expected = pack_folder(folder, tmp_path / "x.tgz")
+    (folder / "inner" / ".b.txt.abc.part").write_text("half")
+    (folder / ".a.bin.part").mkdir()
+    (folder / ".a.bin.part" / "file").write_text("half")
+    (folder / ".inner.lock").write_text("")
+    assert pack_folder(folder, tmp_path / "y.tgz") == expected
+
+
+@pytest.mark.parametrize("kind", ["pax", "long name"])
+def test_a_header_that_would_fill_the_memory_is_refused(tmp_path, kind):
+    """tarfile reads a header at once, however long its size says it is."""
+    if kind == "pax":
+        member = tarfile.TarInfo("././@PaxHeader")
+        member.type = tarfile.XHDTYPE
+    else:
+        member = tarfile.TarInfo("././@LongLink")
+        member.type = tarfile.GNUTYPE_LONGNAME
+    packed = write_tar(tmp_path / "x.tgz", [(member, b"a" * (2 << 20)), entry("good")])
+    with pytest.raises(ArchiveMismatch, match="header of 2,097,152 bytes"):
+        extract_archive(packed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_archive_of_too_many_members_is_refused(tmp_path, monkeypatch):
+    """A file of a few bytes each would use up the disk's entries."""
+    monkeypatch.setattr(archive, "MOST_MEMBERS", 3)
+    packed = write_tar(tmp_path / "x.tgz", [entry(str(number)) for number in range(4)])
+    with pytest.raises(ArchiveMismatch, match="more than 3 members"):
+        extract_archive(packed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

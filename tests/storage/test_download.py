@@ -139,7 +139,8 @@ def test_what_is_there_and_what_is_not(folder, target):
         with pytest.raises(FileNotFoundError, match="none.bin does not exist"):
             download(none, target)
         server.status = 403
-        assert not is_file(url)
+        with pytest.raises(PermissionError, match=r"data\.bin is refused \(403\)"):
+            is_file(url)
         server.status = 500
         with pytest.raises(OSError, match=r"data\.bin.*500"):
             is_file(url)
@@ -179,3 +180,50 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     with pytest.raises(ValueError, match="gs://bucket.*needs another package.*gcsfs"):
         is_file("gs://bucket/x")
+
+
+@pytest.mark.parametrize("honors", [True, False])
+@pytest.mark.parametrize("has_etag", [True, False])
+def test_a_file_that_changes_while_it_is_copied_is_not_mixed(
+    folder, target, monkeypatch, honors, has_etag
+):
+    """Between the look at its version and the answer, or in the middle of it."""
+    with file_server(folder, cut_after=5000, cuts=1) as server:
+        server.honors_if_range, server.has_etag = honors, has_etag
+        monkeypatch.setattr(
+            downloads.time, "sleep", lambda _: (folder / "data.bin").write_bytes(b"x" * 9000)
+        )
+        with pytest.raises(ArchiveMismatch, match="has changed while it was copied.*again"):
+            download(server.url("data.bin"), target)
+        assert not target.exists()
+        monkeypatch.setattr(downloads.time, "sleep", lambda _: None)
+        download(server.url("data.bin"), target)
+    assert target.read_bytes() == b"x" * 9000
+
+
+def test_a_part_that_begins_elsewhere_is_refused(folder, target, half):
+    """A server that sends another range than was asked for."""
+    with file_server(folder) as server:
+        half(server)
+        server.range_shift = 7
+        with pytest.raises(ArchiveMismatch, match="start of its Content-Range is 5007, not 5000"):
+            download(server.url("data.bin"), target)
+    assert not target.exists()
+
+
+def test_plain_http_is_told(folder, target, caplog):
+    """Whoever is in between can change what comes; loopback has nobody in between."""
+    caplog.set_level("INFO", "qat")
+    downloads.warn_of_plain_http("http://host/x.tgz")
+    assert "http://host/x.tgz comes by http" in caplog.text
+    caplog.clear()
+    with file_server(folder) as server:
+        download(server.url("data.bin"), target)
+    assert "comes by http" not in caplog.text
+
+
+def test_a_checksum_of_megabytes_is_not_read(folder, target):
+    """It is one line; a server that sends more is not listened to."""
+    (folder / "data.bin.sha256").write_text("0" * 100_000)
+    with file_server(folder) as server, pytest.raises(ArchiveMismatch, match="holds no sha256"):
+        download(server.url("data.bin"), target)

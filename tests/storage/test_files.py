@@ -16,7 +16,9 @@ from qat.storage.files import (
     folder_lock,
     read_json,
     recover_interrupted_replace,
+    require_plain_name,
     sha256_of_file,
+    sweep_leftovers,
     write_json,
     write_text,
 )
@@ -257,3 +259,39 @@ def test_a_lock_file_that_is_replaced_lets_nobody_else_in(tmp_path, monkeypatch)
         assert path.stat().st_ino == inodes[-1]
         with pytest.raises(ValueError, match="in use"), folder_lock(tmp_path / "folder"):
             pass
+
+
+def test_a_lock_file_that_is_removed_while_it_is_held_lets_nobody_in(tmp_path):
+    """Somebody tidied up and a second process began in the same folder."""
+    (tmp_path / "folder").mkdir()
+    with folder_lock(tmp_path / "folder"):
+        (tmp_path / ".folder.lock").unlink()
+        refusal = pytest.raises(ValueError, match="in use by another process")
+        with refusal, folder_lock(tmp_path / "folder"):
+            pass
+    with folder_lock(tmp_path / "folder"):
+        pass
+
+
+def test_what_killed_processes_left_is_swept(tmp_path):
+    """Half files and folders at any depth go; a previous folder without a successor comes back."""
+    (tmp_path / "best").mkdir()
+    (tmp_path / ".a.json.x1.part").write_text("half")
+    (tmp_path / "best" / ".b.x2.part").mkdir()
+    (tmp_path / "best" / ".b.x2.part" / "file").write_text("half")
+    (tmp_path / ".state.old").mkdir()
+    (tmp_path / ".best.old").mkdir()
+    (tmp_path / "kept.part").write_text("no hidden name: somebody's own")
+    sweep_leftovers(tmp_path)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert names == ["best", "kept.part", "state"]
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".a", "a/b", "/a", "a\\b", "C:a", "a\n", "x" * 256]
+)
+def test_a_name_is_one_part_of_a_path(name):
+    """What would land elsewhere, or be hidden, is refused with its flag."""
+    require_plain_name("v2_q2a4.mlp-1", "--name")
+    with pytest.raises(ValueError, match="--name .* is no plain name; leave out"):
+        require_plain_name(name, "--name")

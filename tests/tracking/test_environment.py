@@ -1,5 +1,7 @@
 import subprocess
 
+import pytest
+
 from qat.tracking.environment import (
     add_session,
     commit_of,
@@ -20,11 +22,15 @@ def test_a_session_tells_where_and_how(monkeypatch):
 
 def test_a_resumed_run_keeps_its_former_sessions(tmp_path):
     """A run that starts over has one session only."""
-    add_session(tmp_path, {"n": 1}, is_resumed=False)
-    add_session(tmp_path, {"n": 2}, is_resumed=True)
-    assert read_sessions(tmp_path) == [{"n": 1}, {"n": 2}]
-    add_session(tmp_path, {"n": 3}, is_resumed=False)
-    assert read_sessions(tmp_path) == [{"n": 3}]
+    told = {"device": "cpu", "machine": "m", "started": "2026-01-01", "commit": None}
+    add_session(tmp_path, {**told, "n": 1}, is_resumed=False)
+    add_session(tmp_path, {**told, "n": 2}, is_resumed=True)
+    assert [one["n"] for one in read_sessions(tmp_path)] == [1, 2]
+    add_session(tmp_path, {**told, "n": 3}, is_resumed=False)
+    assert read_sessions(tmp_path) == [{**told, "n": 3}]
+    (tmp_path / "environment.json").write_text('[{"device": 1}]')
+    with pytest.raises(ValueError, match=r"environment\.json: .*device"):
+        read_sessions(tmp_path)
     assert read_sessions(tmp_path / "none") == []
 
 

@@ -124,3 +124,40 @@ def test_what_a_config_does_not_hold_is_refused(values, message):
     """With the key and what it takes."""
     with pytest.raises(ValueError, match=message):
         config_from_json(Settings, values)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"step": 1, "train/loss": NaN}', "NaN is no number"),
+        (b'{"step": 1, "train/loss": "low"}', "train/loss|Expected"),
+        (b'{"step": -1}', "step"),
+        (b'{"loss": 1}', "step.* is missing"),
+        (b"[1]", "Expected .object"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[" * 5000, "nested too deeply"),
+    ],
+)
+def test_a_row_that_is_none_is_named_with_its_line(tmp_path, line, said):
+    """Whatever stands there; it reached sorting and plotting as it was."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl:2.*({said}).*remove that line"):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "values"),
+    [
+        ("config.json", read_config, {"identity": []}),
+        ("config.json", read_config, {"config": 3}),
+        ("config.json", read_config, []),
+        ("summary.json", read_summary, {"steps": "4"}),
+        ("summary.json", read_summary, {"best_kl_nats": [1]}),
+        ("summary.json", read_summary, 3),
+    ],
+)
+def test_a_record_of_another_form_is_named(tmp_path, name, read, values):
+    """What others read of it is of the type that they reckon with."""
+    write_json(tmp_path / name, values)
+    with pytest.raises(ValueError, match=rf"{name}: .*Expected .*again"):
+        read(tmp_path)

@@ -1,11 +1,12 @@
 import copy
+import json
 import resource
 
 import pytest
 import torch
 
 from qat.distill.kl import forward_kl
-from qat.storage.files import previous_folder
+from qat.storage.files import previous_folder, read_json, sha256_of_file, write_json
 from qat.train.ema import MovingAverage
 from qat.train.state import STATE, Progress, has_state, read_state, write_state
 from qat.train.step import Trainer, loss_scale
@@ -130,3 +131,45 @@ def test_the_loss_scale_of_float16_comes_back(tmp_path):
     write_state(tmp_path, Progress(step=1), trainer)
     read_state(tmp_path, other)
     assert other.scaler.get_scale() == 64.0
+
+
+def damaged_state(folder, change):
+    """Change what a state holds, and write its checksum anew."""
+    path = folder / STATE / "state.pt"
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    values = read_json(path.with_name("state.json"))
+    write_json(path.with_name("state.json"), {**values, "sha256": sha256_of_file(path)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("random"),
+        lambda state: state["trained"].update(other=torch.zeros(1)),
+        lambda state: state.update(optimizer=[]),
+        lambda state: state.update(ema=[torch.zeros(1)]),
+        lambda state: next(iter(state["trained"].values())).resize_(1),
+    ],
+)
+def test_a_state_that_fits_no_run_is_named(tmp_path, change):
+    """With its folder, whose removal starts the run over."""
+    run = make_run()
+    take_step(run)
+    write_state(tmp_path, Progress(step=1), run)
+    damaged_state(tmp_path, change)
+    with pytest.raises(
+        ValueError, match=r"state\.pt cannot be read .*remove .*state to start over"
+    ):
+        read_state(tmp_path, make_run())
+
+
+@pytest.mark.parametrize("values", [[], {}, {"step": "1"}, {"step": -1}, {"steps": 1}])
+def test_a_position_that_is_none_is_named(tmp_path, values):
+    """state.json is of another version, or was changed."""
+    write_state(tmp_path, Progress(step=1), make_run())
+    path = tmp_path / STATE / "state.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"state\.(json: |pt does not match).* to start over"):
+        read_state(tmp_path, make_run())

@@ -1,0 +1,410 @@
+"""Every reader of foreign bytes: what it reads, by which commands, made once from tiny things."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qat.cli.commands import main
+from qat.storage.archive import pack_folder
+from qat.storage.files import canonical_json, fingerprint, sha256_of_file
+from tests.seeds import make_v1, make_v2
+from tests.tiny import (
+    quick_fits,
+    save_tiny,
+    tiny_cache,
+    tiny_llama,
+    tiny_records,
+    write_jsonl,
+)
+
+SIZES = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64}
+USUAL = ("--device", "cpu", "--dtype", "fp32")
+TRAIN = ("--max-steps", "3", "--batch-size", "2", "--intervals.log-steps", "1", *USUAL)
+TRAIN += ("--intervals.save-steps", "2", "--layers", "mlp", "--intervals.eval-samples", "2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Files that are damaged in a copy of a folder, and commands that read them."""
+
+    name: str
+    source: str
+    """The folder, below that of all things."""
+    files: tuple[str, ...]
+    """Patterns of what is damaged."""
+    commands: tuple[str, ...]
+    """One is run: {case} is the copy, {out} a new folder, {made} the folder of all things."""
+    seal: Callable[[Path], None] | None = None
+    """Makes checksums fit what was damaged, so that the next check must find it."""
+    sealed: tuple[str, ...] = ()
+    """Patterns of files in which every change must be found."""
+    names: tuple[str, ...] = ()
+    """What else an error may name in the place of the file."""
+    share: float = 1.0
+    """Of all cases, next to other readers'."""
+
+
+def seal_cache(folder: Path) -> None:
+    """Write sizes, checksums and fingerprint anew."""
+    from qat.cache.manifest import ADDED_FIELDS, CacheIdentity
+
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for entry in [*manifest["shards"], manifest["head"], manifest["text"]]:
+        file = folder / entry["file"] if entry else None
+        if file and file.is_file():
+            entry |= {"sha256": sha256_of_file(file), "num_bytes": file.stat().st_size}
+    defaults = {f: CacheIdentity.__dataclass_fields__[f].default for f in ADDED_FIELDS}
+    identity = manifest["identity"].items()
+    kept = {k: v for k, v in identity if k not in defaults or v != defaults[k]}
+    manifest["fingerprint"] = fingerprint(kept)
+    path.write_text(json.dumps(manifest))
+
+
+def seal_student(folder: Path) -> None:
+    """Write the checksum of a student anew."""
+    path = folder / "checkpoint.json"
+    header = json.loads(path.read_text())
+    header["sha256"] = sha256_of_file(folder / "student.safetensors")
+    path.write_text(json.dumps(header))
+
+
+def seal_state(folder: Path) -> None:
+    """Write the checksum of a state anew."""
+    path = folder / "state" / "state.json"
+    values = json.loads(path.read_text())
+    values["sha256"] = sha256_of_file(folder / "state" / "state.pt")
+    path.write_text(json.dumps(values))
+
+
+INSPECT = "inspect-cache {case}"
+ON_CACHE = "evaluate --checkpoint {made}/student --cache-dir {case} --device cpu --dtype fp32"
+ON_TEXT = "--text {made}/text.txt --seq-len 16 --num-sequences 2 --device cpu --dtype fp32"
+BUILD = "build-cache --output-dir {out} --seq-len 16 --top-k 4 --batch-size 4 --device cpu"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+CACHE_FILES = ("manifest.json", "manifest.json", "*.safetensors")
+READERS = (
+    Reader(
+        name="cache-top-k",
+        source="top_k",
+        files=CACHE_FILES,
+        commands=(INSPECT, ON_CACHE),
+        seal=seal_cache,
+        sealed=("*.safetensors",),
+    ),
+    Reader(
+        name="cache-sampled",
+        source="sampled",
+        files=CACHE_FILES,
+        commands=(INSPECT, ON_CACHE),
+        seal=seal_cache,
+        sealed=("*.safetensors",),
+    ),
+    Reader(
+        name="cache-hidden",
+        source="hidden",
+        files=(*CACHE_FILES, "head.safetensors", "text.safetensors"),
+        commands=(
+            INSPECT,
+            ON_CACHE,
+            "init-student --model {made}/model --plan q4a4 --fit moments --cache-dir {case} "
+            "--output {out}/s --device cpu --dtype fp32",
+        ),
+        seal=seal_cache,
+    ),
+    Reader(
+        name="cache-building",
+        source="building",
+        files=("c/building.json", "c/*.safetensors"),
+        commands=(
+            BUILD.replace("{out}", "{case}")
+            + " --name c --teacher {made}/model --data {made}/data/records.jsonl --dtype fp32",
+        ),
+    ),
+    Reader(
+        name="cache-seeds",
+        names=("the cache has vocab_size",),
+        source="seed_cache",
+        files=("meta.json", "shard_*.pt"),
+        commands=(INSPECT, "convert-cache {case} {out}/c", ON_CACHE),
+    ),
+    Reader(
+        name="student",
+        source="student",
+        files=("checkpoint.json", "checkpoint.json", "student.safetensors", "config.json"),
+        commands=(
+            "evaluate --checkpoint {case} " + ON_TEXT,
+            "export --checkpoint {case} --to hf --output {out}/hf",
+            "convert --checkpoint {case} --plan q4a4 --output {out}/s --device cpu --dtype fp32",
+        ),
+        seal=seal_student,
+        sealed=("student.safetensors",),
+    ),
+    Reader(
+        name="student-text",
+        source="student",
+        files=TOKENIZER + ("generation_config.json",),
+        commands=(
+            "evaluate --checkpoint {case} " + ON_TEXT,
+            "generate --checkpoint {case} --prompt hello --max-new-tokens 2 --device cpu",
+        ),
+    ),
+    Reader(
+        name="seed-v2",
+        source="v2",
+        files=("run/best_state_dict.pt", "run/best_state_dict.pt", "run/config.json"),
+        commands=("evaluate --checkpoint {case}/run --model-id {case}/base " + ON_TEXT,),
+    ),
+    Reader(
+        name="seed-v1",
+        source="v1",
+        files=("run/model_state_dict.pt", "run/model_state_dict.pt", "run/config.json"),
+        commands=(
+            "evaluate --checkpoint {case}/run --model-id {case}/base " + ON_TEXT,
+            "convert-v1-to-v2 --v1-checkpoint {case}/run --model-id {case}/base --output {out}/s "
+            "--device cpu --dtype fp32",
+        ),
+    ),
+    Reader(
+        name="run",
+        source="run",
+        share=0.2,
+        files=("*.json", "metrics.jsonl", "best/checkpoint.json", "final/checkpoint.json"),
+        commands=(
+            "compare {case} {made}/run --output {out}/c",
+            "log-run {case} --name one --goal two --log {out}/log.md",
+            "evaluate --checkpoint {case} " + ON_TEXT,
+        ),
+    ),
+    Reader(
+        name="config",
+        source="run",
+        names=("cache ", "checkpoint ", "--"),  # where a path that it names is not there
+        files=("config.json",),
+        commands=("train --config {case}/config.json --output-dir {out}/r --max-steps 1",),
+    ),
+    Reader(
+        name="state",
+        source="resume",
+        files=("state/state.json", "state/state.pt", "config.json", "metrics.jsonl", "*.json"),
+        commands=(
+            "train --checkpoint {made}/student --cache-dir {made}/top_k --output-dir {case} "
+            + " ".join(TRAIN),
+        ),
+        seal=seal_state,
+        sealed=("state/state.pt",),
+    ),
+    Reader(
+        name="archive",
+        source="archives",
+        files=("*.tgz", "*.lz4", "*.sha256"),
+        commands=(
+            "fetch {case}/student.tgz --output-dir {out}",
+            "fetch {case}/cache_L16_K8_R0.tar.lz4 --output-dir {out}",
+            "evaluate --checkpoint {case}/student.tgz " + ON_TEXT,
+        ),
+    ),
+    Reader(
+        name="receipt",
+        source="fetched",
+        files=(".*.json",),
+        commands=("fetch {made}/archives/student.tgz --output-dir {case}",),
+    ),
+    Reader(
+        name="gguf",
+        source="gguf",
+        files=("model.gguf",),
+        commands=("evaluate --checkpoint {case}/model.gguf --model-id {made}/model " + ON_TEXT,),
+    ),
+    Reader(
+        name="plan",
+        source="plan",
+        files=("plan.json",),
+        commands=("plan --model {made}/model --plan {case}/plan.json",),
+    ),
+    Reader(
+        name="registry",
+        source="registry",
+        files=("registry.toml",),
+        commands=(
+            "fetch one --registry {case}/registry.toml --output-dir {out} --dry-run",
+            "fetch two --registry {case}/registry.toml --output-dir {out}",
+        ),
+    ),
+    Reader(
+        name="records",
+        source="data",
+        files=("records.jsonl", "records.json", "records.parquet", "text.txt", "chat.jsonl"),
+        commands=(BUILD + " --teacher {made}/model --data {file} --dtype fp32",),
+    ),
+    Reader(
+        name="prompts",
+        source="prompts",
+        files=("rows.jsonl", "answers.part.jsonl"),
+        commands=(
+            "generate --checkpoint {made}/student --data {case}/rows.jsonl --output "
+            "{case}/answers.jsonl --max-new-tokens 1 --device cpu --dtype fp32",
+        ),
+    ),
+    Reader(
+        name="model",
+        source="model",
+        files=("config.json", "config.json", "model.safetensors", "generation_config.json"),
+        commands=(
+            "evaluate --checkpoint {case} " + ON_TEXT,
+            "plan --model {case} --plan q4a4",
+            "init-student --model {case} --plan q4a4 --fit moments --output {out}/s --device cpu",
+        ),
+    ),
+    Reader(
+        name="teacher-text",
+        source="model",
+        files=TOKENIZER,
+        commands=(BUILD + " --teacher {case} --data {made}/data/records.jsonl --dtype fp32",),
+    ),
+)
+
+
+def make_everything(folder: Path) -> None:
+    """Make each reader's folder."""
+
+    def call(line: str) -> None:
+        run_or_fail(line.format(made=folder))
+
+    teacher = tiny_llama(**SIZES)
+    save_tiny(folder / "model", teacher)
+    (folder / "text.txt").write_text("the cat sees a red boat and two small birds " * 8)
+    make_caches(folder, teacher)
+    call(
+        "init-student --model {made}/model --plan q2a4 --fit moments --cache-dir {made}/top_k "
+        "--output {made}/student " + " ".join(USUAL)
+    )
+    make_seed_files(folder)
+    train = "train --checkpoint {made}/student --cache-dir {made}/top_k --output-dir {made}/"
+    call(train + "run " + " ".join(TRAIN))
+    shutil.copytree(folder / "run", folder / "resume")
+    for name in ("summary.json", "best", "final"):
+        path = folder / "resume" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    call(
+        "export --checkpoint {made}/student --to gguf --dtype bf16 --output {made}/gguf/model.gguf"
+    )
+    (folder / "plan").mkdir()
+    call("plan --model {made}/model --plan q2a4 --save {made}/plan/plan.json")
+    make_stored(folder)
+    make_data(folder)
+
+
+def run_or_fail(line: str) -> None:
+    """Run a command that must succeed."""
+    with quick_fits():
+        assert main(line.split()[0], line.split()[1:]) == 0, line
+
+
+def make_caches(folder: Path, teacher: torch.nn.Module) -> None:
+    """Make caches of each content, one that is being built, and one of the seeds' form."""
+    for name, changes in {
+        "top_k": {},
+        "sampled": {"content": "sampled", "num_negatives": 2},
+        "hidden": {"content": "hidden", "num_sequences": 16, "text_sequences": 4},
+    }.items():
+        made = tiny_cache(folder / "work" / name, teacher, **changes)
+        shutil.move(made, folder / name)
+    save_tiny(folder / "model", teacher)
+    (folder / "data").mkdir()
+    write_jsonl(folder / "data" / "records.jsonl", tiny_records(8))
+    line = BUILD.format(out=folder / "building")
+    line += f" --name c --teacher {folder}/model --data {folder}/data/records.jsonl --dtype fp32"
+    run_or_fail(line)
+    manifest = folder / "building" / "c" / "manifest.json"
+    identity = json.loads(manifest.read_text())["identity"]
+    manifest.with_name("building.json").write_text(canonical_json(identity))
+    manifest.unlink()
+    make_seed_cache(folder / "seed_cache")
+
+
+def make_seed_cache(folder: Path) -> None:
+    """Make a cache of the seeds' form."""
+    folder.mkdir()
+    meta = {"teacher_model": "t", "dataset_name": "d", "dataset_format": "chat", "vocab_size": 272}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    generator = torch.Generator().manual_seed(0)
+    for index in range(2):
+        ids = torch.randint(0, 272, (5, 16), generator=generator)
+        shard = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "topk_idx": torch.randint(0, 272, (5, 15, 4), generator=generator),
+            "topk_logits": torch.randn(5, 15, 4, generator=generator).half(),
+            "rand_idx": torch.randint(0, 272, (5, 15, 3), generator=generator),
+            "rand_logits": torch.randn(5, 15, 3, generator=generator).half(),
+        }
+        torch.save(shard, folder / f"shard_{index:05d}.pt")
+
+
+def make_seed_files(folder: Path) -> None:
+    """Make a checkpoint of each of the seeds' forms."""
+    sizes = SIZES
+    make_v2(folder / "v2", model=sizes).write(folder / "v2" / "run")
+    made = make_v1(folder / "v1")
+    made.write(folder / "v1" / "run", "model_state_dict.pt")
+
+
+def make_stored(folder: Path) -> None:
+    """Make archives, what is fetched of one, a store and a registry of it."""
+    archives = folder / "archives"
+    archives.mkdir()
+    pack_folder(folder / "student", archives / "student.tgz")
+    pack_folder(folder / "top_k", archives / "cache_L16_K8_R0.tar.lz4")
+    run_or_fail(f"fetch {archives}/student.tgz --output-dir {folder}/fetched")
+    (folder / "store" / "qwen3_caches").mkdir(parents=True)
+    shutil.copytree(folder / "student", folder / "store" / "qwen3_runs" / "student")
+    shutil.copy2(archives / "cache_L16_K8_R0.tar.lz4", folder / "store" / "qwen3_caches")
+    (folder / "registry").mkdir()
+    sha256 = sha256_of_file(archives / "cache_L16_K8_R0.tar.lz4")
+    (folder / "registry" / "registry.toml").write_text(
+        f'[one]\nkind = "cache"\nname = "cache_L16_K8_R0"\nsha256 = "{sha256}"\n'
+        'stored_as = "cache_L16_K8_R0.tar.lz4"\nsize = "1 MB"\n\n'
+        '[two]\nkind = "checkpoint"\nname = "student"\nfiles = ["checkpoint.json"]\nnotes = "n"\n'
+    )
+
+
+def make_data(folder: Path) -> None:
+    """Make data of each form."""
+    import pyarrow
+    import pyarrow.parquet
+
+    records, data = tiny_records(8), folder / "data"
+    (data / "records.json").write_text(json.dumps(records))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), data / "records.parquet")
+    (data / "text.txt").write_text("a small boat and two birds " * 20)
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "yes " * 9},
+            ]
+        }
+        for _ in range(8)
+    ]
+    write_jsonl(data / "chat.jsonl", chats)
+    (folder / "prompts").mkdir()
+    rows = [{"instruction": "say", "input": "", "output": ""} for _ in range(2)]
+    write_jsonl(folder / "prompts" / "rows.jsonl", rows)
+    make_part_file(folder)
+
+
+def make_part_file(folder: Path) -> None:
+    """Leave what a call that was cut short after one of two answers leaves."""
+    from qat.evaluate.generate import prompt_of, read_rows
+
+    settings = {"max_new_tokens": 1, "temperature": 0.0, "batch_size": 16, "template": "chat"}
+    settings |= {"checkpoint": str(folder / "student"), "dtype": "fp32", "seed": 0}
+    prompts = [prompt_of(row) for row in read_rows(folder / "prompts" / "rows.jsonl")]
+    lines = [{"settings": settings, "rows": fingerprint(prompts)}, {"row": 0, "output": "a"}]
+    part = folder / "prompts" / "answers.part.jsonl"
+    part.write_text("".join(canonical_json(line) + "\n" for line in lines))
