@@ -10,7 +10,7 @@ DEMO_FLAGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check style recipe parity bench xla xla-setup clean
+.PHONY: help setup demo test check style recipe fuzz kill parity bench xla xla-setup clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -48,6 +48,12 @@ style: setup  ## mend what lint and format can mend
 
 recipe: setup  ## real commands on tiny models
 	@OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m recipe -n 2 --dist loadfile
+
+fuzz: setup  ## N damaged files of every kind that is read (N=500)
+	@OMP_NUM_THREADS=1 FUZZ_CASES=$(N) $(RUN)/python -m pytest -m fuzz tests/fuzz
+
+kill: setup  ## N kills at random instants of every command that writes (N=5)
+	@OMP_NUM_THREADS=1 KILLS=$(N) $(RUN)/python -m pytest -m kill tests/kill
 
 parity: setup  ## exported files in their runtimes (installs those)
 	@$(RUN)/python -m pip install -qq -c constraints.txt -e '.[parity]'
