@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,14 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from qat.cache.config import NUM_DRAWS, BuildCacheConfig
 from qat.data.records import holds_one_document, source_revision
-from qat.data.text import bos_id
+from qat.data.text import TOKENIZER_HASH_VERSION, bos_id, tokenizer_sha256
 from qat.storage.decode import MOST, Count, FileName, Sha256, Size, as_type, read_as
 from qat.storage.files import canonical_json, fingerprint, read_json, write_json
 
 CODEC_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 BUILDING_FILE = "building.json"  # the identity of a cache whose shards are being written
-TOKENIZER_HASH_VERSION = 2
 REMEDY = "build or fetch the cache again"
 StoredContent = Literal["top-k", "sampled", "hidden", "conditional"]
 # Fields that caches of version 0.1.0 lack. Their defaults say what those caches are, and are left
@@ -202,26 +200,6 @@ def require_identity(recorded: CacheIdentity, expected: CacheIdentity, folder: P
                 f"{folder} holds a cache with {field.name} {found}, asked for is {asked}; "
                 "choose another --name or remove the folder"
             )
-
-
-def tokenizer_sha256(
-    tokenizer: PreTrainedTokenizerBase, version: int = TOKENIZER_HASH_VERSION
-) -> str:
-    """Return a hash of a tokenizer that survives saving and loading.
-
-    Version 2 covers all that turns text into ids: normalizer, pre-tokenizer, merges, added tokens,
-    post-processor. Version 1, of caches made by 0.1.0, covers the sorted vocabulary alone.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if version == 1:
-        content = tokenizer.get_vocab()
-    elif backend is not None:
-        content = json.loads(backend.to_str())
-        for volatile in ("version", "truncation", "padding"):  # calls change the last two
-            content.pop(volatile, None)
-    else:  # written in Python, or of another library
-        content = [tokenizer.get_vocab(), tokenizer.all_special_ids, tokenizer("")["input_ids"]]
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
 def template_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -8,6 +8,10 @@ from qat.cli.command import run_command
 # Config in qat and function in qat.pipelines, imported when the command runs.
 PIPELINES = {
     "fetch": ("pipelines.fetch:FetchConfig", "fetch:fetch"),
+    "train-tokenizer": (
+        "data.config:TrainTokenizerConfig",
+        "train_tokenizer:train_tokenizer",
+    ),
     "build-cache": ("cache.config:BuildCacheConfig", "build_cache:build_cache"),
     "inspect-cache": ("cache.config:InspectCacheConfig", "inspect_cache:inspect_cache"),
     "convert-cache": ("cache.config:ConvertCacheConfig", "convert_cache:convert_cache"),

@@ -120,6 +120,30 @@ def require_no_powers(template: str) -> None:
         raise ValueError("it has the operator **")
 
 
+def plain_texts(records: Iterable[Record], column: str) -> Iterator[str]:
+    """Yield the text of each record: its field `column`, or what its format joins to one.
+
+    Raises:
+        ValueError: If a record has neither, or the field holds no text; names the record.
+    """
+    for index, record in enumerate(records):
+        if column in record:
+            text = record[column] or ""
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"record {index}: {column} {text!r} is not text; give another --text-column"
+                )
+            yield text
+            continue
+        kind = next((k for k, own in FIELDS.items() if all(f in record for f in own)), None)
+        if kind is None:
+            raise ValueError(
+                f"record {index} has the fields {', '.join(map(str, record))}; give the one that "
+                "holds text with --text-column"
+            )
+        yield "\n\n".join(item["content"] for item in turns_of(record, kind) if item["content"])
+
+
 def ignores_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template gives the same text with thinking on and off."""
     turns = [turn("user", "a"), turn("assistant", "b")]

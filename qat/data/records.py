@@ -2,16 +2,43 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qat.storage.decode import reading
 from qat.storage.files import fingerprint, parse_json, sha256_of_file
-from qat.storage.hub import parse_hub_name
+from qat.storage.hub import PREFIX, parse_hub_name
 
 Record = dict[str, Any]
 
+DEFAULT_SPLIT = "train"
 TEXT_SUFFIXES = (".txt", ".md")
 SUFFIXES = (".json", ".jsonl", ".parquet", *TEXT_SUFFIXES)
+
+
+class HubSource(NamedTuple):
+    """A hub data set and what is read of it."""
+
+    repository: str
+    revision: str | None
+    config: str | None
+    split: str
+
+    @property
+    def chosen(self) -> str:
+        """Return config and split where they are not the usual ones, empty else."""
+        is_usual = self.config is None and self.split == DEFAULT_SPLIT
+        return "" if is_usual else f":{self.config or ''}:{self.split}"
+
+
+def parse_hub_source(name: str) -> HubSource | None:
+    """Return what `[hf:]OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]` says; None where that is a path."""
+    prefix = PREFIX if name.startswith(PREFIX) else ""
+    where, *chosen = name.removeprefix(prefix).split(":")
+    found = parse_hub_name(prefix + where)
+    if found is None or len(chosen) > 2:
+        return None
+    config, split = [*chosen, *[""] * (2 - len(chosen))]
+    return HubSource(*found, config or None, split or DEFAULT_SPLIT)
 
 
 def read_records(source: str) -> Iterator[Record]:
@@ -37,10 +64,10 @@ def source_files(source: str) -> list[Path]:
         if path.suffix not in SUFFIXES:
             raise ValueError(f"--data {path} does not end in {', '.join(SUFFIXES)}; convert it")
         return [path]
-    if parse_hub_name(source) is None:
+    if parse_hub_source(source) is None:
         raise FileNotFoundError(
             f"--data {source} does not exist; give a file, a folder, or a hub data set as "
-            "hf:OWNER/NAME"
+            "hf:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]"
         )
     return []
 
@@ -64,11 +91,12 @@ def source_revision(source: str) -> str:
     from huggingface_hub import dataset_info
     from huggingface_hub.errors import HFValidationError
 
-    repository, revision = parse_hub_name(source)
+    found = parse_hub_source(source)
     try:
-        return str(dataset_info(repository, revision=revision).sha)
+        sha = str(dataset_info(found.repository, revision=found.revision).sha)
     except (HFValidationError, OSError) as error:
         raise no_hub_data(source, error) from error
+    return sha + found.chosen
 
 
 def no_hub_data(name: str, error: Exception) -> FileNotFoundError:
@@ -152,12 +180,18 @@ def read_parquet(path: Path) -> Iterator[Record]:
 
 
 def read_hub(name: str) -> Iterator[Record]:
-    """Yield the train split of a hub data set, streamed; `name@revision` fixes the revision."""
+    """Yield a hub data set, streamed; `parse_hub_source` reads its name."""
     from datasets import load_dataset
 
-    repository, revision = parse_hub_name(name)
+    found = parse_hub_source(name)
     try:
-        records = load_dataset(repository, split="train", streaming=True, revision=revision)
+        records = load_dataset(
+            found.repository,
+            name=found.config,
+            split=found.split,
+            streaming=True,
+            revision=found.revision,
+        )
     except (ValueError, OSError) as error:
         raise no_hub_data(name, error) from error
     yield from records

@@ -7,7 +7,9 @@ thinking mode, are documents that stay on the same side of the split.
 Shape legend: N blocks, L tokens of a block.
 """
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from qat.data.chat import Rendering, render_records
 from qat.data.config import LossOn, TextConfig
 from qat.data.records import read_records, read_text
 from qat.storage.decode import naming, reading
+from qat.storage.files import canonical_json
 
+TOKENIZER_HASH_VERSION = 2
 RECORDS_A_CALL = 256  # documents given to the tokenizer at once: enough to feed its threads
 
 
@@ -133,3 +137,23 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """
     bos = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else None
+
+
+def tokenizer_sha256(
+    tokenizer: PreTrainedTokenizerBase, version: int = TOKENIZER_HASH_VERSION
+) -> str:
+    """Return a hash of a tokenizer that survives saving and loading.
+
+    Version 2 covers all that turns text into ids: normalizer, pre-tokenizer, merges, added tokens,
+    post-processor. Version 1, of caches made by 0.1.0, covers the sorted vocabulary alone.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if version == 1:
+        content = tokenizer.get_vocab()
+    elif backend is not None:
+        content = json.loads(backend.to_str())
+        for volatile in ("version", "truncation", "padding"):  # calls change the last two
+            content.pop(volatile, None)
+    else:  # written in Python, or of another library
+        content = [tokenizer.get_vocab(), tokenizer.all_special_ids, tokenizer("")["input_ids"]]
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()

@@ -27,6 +27,7 @@ from qat.export.gguf_sentencepiece import (
     scores_of_merges,
     space_prefix,
 )
+from qat.tracking.messages import say
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types
 NORMALIZERS = (None, "NFC")  # others change text in ways that runtimes do not know
@@ -85,12 +86,13 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Voca
         ("BPE", False): read_byte_level,
         ("BPE", True): read_sentencepiece,
         ("Unigram", False): read_sentencepiece,
+        ("Unigram", True): read_sentencepiece,
     }
     kind = state["model"]["type"], bool(state["model"].get("byte_fallback"))
     if kind not in readers:
         raise ValueError(
             f"the tokenizer is {kind[0]} with byte_fallback={kind[1]}; gguf is written for BPE "
-            f"and for unigrams without byte_fallback: {REMEDY}"
+            f"and for unigrams: {REMEDY}"
         )
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     around = tokenizer("a").input_ids
@@ -132,6 +134,7 @@ def read_sentencepiece(
 ) -> Vocabulary:
     """Return what a file says of SentencePiece's BPE, or of its unigrams."""
     model, added = state["model"], {token["content"]: token for token in state["added_tokens"]}
+    probe = PROBE
     if model["type"] == "BPE":
         ids = model["vocab"]
         if missing := set(BYTES) - ids.keys():
@@ -144,6 +147,10 @@ def read_sentencepiece(
         scores = dict(model["vocab"])
         ids = {text: index for index, text in enumerate(scores)}
         usual = {text: score for text, score in scores.items() if text not in added}
+        if model.get("byte_fallback"):
+            usual = {text: score for text, score in usual.items() if text not in BYTES}
+            probe = "".join(c for c in PROBE if c.replace(" ", SPACE) in usual)
+            say("runtimes read an unknown character as <unk>, the tokenizer as bytes")
         pieces = partial(best_pieces, ids=ids | {"": model["unk_id"]}, scores=usual)
     tokens, types = list_tokens(state, ids, vocab_size)
     own = {tokens[index]: index for index, kind in enumerate(types) if kind == USER_DEFINED}
@@ -156,7 +163,7 @@ def read_sentencepiece(
             scores.get(text, least if kind == UNUSED else 0.0)
             for text, kind in zip(tokens, types, strict=True)
         ],
-        adds_space=space_prefix(tokenizer, pieces, own, PROBE),
+        adds_space=space_prefix(tokenizer, pieces, own, probe),
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.data.chat import detect_format, ignores_thinking, render, turn, turns_of
+from qat.data.chat import detect_format, ignores_thinking, plain_texts, render, turn, turns_of
 from qat.data.config import TextConfig
 from qat.data.text import read_documents
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer, write_jsonl
@@ -160,3 +160,13 @@ def test_text_is_text():
     for content in (3, {"a": 1}, b"x"):
         with pytest.raises(ValueError, match="is no text"):
             turn("user", content)
+
+
+def test_plain_text_is_a_column_or_what_a_format_joins():
+    """A record without either is refused with its number and its fields."""
+    records = [{"body": "a"}, {"body": None}, {"instruction": "b", "input": "", "output": "c"}]
+    assert list(plain_texts(records, "body")) == ["a", "", "b\n\nc"]
+    with pytest.raises(ValueError, match="record 1 has the fields title; give the one"):
+        list(plain_texts([{"text": "a"}, {"title": "b"}], "text"))
+    with pytest.raises(ValueError, match="record 0: text 3 is not text"):
+        list(plain_texts([{"text": 3}], "text"))

@@ -88,16 +88,28 @@ def test_a_path_that_is_not_there_is_no_hub_name(tmp_path):
 
 
 def test_a_hub_name_is_streamed_at_its_revision(monkeypatch):
-    """`name@revision` reaches the hub's library as name and revision."""
+    """What a name chooses reaches the hub's library; `name@revision:config:split` is all of it."""
     calls = []
 
-    def load_dataset(name, **options):
-        calls.append((name, options))
+    def load_dataset(path, **options):
+        calls.append((path, options))
         return RECORDS
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert list(read_records("owner/name@v1")) == RECORDS
-    assert calls == [("owner/name", {"split": "train", "streaming": True, "revision": "v1"})]
+    usual = {"name": None, "split": "train", "streaming": True, "revision": None}
+    assert calls.pop() == ("owner/name", {**usual, "revision": "v1"})
+    list(read_records("owner/name:sample-10BT"))
+    assert calls.pop() == ("owner/name", {**usual, "name": "sample-10BT"})
+    list(read_records("owner/name@v1:en:validation"))
+    assert calls.pop() == (
+        "owner/name",
+        {**usual, "name": "en", "split": "validation", "revision": "v1"},
+    )
+    list(read_records("hf:owner/name:en"))
+    assert calls.pop() == ("owner/name", {**usual, "name": "en"})
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        list(read_records("owner/name:a:b:c"))
 
 
 def test_records_are_read_as_they_are(tmp_path):
