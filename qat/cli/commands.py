@@ -12,6 +12,7 @@ PIPELINES = {
         "data.config:TrainTokenizerConfig",
         "train_tokenizer:train_tokenizer",
     ),
+    "tokenize": ("data.config:TokenizeConfig", "tokenize_text:tokenize"),
     "build-cache": ("cache.config:BuildCacheConfig", "build_cache:build_cache"),
     "inspect-cache": ("cache.config:InspectCacheConfig", "inspect_cache:inspect_cache"),
     "convert-cache": ("cache.config:ConvertCacheConfig", "convert_cache:convert_cache"),

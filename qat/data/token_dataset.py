@@ -1,0 +1,163 @@
+"""Reading token shards: memory-mapped, any block at once, checked shard by shard.
+
+The training documents of all shards are one row of tokens, the held-out ones another. Block i of
+L tokens starts at token i (L - 1): neighbours share one token, so that each token but the first is
+predicted once.
+
+Shape legend: B blocks of a batch, L tokens of a block, T = L - 1 positions.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qat.data.token_shards import (
+    TOKENIZER_FOLDER,
+    TokenManifest,
+    check_size,
+    map_shard,
+    read_manifest,
+)
+
+Split = Literal["train", "heldout"]
+
+
+class TokenBatch(NamedTuple):
+    """Blocks of token ids."""
+
+    token_ids: Tensor
+    """(B, L) int64."""
+    document_ids: Tensor
+    """(B, L) int64; equal ids = the same document."""
+    mask: Tensor
+    """(B, T) bool; False where the next token begins another document."""
+
+
+class TokenDataset:
+    """Whole shards: what they are, and any tokens of them."""
+
+    def __init__(self, folder: Path, manifest: TokenManifest) -> None:
+        """Join a folder and its manifest."""
+        self.folder = folder
+        self.manifest = manifest
+        self._shards: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        sizes = [(shard.num_tokens, shard.num_heldout_tokens) for shard in manifest.shards]
+        self._ends = dict(zip(("train", "heldout"), np.cumsum(sizes, axis=0).T, strict=True))
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "TokenDataset":
+        """Open the shards in a folder.
+
+        Raises:
+            FileNotFoundError: If they are not whole.
+            DamagedShards: If the manifest was altered or a file has another size.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        for shard in manifest.shards:
+            check_size(folder, shard)
+        return cls(folder, manifest)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that name the shards."""
+        return self.manifest.identity.fingerprint
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Return where the tokenizer is that made them."""
+        return self.folder / TOKENIZER_FOLDER
+
+    def num_tokens(self, split: Split) -> int:
+        """Return the tokens of a split."""
+        return int(self._ends[split][-1])
+
+    def read(self, split: Split, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return token ids and document ids at places of a split's row, int64 in their shape.
+
+        Raises:
+            DamagedShards: If a shard is not the one that was written; its file is named.
+            IndexError: If a place is outside the split.
+        """
+        if places.size and not (places.min() >= 0 and places.max() < self.num_tokens(split)):
+            raise IndexError(f"{split} has tokens 0..{self.num_tokens(split) - 1}")
+        ends = self._ends[split]
+        owners = np.searchsorted(ends, places, side="right")
+        token_ids, document_ids = np.empty_like(places), np.empty_like(places)
+        for owner in np.unique(owners):
+            shard, chosen = self.manifest.shards[owner], owners == owner
+            size = shard.num_tokens if split == "train" else shard.num_heldout_tokens
+            inside = places[chosen] - (ends[owner] - size)
+            inside += 0 if split == "train" else shard.num_tokens
+            stored, document_ends = self._shard(int(owner))
+            token_ids[chosen] = stored[inside]
+            first = sum(one.num_documents for one in self.manifest.shards[:owner])
+            document_ids[chosen] = first + np.searchsorted(document_ends, inside, side="right")
+        return token_ids, document_ids
+
+    def _shard(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Map a shard, once, after checking its bytes."""
+        if index not in self._shards:
+            self._shards[index] = map_shard(self.folder, self.manifest.shards[index])
+        return self._shards[index]
+
+
+class TokenBlocks(torch.utils.data.Dataset[TokenBatch]):
+    """The blocks of one length of a split, each found by its index alone."""
+
+    def __init__(self, tokens: TokenDataset, split: Split, seq_len: int) -> None:
+        """Look at a split as blocks.
+
+        Raises:
+            ValueError: If it holds no block of that length.
+        """
+        self.tokens, self.split, self.seq_len = tokens, split, seq_len
+        if len(self) < 1:
+            raise ValueError(
+                f"{tokens.folder} has {tokens.num_tokens(split)} tokens in its {split} split, less "
+                f"than one block of {seq_len}; tokenize more text, or choose a shorter length"
+            )
+
+    def __len__(self) -> int:
+        return (self.tokens.num_tokens(self.split) - 1) // (self.seq_len - 1)
+
+    def __getitem__(self, index: int) -> TokenBatch:
+        """Return one block as a batch of one."""
+        return self.batch(np.array([range(len(self))[index]]))
+
+    def batch(self, indices: np.ndarray) -> TokenBatch:
+        """Return the blocks of some indices, (B,), in their order."""
+        places = indices[:, None] * (self.seq_len - 1) + np.arange(self.seq_len)  # (B, L)
+        token_ids, document_ids = map(torch.from_numpy, self.tokens.read(self.split, places))
+        return TokenBatch(token_ids, document_ids, document_ids[:, 1:] == document_ids[:, :-1])
+
+
+def shuffled_indices(
+    num_items: int, batch_size: int, seed: list[int], start_batch: int = 0
+) -> Iterator[np.ndarray]:
+    """Yield batches of indices without end: epochs in an order of their own, one after the other.
+
+    Batch b holds the places b * B to (b + 1) * B of the endless row of shuffled epochs, so any
+    batch follows from its number and every item is seen equally often.
+
+    Args:
+        num_items: Items of an epoch.
+        batch_size: B.
+        seed: Decides the order, with the epoch's number.
+        start_batch: The first to give, as if those before had been given.
+    """
+
+    @lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng([*seed, epoch]).permutation(num_items)
+
+    for batch in count(start_batch):
+        places = range(batch * batch_size, (batch + 1) * batch_size)
+        epochs = (divmod(place, num_items) for place in places)
+        yield np.array([order(epoch)[inside] for epoch, inside in epochs])
