@@ -27,6 +27,7 @@ OWNERS = {
     "torch_xla": ("runtime/device.py",),
     "torch_tpu": ("runtime/device.py",),
     "wandb": ("tracking/sinks.py",),
+    "tensorboard": ("tracking/sinks.py",),
     "sklearn": ("grids/codebook.py",),
     "mlx": ("export/to_mlx.py",),
     "coremltools": ("export/to_coreml",),

@@ -156,14 +156,8 @@ def take_run(run: Run) -> dict[str, Any]:
     if has_state(folder):
         progress = read_state(folder, trainer)
         say(f"resuming from step {progress.step}")
-    names = ("project", "name", "group", "tags")
-    wandb = {name: getattr(config.tracking, name) for name in names}
-    track = open_tracker(
-        folder,
-        record,
-        resume_step=progress.step or None,
-        wandb=wandb if config.tracking.to == "wandb" else None,
-    )
+    resume_step = progress.step or None
+    track = open_tracker(folder, record, resume_step=resume_step, **config.tracking.sinks())
     made_by = {"command": run_folder.COMMAND, **run.identity}
     header = replace(header, cache_fingerprint=run.cache.fingerprint, made_by=made_by)
     keep = partial(write_student, run, trainer, header)

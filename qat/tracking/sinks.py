@@ -1,11 +1,13 @@
-"""Where a run's numbers go: its folder always, Weights & Biases when asked.
+"""Where a run's numbers go: its folder always, Weights & Biases and TensorBoard when asked.
 
 A loop gets one callable, `track(step, values)`. Keys are those that Hugging Face users know:
 `train/loss`, `train/learning_rate`, `train/grad_norm`, `eval/kl_nats`, ...
 """
 
+import json
 import math
 import secrets
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,10 @@ from qat.tracking.record import SETTINGS, RunRecord
 
 if TYPE_CHECKING:
     import wandb
+    from torch.utils.tensorboard import SummaryWriter
 
 WANDB_ID = "wandb.json"
+TENSORBOARD = "tensorboard"  # the folder of event files in a run's folder
 COMPARE = "compare"  # the kind of run that a comparison is sent as
 STEP_KEY = "train/global_step"  # the x axis of the Hugging Face trainer
 
@@ -70,11 +74,34 @@ class WandbSink:
         self.run.finish()
 
 
+class TensorBoardSink:
+    """TensorBoard's event files in a run's folder, under the same keys."""
+
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], *, resume_step: int | None = None
+    ) -> None:
+        """Open a file of events; of earlier ones, steps after `resume_step` are not shown."""
+        first = 0 if resume_step is None else resume_step + 1
+        self.writer = event_writer(Path(folder) / TENSORBOARD, first)
+        self.writer.add_text(SETTINGS, indented(config))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one step; what a killed process wrote up to here is on disk."""
+        for key, value in values.items():
+            self.writer.add_scalar(key, float(value), step)
+        self.writer.flush()
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary as text and close the file."""
+        self.writer.add_text("summary", indented(summary))
+        self.writer.close()
+
+
 @dataclass(frozen=True, slots=True)
 class Tracker:
     """Sends the same numbers to every sink; `tracker(step, values)` is the loop's `track`."""
 
-    sinks: Sequence[RunRecord | WandbSink]
+    sinks: Sequence[RunRecord | WandbSink | TensorBoardSink]
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Send the numbers of one step."""
@@ -93,11 +120,13 @@ def open_tracker(
     *,
     resume_step: int | None = None,
     wandb: Mapping[str, Any] | None = None,
+    tensorboard: bool = False,
 ) -> Tracker:
     """Write config.json and environment.json, and return the run's `track`.
 
     `resume_step` is the last step that the restored state holds, None starts over; `wandb` has
-    keyword arguments of `WandbSink` (project, name, group, tags), None leaves it out.
+    keyword arguments of `WandbSink` (project, name, group, tags), None leaves it out;
+    `tensorboard` adds event files.
     """
     record = RunRecord(folder, resume_step=resume_step)
     record.write_config(config)
@@ -107,9 +136,12 @@ def open_tracker(
         describe_environment(settings.get("device", "auto")),
         is_resumed=resume_step is not None,
     )
-    if wandb is None:
-        return Tracker([record])
-    return Tracker([record, WandbSink(folder, settings, resume=resume_step is not None, **wandb)])
+    sinks: list[RunRecord | WandbSink | TensorBoardSink] = [record]
+    if tensorboard:
+        sinks.append(TensorBoardSink(folder, settings, resume_step=resume_step))
+    if wandb is not None:
+        sinks.append(WandbSink(folder, settings, resume=resume_step is not None, **wandb))
+    return Tracker(sinks)
 
 
 def send_comparison(
@@ -178,6 +210,22 @@ def import_wandb(flag: str) -> ModuleType:
     except ImportError as error:
         raise ValueError(f"{flag} needs wandb, which is absent: pip install wandb") from error
     return wandb
+
+
+def event_writer(folder: Path, first_step: int) -> "SummaryWriter":
+    """Return what writes TensorBoard's event files, or say what is absent."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "--tracking.to tensorboard needs tensorboard, which is absent: pip install tensorboard"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def indented(values: Mapping[str, Any]) -> str:
+    """Return values as the text that TensorBoard shows as it stands."""
+    return textwrap.indent(json.dumps(values, indent=1, default=str), "\t")
 
 
 def run_id(path: Path, *, resume: bool) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qat.runtime.config import PlaceConfig, require_at_least
 
@@ -14,32 +14,30 @@ KINDS = {
 Layers = Literal["mlp", "attention", "embedding", "body", "all"]
 Part = Literal["auto", "weights", "scales", "directions", "magnitudes", "codebooks", "norms"]
 Divergence = Literal[
-    "forward-kl", "reverse-kl", "jensen-shannon", "skewed-kl", "confidence-kl", "kd"
+    "forward-kl",
+    "reverse-kl",
+    "jensen-shannon",
+    "skewed-kl",
+    "confidence-kl",
+    "kd",
+    "cross-entropy",
 ]
 KD_TEMPERATURE = 2.0  # the usual one of the loss kd
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """Optimizer, learning rates and their schedule."""
+class RateConfig:
+    """Learning rate, its schedule, and what a step does to gradients."""
 
     lr: float = 2e-4
     """Peak learning rate of latent weights. After a quick fit (--fit moments) 4e-4 gets further in
     few steps; after the default fit it would undo what error feedback found."""
-    relative: bool = False
-    """Rates are shares: of latent weights, of the size (rms) of their rounding errors at the start;
-    of all else, of its own size. One rate then suits tensors of all formats, such as 0.005
-    with --optim.scale-lr-ratio 0.1."""
-    scale_lr_ratio: float = 1.0
-    """Rate of scales and magnitudes over --optim.lr."""
-    codebook_lr_ratio: float = 1.0
-    """Rate of codebooks over --optim.lr."""
-    norm_lr_ratio: float = 1.0
-    """Rate of norms over --optim.lr."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """After warm-up: fall along a cosine, stay, or stay and fall in the last fifth."""
     warmup_steps: int = 10
     """Steps of linear warm-up."""
+    warmup_ratio: float | None = None
+    """Warm-up as a share of all steps, in place of --optim.warmup-steps."""
     min_lr_ratio: float = 0.1
     """Rate at the end over the peak."""
     weight_decay: float = 0.0
@@ -58,8 +56,32 @@ class OptimConfig:
             raise ValueError(f"--optim.lr {self.lr} must be above 0; try 2e-4")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"--optim.min-lr-ratio {self.min_lr_ratio} must be within 0 and 1")
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"--optim.warmup-ratio {self.warmup_ratio} must be within 0 and 1")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--optim.ema-decay {self.ema_decay} must be within 0 and 1; try 0.99")
+
+    def warmup_of(self, max_steps: int) -> int:
+        """Return the steps of warm-up of a run of so many."""
+        if self.warmup_ratio is None:
+            return self.warmup_steps
+        return round(self.warmup_ratio * max_steps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig(RateConfig):
+    """Optimizer, learning rates and their schedule."""
+
+    relative: bool = False
+    """Rates are shares: of latent weights, of the size (rms) of their rounding errors at the start;
+    of all else, of its own size. One rate then suits tensors of all formats, such as 0.005
+    with --optim.scale-lr-ratio 0.1."""
+    scale_lr_ratio: float = 1.0
+    """Rate of scales and magnitudes over --optim.lr."""
+    codebook_lr_ratio: float = 1.0
+    """Rate of codebooks over --optim.lr."""
+    norm_lr_ratio: float = 1.0
+    """Rate of norms over --optim.lr."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +89,8 @@ class LossConfig:
     """Distance from the teacher that training lowers."""
 
     divergence: Divergence = "forward-kl"
-    """Divergence from the teacher; kd is that of older runs, within the cached tokens."""
+    """Divergence from the teacher; kd is that of older runs, within the cached tokens.
+    cross-entropy: on the text itself, whatever the teacher says of it."""
     temperature: float | None = None
     """Divides all logits; 2 for kd, 1 for the others when not given."""
     hard_weight: float = 0.0
@@ -82,6 +105,11 @@ class LossConfig:
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         require_at_least(0, self, "sampled_negatives", group="loss")
+        if self.divergence == "cross-entropy" and self.sampled_negatives:
+            raise ValueError(
+                f"--loss.sampled-negatives {self.sampled_negatives} draws what the teacher is "
+                "known on; leave it out with cross-entropy"
+            )
 
     @property
     def used_temperature(self) -> float:
@@ -138,8 +166,9 @@ class LayerwiseConfig:
 class TrackingConfig:
     """Where the run's numbers and results go in addition to its folder."""
 
-    to: Literal["folder", "wandb"] = "folder"
-    """folder: the run's own only. wandb: Weights & Biases as well; WANDB_MODE=offline is read."""
+    to: Literal["folder", "wandb", "tensorboard", "both"] = "folder"
+    """folder: the run's own files only. wandb: Weights & Biases as well; WANDB_MODE=offline is
+    read. tensorboard: event files in the run's folder as well. both: all of them."""
     project: str = "qat"
     """Project at Weights & Biases."""
     name: str | None = None
@@ -150,6 +179,15 @@ class TrackingConfig:
     """Tags at Weights & Biases."""
     copy_to: Path | None = None
     """Folder that the results are copied to at the end, such as a mounted drive."""
+
+    def sinks(self) -> dict[str, Any]:
+        """Return what `open_tracker` is told of them."""
+        names = ("project", "name", "group", "tags")
+        wandb = {name: getattr(self, name) for name in names}
+        return {
+            "wandb": wandb if self.to in ("wandb", "both") else None,
+            "tensorboard": self.to in ("tensorboard", "both"),
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -76,3 +76,26 @@ def test_offline_wandb_holds_the_keys_that_hugging_face_users_know(tmp_path, mon
     for key in (b"train/global_step", b"train/loss", b"train/learning_rate", b"eval/kl_nats"):
         assert key in stored
     assert b"best_kl_nats" in stored
+
+
+def test_tensorboard_holds_the_same_keys_and_steps(tmp_path):
+    """Read back by TensorBoard itself; a resumed run's repeated steps are there once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    track = open_tracker(tmp_path, {"lr": 0.1}, tensorboard=True)
+    for step in (1, 2, 3):
+        track(step, {"train/loss": 1.0 / step, "eval/perplexity": 3})
+    resumed = open_tracker(tmp_path, {"lr": 0.1}, resume_step=1, tensorboard=True)
+    resumed(2, {"train/loss": 0.25})
+    resumed.finish({"steps": 2})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"train/loss", "eval/perplexity"}
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.25)]
+
+
+def test_tensorboard_absent_is_one_line_with_the_remedy(tmp_path, monkeypatch):
+    """It is no dependency of a run that does not ask for it."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        open_tracker(tmp_path, {}, tensorboard=True)
+    open_tracker(tmp_path, {})
