@@ -8,7 +8,7 @@ from qat.runtime.config import PlaceConfig, require_at_least
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig(PlaceConfig):
-    """Measure a student on a cache's held-out split, or on any text against a live teacher."""
+    """Measure a student on a cache's held-out split, or any model on texts."""
 
     checkpoint: str
     """Native folder, run folder (its best), `.pt` file with its config.json, a model folder, or
@@ -23,6 +23,17 @@ class EvaluateConfig(PlaceConfig):
     cache that keeps a part of it."""
     text: Path | None = None
     """Plain text file to measure on."""
+    perplexity: tuple[str, ...] = ()
+    """Texts to measure perplexity on, NAME=SOURCE or SOURCE each: json, jsonl, parquet or text
+    files, folders or hub names, such as wiki=wikitext:wikitext-2-raw-v1:test. Documents are joined
+    by an empty line."""
+    text_column: str = "text"
+    """Field of their records that holds text."""
+    window: int = 1024
+    """Tokens of a window of --perplexity, BOS included; its first token is context."""
+    stride: int | None = None
+    """Tokens between the starts of windows, of which only new tokens count; half a window when not
+    given, all of it for disjoint windows."""
     seq_len: int = 64
     """Tokens of a block of --text."""
     num_sequences: int | None = None
@@ -31,7 +42,15 @@ class EvaluateConfig(PlaceConfig):
     """Sequences of a forward pass."""
 
     def __post_init__(self) -> None:
-        if (self.cache_dir is None) == (self.text is None):
-            raise ValueError("give one of --cache-dir and --text to measure on")
-        require_at_least(1, self, "num_sequences", "batch_size")
-        require_at_least(2, self, "seq_len")
+        given = (self.cache_dir is not None, self.text is not None, bool(self.perplexity))
+        if sum(given) != 1:
+            raise ValueError("give one of --cache-dir, --text and --perplexity to measure on")
+        if self.perplexity and self.teacher:
+            raise ValueError("--perplexity needs no teacher; leave out --teacher, or use --text")
+        require_at_least(1, self, "num_sequences", "batch_size", "stride")
+        require_at_least(2, self, "seq_len", "window")
+
+    @property
+    def used_stride(self) -> int:
+        """Return the tokens between the starts of windows."""
+        return self.window // 2 if self.stride is None else self.stride

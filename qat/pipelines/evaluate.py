@@ -3,21 +3,26 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from qat.cache.read import TeacherCache
 from qat.data.text import bos_id, require_known_ids, text_blocks
 from qat.evaluate.config import EvaluateConfig
 from qat.evaluate.on_cache import evaluate_on_cache
 from qat.evaluate.on_text import evaluate_on_text, require_equal_widths
+from qat.evaluate.windows import JOINT
 from qat.export.from_gguf import gguf_contents
 from qat.export.to_gguf import SUFFIX as GGUF_SUFFIX
 from qat.model.checkpoint import bits_per_weight, dense_parts_in
 from qat.model.head import require_separable_head
 from qat.model.load import load_tokenizer, model_identity, vocabulary_size
+from qat.model.surgery import hold_weights
 from qat.pipelines.open_cache import open_cache
-from qat.pipelines.open_checkpoint import load_model, open_checkpoint
+from qat.pipelines.open_checkpoint import Checkpoint, load_model, open_checkpoint
+from qat.pipelines.perplexity import PerplexityResult, read_domains
 from qat.pipelines.place import Place
 from qat.tracking.messages import say
 
@@ -55,11 +60,13 @@ class EvaluateResult:
     bits_per_weight_model: float | None
 
 
-def evaluate(config: EvaluateConfig) -> EvaluateResult:
+def evaluate(config: EvaluateConfig) -> EvaluateResult | PerplexityResult:
     """Load a model, measure it, return its numbers."""
     place = Place.of(config)
     device, dtype = place.device, place.dtype
     opened = open_checkpoint(config.checkpoint, model_id=config.model_id)
+    if config.perplexity:
+        return measure_perplexity(config, opened, place)
     options = {"device": device.torch_device, "dtype": dtype, "batch_size": config.batch_size}
     require_same_vocabulary(config, opened.text_folder)
     if config.cache_dir is None:
@@ -73,11 +80,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
         say_if_other_teacher(config, cache)
         limit = config.num_sequences
         measure = partial(evaluate_on_cache, cache=cache, num_sequences=limit, **options)
-    # A student's few dense parts are loaded as they are stored, so that their bits are counted.
-    model = opened.load(dtype=torch.float32 if opened.header else dtype)
-    sizes = bits_per_weight(model)
-    if opened.path.suffix == GGUF_SUFFIX:
-        sizes["bits_per_weight_model"] = gguf_contents(opened.path).bits_per_weight
+    model, sizes = load_with_sizes(opened, dtype)
     teacher = load_model(config.teacher, dtype=dtype)[0] if config.teacher else None
     with dense_parts_in(model, dtype), device.hosting(model):
         if teacher is not None:
@@ -86,6 +89,46 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
             if one is not None and not device.compiles_steps:
                 require_separable_head(one)
         return EvaluateResult(**measure(model, teacher=teacher), **sizes)
+
+
+def measure_perplexity(
+    config: EvaluateConfig, opened: Checkpoint, place: Place
+) -> PerplexityResult:
+    """Return a model's perplexity on each of the texts."""
+    tokenizer, stride = load_tokenizer(opened.text_folder), config.used_stride
+    domains = read_domains(
+        config.perplexity,
+        tokenizer,
+        window=config.window,
+        stride=stride,
+        text_column=config.text_column,
+    )
+    model, sizes = load_with_sizes(opened, place.dtype)
+    with dense_parts_in(model, place.dtype), place.device.hosting(model):
+        if not place.device.compiles_steps:
+            require_separable_head(model)
+        hold_weights(model, place.dtype)
+        found = {one.name: one.measure(model, place.device.torch_device) for one in domains}
+    return PerplexityResult(
+        domains=found,
+        window=config.window,
+        stride=stride,
+        bos=bos_id(tokenizer) is not None,
+        joined_by=JOINT,
+        **sizes,
+    )
+
+
+def load_with_sizes(opened: Checkpoint, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a model and its bits per weight.
+
+    A student's few dense parts are loaded as they are stored, so that their bits are counted.
+    """
+    model = opened.load(dtype=torch.float32 if opened.header else dtype)
+    sizes = bits_per_weight(model)
+    if opened.path.suffix == GGUF_SUFFIX:
+        sizes["bits_per_weight_model"] = gguf_contents(opened.path).bits_per_weight
+    return model, sizes
 
 
 def require_same_vocabulary(config: EvaluateConfig, folder: Path) -> None:

@@ -1,0 +1,86 @@
+"""Perplexity on text files, each a domain of its own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from qat.data.chat import plain_texts
+from qat.data.records import read_records, source_name
+from qat.data.text import bos_id
+from qat.evaluate.kl import Numbers
+from qat.evaluate.windows import JOINT, cut_windows, perplexity_of_windows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PerplexityResult:
+    """Perplexity of a model on texts, with the convention that it is measured by."""
+
+    domains: dict[str, Numbers]
+    """By name: perplexity, perplexity_stderr over windows, tokens that count."""
+    window: int
+    """Tokens of a window, BOS included; its first token is context."""
+    stride: int
+    """Tokens between the starts of windows; of each those count that no earlier one counted."""
+    bos: bool
+    """Whether each window starts with BOS."""
+    joined_by: str
+    """What is put between the documents of a file."""
+    bits_per_weight: float | None
+    """Of quantized layers."""
+    bits_per_weight_mlp: float | None
+    bits_per_weight_model: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """A text to measure on, cut into windows."""
+
+    name: str
+    ids: torch.Tensor
+    """(N, W) int64."""
+    counts: torch.Tensor
+    """(N, W - 1) bool."""
+
+    def measure(self, model: nn.Module, device: torch.device) -> Numbers:
+        """Return a model's numbers; it is on the device, in eval mode."""
+        return perplexity_of_windows(model, self.ids, self.counts, device=device)
+
+
+def read_domains(
+    sources: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: int,
+    stride: int,
+    text_column: str = "text",
+) -> list[Domain]:
+    """Return the domains of sources, each given as NAME=SOURCE or SOURCE alone.
+
+    Raises:
+        ValueError: If two have one name, or one has less than two tokens.
+        FileNotFoundError: If there is no such source.
+    """
+    domains: dict[str, Domain] = {}
+    for given in sources:
+        name, source = named_source(given)
+        if name in domains:
+            raise ValueError(f"two texts are called {name}; name them as NAME=FILE")
+        text = JOINT.join(plain_texts(read_records(source), text_column))
+        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            windows = cut_windows(torch.tensor(found), window, stride, bos_id(tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        domains[name] = Domain(name, *windows)
+    return list(domains.values())
+
+
+def named_source(given: str) -> tuple[str, str]:
+    """Return name and source of a text; a path's last part without its ending names it."""
+    name, is_named, source = given.partition("=")
+    if is_named and not Path(given).exists():
+        return name, source
+    return Path(source_name(given)).stem, given
