@@ -317,6 +317,28 @@ def tiny_cache(folder: Path, teacher=None, **changes) -> Path:
     return build_cache(BuildCacheConfig(**{**settings, **changes})).cache
 
 
+def tiny_shards(folder: Path, **changes) -> Path:
+    """Tokenize tiny records and return the folder of shards.
+
+    Args:
+        folder: Where data, tokenizer and shards go.
+        changes: Fields of `TokenizeConfig`.
+    """
+    from qat.data.config import TokenizeConfig
+    from qat.pipelines.tokenize_text import tokenize
+
+    folder = Path(folder)
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    settings = {
+        "data": str(write_jsonl(folder / "records.jsonl", tiny_records(60))),
+        "tokenizer": str(folder / "tokenizer"),
+        "output_dir": folder / "shards",
+        "heldout_ratio": 0.2,
+        "shard_tokens": 2000,
+    }
+    return Path(tokenize(TokenizeConfig(**{**settings, **changes})).shards)
+
+
 def random_tensor(name, *, seed=0, rows=3, blocks=2):
     """Return a weight of GGUF type `name`: all indices, scales of either sign where there are."""
     from qat.quant.quantized_tensor import QuantizedTensor

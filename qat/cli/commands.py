@@ -13,6 +13,7 @@ PIPELINES = {
         "train_tokenizer:train_tokenizer",
     ),
     "tokenize": ("data.config:TokenizeConfig", "tokenize_text:tokenize"),
+    "pretrain": ("train.pretrain_config:PretrainConfig", "pretrain:pretrain"),
     "build-cache": ("cache.config:BuildCacheConfig", "build_cache:build_cache"),
     "inspect-cache": ("cache.config:InspectCacheConfig", "inspect_cache:inspect_cache"),
     "convert-cache": ("cache.config:ConvertCacheConfig", "convert_cache:convert_cache"),
@@ -55,7 +56,7 @@ def config_of(name: str) -> type:
 def main(name: str, argv: Sequence[str] | None = None) -> int:
     """Run a command on these flags, those of the process when not given; return its exit code."""
     pipeline = f"qat.pipelines.{PIPELINES[name][1]}"
-    has_config_flag = name == "train"
+    has_config_flag = name in ("train", "pretrain")
     return run_command(
         f"qat {name}", config_of(name), pipeline, argv, has_config_flag=has_config_flag
     )

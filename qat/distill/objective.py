@@ -30,15 +30,19 @@ DIVERGENCES: dict[str, Divergence] = {
     "kd": kl.kd_loss,
 }
 
+TEXT_LOSS = "cross-entropy"  # of next-token prediction: its teacher is `text_signal`
+
 
 def make_divergence(name: str, *, temperature: float = 1.0) -> Divergence:
-    """Return the loss of a position, by its name in `DIVERGENCES`.
+    """Return the loss of a position, by its name in `DIVERGENCES`, or that of the text itself.
 
     A temperature divides both sides' logits; its square multiplies the loss, so that gradients
     keep their size (Hinton et al. 2015, section 2).
     """
+    if name == TEXT_LOSS:
+        return kl.hard_top1
     if name not in DIVERGENCES:
-        raise ValueError(f"loss {name!r} is not one of {', '.join(DIVERGENCES)}")
+        raise ValueError(f"loss {name!r} is not one of {', '.join((*DIVERGENCES, TEXT_LOSS))}")
     if name == "kd":
         return partial(kl.kd_loss, temperature=temperature)
     if temperature != 1.0:

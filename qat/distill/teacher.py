@@ -63,6 +63,20 @@ class TeacherSignal:
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
+def text_signal(token_ids: Tensor, mask: Tensor) -> TeacherSignal:
+    """Return the text itself as the teacher: position t is known to be followed by token t + 1.
+
+    Cross-entropy on the likeliest token (`hard_top1`) is then that of next-token prediction.
+
+    Args:
+        token_ids: (B, L) int64.
+        mask: (B, L - 1) bool.
+    """
+    labels = token_ids[:, 1:].unsqueeze(-1)  # (B, T, 1)
+    log_probs = torch.zeros(labels.shape, device=labels.device)
+    return TeacherSignal(kind="conditional", log_probs=log_probs, mask=mask, token_ids=labels)
+
+
 def dense_signal(teacher_logits: Tensor, mask: Tensor) -> TeacherSignal:
     """Return the full signal of a live teacher's logits, (B, T, V)."""
     log_probs = torch.log_softmax(teacher_logits.float(), dim=-1)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from qat.tracking.record import kl_name
 from qat.train.config import TrainConfig
+from qat.train.pretrain_config import PretrainConfig
 from qat.train.state import Progress
 from qat.train.step import Batch, Trainer
 
@@ -34,10 +35,10 @@ class Hooks:
     hard_weight: Callable[[int], float | None]
     """Weight of the hard cross-entropy at a step; None where it is no part of the loss."""
     evaluate: Callable[[], dict[str, float]]
-    """Held-out numbers, kl_nats or kl_nats_lower among them."""
+    """Held-out numbers, kl_nats or kl_nats_lower among them, or without a teacher perplexity."""
     track: Callable[[int, Mapping[str, float]], None]
     keep_best: Callable[[dict[str, float], int], None]
-    """Writes the student; called when kl_nats, or kl_nats_lower in its place, is the least."""
+    """Writes the student; called when kl_nats, or what is in its place, is the least."""
     save: Callable[[Progress], None]
     """Writes the state to resume from."""
     restore: Callable[[], Progress | None]
@@ -60,7 +61,7 @@ class Report:
 def train_end_to_end(
     trainer: Trainer,
     batches_from: Callable[[int], Iterator[Batch]],
-    config: TrainConfig,
+    config: TrainConfig | PretrainConfig,
     hooks: Hooks,
     progress: Progress | None = None,
 ) -> Progress:
@@ -93,7 +94,7 @@ def train_end_to_end(
 def take_steps(
     trainer: Trainer,
     batches: Iterator[Batch],
-    config: TrainConfig,
+    config: TrainConfig | PretrainConfig,
     hooks: Hooks,
     progress: Progress | None,
 ) -> Progress:
@@ -148,8 +149,8 @@ def look(progress: Progress, hooks: Hooks) -> None:
     """Evaluate, track, and keep the student if it is the best so far."""
     values = progress.last_eval = hooks.evaluate()
     hooks.track(progress.step, {f"eval/{name}": v for name, v in values.items() if v is not None})
-    name = kl_name(values)
-    if name is None:
+    name = kl_name(values) or "perplexity"
+    if values.get(name) is None:
         return
     best = getattr(progress, f"best_{name}")
     if best is None or values[name] < best:

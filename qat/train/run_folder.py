@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from qat.cache.read import CacheBatch, TeacherCache, shuffled_batches
 from qat.distill.candidates import draw_negatives, with_negatives
-from qat.distill.objective import make_divergence
-from qat.distill.teacher import TeacherSignal
+from qat.distill.objective import TEXT_LOSS, make_divergence
+from qat.distill.teacher import TeacherSignal, text_signal
 from qat.model.surgery import has_low_rank_scales, hold_weights
 from qat.tracking.record import SETTINGS, config_as_json, flat_settings, read_config, read_summary
 from qat.train import trainable
 from qat.train.config import OptimConfig, TrainConfig
 from qat.train.ema import MovingAverage
+from qat.train.pretrain_config import PretrainConfig
 from qat.train.schedule import rate_factor
 from qat.train.state import STATE, Progress
 from qat.train.step import Batch, Trainer, loss_scaler
@@ -27,6 +28,7 @@ COMMAND = "train"
 # Settings that do not decide a run's numbers; what lies at a path is in the identity by its hash.
 PLACES = (
     *("checkpoint", "cache_dir", "eval_cache_dir", "output_dir", "model_id", "tracking."),
+    *("data_dir", "arch"),
     *("intervals.log_steps", "intervals.save_steps", "intervals.keep_checkpoints"),
 )
 FOREIGN_FILES = ("config.json", "checkpoint.json", "*.pt", "*.safetensors")
@@ -42,20 +44,31 @@ def run_identity(
     dtype: str,
 ) -> dict[str, Any]:
     """Return what decides a run's numbers: its settings, the student, the caches it reads."""
-    flat = flat_settings(config_as_json(config))
-    settings = {name: v for name, v in flat.items() if not name.startswith(PLACES)}
-    settings |= {"device": device_kind, "dtype": dtype}
+    settings = deciding_settings(config, device_kind, dtype)
     caches = {"cache": cache}
     if eval_cache not in (None, cache):
         caches["eval_cache"] = eval_cache
     return {"settings": settings, "checkpoint": checkpoint, **caches}
 
 
+def deciding_settings(
+    config: TrainConfig | PretrainConfig, device_kind: str, dtype: str
+) -> dict[str, Any]:
+    """Return the settings that decide a run's numbers, by the names of flags."""
+    flat = flat_settings(config_as_json(config))
+    settings = {name: v for name, v in flat.items() if not name.startswith(PLACES)}
+    return settings | {"device": device_kind, "dtype": dtype}
+
+
 def record_of(
-    config: TrainConfig, identity: dict[str, Any], latent_start: str | None = None
+    config: TrainConfig | PretrainConfig,
+    identity: dict[str, Any],
+    latent_start: str | None = None,
+    *,
+    command: str = COMMAND,
 ) -> dict[str, Any]:
     """Return config.json of a run: the command, its whole config, and the identity."""
-    record = {"command": COMMAND, SETTINGS: config_as_json(config), "identity": identity}
+    record = {"command": command, SETTINGS: config_as_json(config), "identity": identity}
     return record if latent_start is None else {**record, "latent_start": latent_start}
 
 
@@ -121,7 +134,9 @@ def training_batches(
             token_ids=packed.input_ids,
             mask=packed.mask,
             document_ids=packed.document_ids,
-            unpack=partial(unpacked, packed, drawn),
+            unpack=partial(text_signal, packed.input_ids, packed.mask)
+            if config.loss.divergence == TEXT_LOSS
+            else partial(unpacked, packed, drawn),
         )
 
 
@@ -222,12 +237,12 @@ def peak_rates(optim: OptimConfig, lr: float) -> dict[str, float]:
     }
 
 
-def rate_at(config: TrainConfig, progress: Progress) -> float:
+def rate_at(config: TrainConfig | PretrainConfig, progress: Progress) -> float:
     """Return the share of the peak rates at the next step; every rollback has halved it."""
     factor = rate_factor(
         progress.step,
         max_steps=config.max_steps,
-        warmup_steps=config.optim.warmup_steps,
+        warmup_steps=config.optim.warmup_of(config.max_steps),
         min_ratio=config.optim.min_lr_ratio,
         schedule=config.optim.schedule,
     )

@@ -32,6 +32,8 @@ class Progress:
     best_kl_nats: float | None = None
     best_kl_nats_lower: float | None = None
     """In its place where the cache keeps a part of the vocabulary."""
+    best_perplexity: float | None = None
+    """In its place where there is no teacher."""
     best_step: int | None = None
     last_loss: float | None = None
     smooth_loss: float | None = None

@@ -189,6 +189,8 @@ class Trainer:
     seen: Tensor | None = None
     """Tokens of the training data, (V,) bool: rows of others in embedding and head stay as they
     are, where the optimizer would take steps of full size on next to no gradient. None = all."""
+    autocast_dtype: torch.dtype | None = None
+    """What float32 weights are multiplied in; None where layers hold weights of the dtype."""
     sums: Gradients = field(default_factory=dict)
     """Float32 gradients of held weights while a step has several micro-batches."""
 
@@ -242,10 +244,11 @@ class Trainer:
         total = torch.zeros((), device=device)
         is_summed = len(batches) > 1 and self.dtype != torch.float32
         for share, batch in zip(shares, batches, strict=True):
-            hidden = hidden_states(self.model, batch.token_ids, batch.document_ids)[:, :-1]
-            loss = share * chunked_loss(
-                hidden, self.head, batch.unpack(), divergence, head_weight=self.head_weight()
-            )
+            with self.computing():
+                hidden = hidden_states(self.model, batch.token_ids, batch.document_ids)[:, :-1]
+                loss = share * chunked_loss(
+                    hidden, self.head, batch.unpack(), divergence, head_weight=self.head_weight()
+                )
             loss.backward()
             total += loss.detach()
             if is_summed:
@@ -266,6 +269,12 @@ class Trainer:
         """Put the moving average in the parameters' place inside the block, if there is one."""
         return self.ema.in_place() if self.ema else nullcontext()
 
+    def computing(self) -> AbstractContextManager[None]:
+        """Multiply float32 weights in another dtype inside the block, where one is asked for."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
     def peak_rate(self) -> float:
         """Return the highest peak learning rate of any part."""
         return max(group["peak_lr"] for group in self.optimizer.param_groups)
@@ -274,6 +283,8 @@ class Trainer:
         """Return the head's weight where it trains, alone or tied to the embedding."""
         head = self.model.get_output_embeddings()
         layer = head.tied[0] if isinstance(head, TiedHead) else head
+        if not isinstance(layer, FakeQuantWeight):
+            return layer.weight if layer.weight.requires_grad else None
         weight = layer.held_weight if layer in self.layers else None
         return weight if weight is not None and weight.requires_grad else None
 

@@ -70,6 +70,18 @@ def choose_trainable(
     return chosen
 
 
+def choose_dense(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Let all of a model train; return its matrices as weights and its vectors as norms.
+
+    Parameters by part, as `choose_trainable` gives them: weights decay, norms and biases do not.
+    """
+    model.requires_grad_(True)
+    chosen: dict[str, list[nn.Parameter]] = {"weights": [], "norms": []}
+    for parameter in model.parameters():  # tied ones once
+        chosen["weights" if parameter.dim() > 1 else "norms"].append(parameter)
+    return {part: parameters for part, parameters in chosen.items() if parameters}
+
+
 def layers_to_train(
     model: nn.Module, kinds: tuple[str, ...], formats: tuple[str, ...] | None
 ) -> dict[str, FakeQuantWeight]:
@@ -147,6 +159,8 @@ def make_optimizer(
     rates: dict[str, float],
     weight_decay: float = 0.0,
     units: Mapping[nn.Parameter, float] | None = None,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.Optimizer:
     """Return AdamW with one group of parameters a part; with units, one a parameter."""
 
@@ -160,7 +174,7 @@ def make_optimizer(
     else:
         groups = [group(part, [p], units[p]) for part, some in chosen.items() for p in some]
     device = next(iter(chosen.values()))[0].device
-    return torch.optim.AdamW(groups, **optimizer_settings(device))
+    return torch.optim.AdamW(groups, betas=betas, **optimizer_settings(device))
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

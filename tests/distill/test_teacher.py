@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from qat.distill.teacher import TeacherSignal, dense_signal, log_rest, top_k_signal
+from qat.distill.kl import hard_top1
+from qat.distill.teacher import TeacherSignal, dense_signal, log_rest, text_signal, top_k_signal
 
 LOGITS = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0)) * 3
 MASK = torch.tensor([[True, False, True], [True, True, False]])
@@ -55,3 +56,14 @@ def test_changing_a_signal_leaves_what_is_no_tensor():
     moved = signal.to("cpu")
     assert isinstance(moved, TeacherSignal)
     assert torch.equal(moved.log_probs, signal.log_probs)
+
+
+def test_a_text_is_a_teacher_that_knows_the_next_token():
+    """Cross-entropy on its likeliest token is torch's own, on labels shifted by one."""
+    token_ids = torch.randint(20, (2, 4), generator=torch.Generator().manual_seed(1))
+    signal = text_signal(token_ids, MASK)
+    found = hard_top1(LOGITS, signal)
+    expected = torch.nn.functional.cross_entropy(
+        LOGITS.flatten(0, 1), token_ids[:, 1:].flatten(), reduction="none"
+    )
+    assert torch.allclose(found.flatten(), expected, atol=1e-6)

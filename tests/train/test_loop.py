@@ -110,6 +110,16 @@ def test_a_bound_chooses_the_best_where_the_exact_distance_is_not_known():
     assert (progress.best_kl_nats, progress.best_kl_nats_lower) == (None, 1.0)
 
 
+def test_perplexity_chooses_the_best_where_there_is_no_teacher():
+    """A new model is kept when the held-out perplexity is the least."""
+    story = Story()
+    found = iter([9.0, 5.0, 7.0])
+    hooks = replace(story.hooks(), evaluate=lambda: {"perplexity": next(found)})
+    progress = train_end_to_end(FakeTrainer(), batches_from, intervals(eval_steps=3), hooks)
+    assert story.events == [("best", 0), ("best", 3)]
+    assert (progress.best_perplexity, progress.best_step) == (5.0, 3)
+
+
 def test_a_distance_that_is_not_known_is_no_best():
     """None is not better than anything."""
     story = Story([None, None])

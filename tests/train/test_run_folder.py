@@ -183,6 +183,17 @@ def test_a_curriculum_cuts_sequences_and_their_signal_alike(cache):
     assert all(batch.unpack().log_probs.shape[:2] == batch.mask.shape for batch in first)
 
 
+def test_the_text_itself_teaches_where_that_is_asked_for(cache):
+    """The label of each position is the next token of the block, whatever the cache holds."""
+    plan = config(batch_size=4, loss=LossConfig(divergence="cross-entropy"), curriculum="9:0")
+    batch = next(training_batches(cache, plan, torch.device("cpu"), start_step=0))
+    signal = batch.unpack()
+    assert torch.equal(signal.token_ids[..., 0], batch.token_ids[:, 1:])
+    assert torch.equal(signal.mask, batch.mask)
+    with pytest.raises(ValueError, match="leave it out with cross-entropy"):
+        LossConfig(divergence="cross-entropy", sampled_negatives=4)
+
+
 def test_a_curriculum_longer_than_the_cache_is_refused():
     """With the flag that builds a longer one."""
     check_lengths(config(curriculum="8:0,16:5"), 16)

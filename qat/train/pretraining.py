@@ -1,0 +1,79 @@
+"""A new model's training: what a step works with, and its micro-batches from token shards."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import nn
+
+from qat.data.token_dataset import TokenBlocks, TokenDataset, shuffled_indices
+from qat.distill.objective import TEXT_LOSS, make_divergence
+from qat.distill.teacher import text_signal
+from qat.train.config import RateConfig
+from qat.train.ema import MovingAverage
+from qat.train.pretrain_config import PretrainConfig
+from qat.train.step import Batch, Trainer, loss_scaler
+from qat.train.trainable import choose_dense, enable_gradient_checkpointing, make_optimizer
+
+
+def make_pretrainer(
+    config: PretrainConfig, model: nn.Module, dtype: torch.dtype, *, sync: Callable[[], None]
+) -> Trainer:
+    """Let all of a float32 model train and return what a step works with."""
+    optim, chosen = config.optim, choose_dense(model)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    parameters = [parameter for part in chosen.values() for parameter in part]
+    return Trainer(
+        model=model,
+        layers=[],
+        optimizer=make_optimizer(
+            chosen, dict.fromkeys(chosen, optim.lr), optim.weight_decay, betas=optim.betas
+        ),
+        divergence=make_divergence(TEXT_LOSS),
+        dtype=dtype,
+        clip_grad_norm=optim.clip_grad_norm,
+        sync=sync,
+        ema=moving_average(optim, parameters),
+        scaler=loss_scaler(parameters[0].device, dtype),
+        autocast_dtype=None if dtype == torch.float32 else dtype,
+    )
+
+
+def moving_average(optim: RateConfig, parameters: list[nn.Parameter]) -> MovingAverage | None:
+    """Return the moving average that is asked for, if one is."""
+    return MovingAverage(parameters, optim.ema_decay) if optim.ema_decay else None
+
+
+def token_batches(
+    tokens: TokenDataset, config: PretrainConfig, device: torch.device, start_step: int
+) -> Iterator[Batch]:
+    """Yield micro-batches on the device without end, from the first of a step on.
+
+    Each stage of the curriculum goes through blocks of its own length in an order of its own.
+    """
+    stages, count = config.stages(), config.accumulation_steps
+    ends = [stage.first_step for stage in stages[1:]]
+    for place, (stage, end) in enumerate(zip(stages, [*ends, None], strict=True)):
+        first = max(start_step, stage.first_step)
+        if end is not None and first >= end:
+            continue
+        blocks = TokenBlocks(tokens, "train", stage.seq_len)
+        indices = shuffled_indices(
+            len(blocks),
+            stage.batch_size,
+            [config.seed, place],
+            start_batch=(first - stage.first_step) * count,
+        )
+        number = None if end is None else (end - first) * count
+        for chosen in islice(indices, number):
+            token_ids, document_ids, mask = (
+                ids.to(device, non_blocking=True) for ids in blocks.batch(chosen)
+            )
+            yield Batch(
+                token_ids=token_ids,
+                mask=mask,
+                document_ids=document_ids if config.documents == "separate" else None,
+                unpack=partial(text_signal, token_ids, mask),
+            )
