@@ -7,10 +7,11 @@ STAMP := $(VENV)/setup.stamp
 XLA_VENV := .venv-xla
 XLA_STAMP := $(XLA_VENV)/setup.stamp
 DEMO_FLAGS ?=
+MILESTONE_FLAGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check style recipe fuzz kill parity bench xla xla-setup clean
+.PHONY: help setup demo milestone test check style recipe fuzz kill parity bench xla xla-setup clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +34,11 @@ demo: setup  ## small files of SmolLM2-135M, next to llama.cpp's own (installs l
 	@$(RUN)/python -m pip install -qq -c constraints.txt -e '.[demo]' || \
 	    echo 'demo: llama.cpp could not be installed, PyTorch answers in its place' >&2
 	@$(RUN)/qat demo $(DEMO_FLAGS)
+
+milestone: setup  ## a new model from text to files that llama.cpp runs (installs llama.cpp)
+	@$(RUN)/python -m pip install -qq -c constraints.txt -e '.[demo]' || \
+	    echo 'milestone: llama.cpp could not be installed, no runtime reads the files' >&2
+	@$(RUN)/python speedrun/milestone.py $(MILESTONE_FLAGS)
 
 test: setup  ## the fast tests
 	@OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --dist loadfile

@@ -125,7 +125,7 @@ class TokenBlocks(torch.utils.data.Dataset[TokenBatch]):
             )
 
     def __len__(self) -> int:
-        return (self.tokens.num_tokens(self.split) - 1) // (self.seq_len - 1)
+        return max(0, self.tokens.num_tokens(self.split) - 1) // (self.seq_len - 1)
 
     def __getitem__(self, index: int) -> TokenBatch:
         """Return one block as a batch of one."""

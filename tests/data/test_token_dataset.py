@@ -59,6 +59,15 @@ def test_a_block_is_found_by_its_index(folder):
         TokenBlocks(TokenDataset.open(folder), "heldout", 15)
 
 
+def test_a_split_without_documents_is_refused(tmp_path):
+    """Where nothing was held out, nothing can be measured."""
+    shard = write_shard(tmp_path / "a", [np.arange(9)], [], vocab_size=9, source=0, num_records=1)
+    manifest = TokenManifest(identity=IDENTITY, data_name="x", vocab_size=9, shards=(shard,))
+    write_manifest(tmp_path, manifest)
+    with pytest.raises(ValueError, match="0 tokens in its heldout split"):
+        TokenBlocks(TokenDataset.open(tmp_path), "heldout", 4)
+
+
 def test_damage_is_found_before_a_token_is_given(folder):
     """By size when the folder is opened, by sha256 when a shard is first read."""
     path = folder / "tokens_1"
