@@ -161,6 +161,9 @@ def checkpoint_path(checkpoint: str | Path) -> Path:
     seed_file = find_seed_file(path)
     if seed_file is not None:
         return seed_file
+    for name in (BEST_NAME, FINAL_NAME):  # of a run that trains a new model
+        if (path / name / "config.json").is_file():
+            return path / name
     if path.is_file():
         raise ValueError(f"{path} is no checkpoint; {WHAT_TO_GIVE}, a .pt file or an archive")
     return model_folder(path if path.exists() else checkpoint)

@@ -236,6 +236,9 @@ def make_hooks(run: Run, trainer: Trainer, track: Tracker) -> Hooks:
 
 def write_model(run: Run, trainer: Trainer, name: str) -> None:
     """Write the model, in float32 and with its tokenizer, into the run's folder."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     with trainer.averaged(), atomic_folder(run.config.output_dir / name) as folder:
         model: nn.Module = trainer.model
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)

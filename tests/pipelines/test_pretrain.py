@@ -6,6 +6,7 @@ import torch
 from qat.evaluate.on_tokens import evaluate_on_tokens
 from qat.model.load import load_dense, load_tokenizer
 from qat.pipelines import pretrain as pipeline
+from qat.pipelines.open_checkpoint import open_checkpoint
 from qat.pipelines.pretrain import open_run, pretrain
 from qat.tracking.record import (
     SETTINGS,
@@ -53,6 +54,7 @@ def test_a_run_leaves_a_model_that_anyone_can_load(config):
     record = read_config(config.output_dir)
     assert config_from_json(PretrainConfig, record[SETTINGS]) == config
     model, run = load_dense(result.checkpoint), open_run(config)
+    assert str(open_checkpoint(config.output_dir).path) == result.checkpoint
     assert sum(p.numel() for p in model.parameters()) == result.parameters
     assert len(load_tokenizer(result.checkpoint)) == run.tokens.manifest.vocab_size
     found = evaluate_on_tokens(
