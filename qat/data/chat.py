@@ -141,7 +141,14 @@ def plain_texts(records: Iterable[Record], column: str) -> Iterator[str]:
                 f"record {index} has the fields {', '.join(map(str, record))}; give the one that "
                 "holds text with --text-column"
             )
-        yield "\n\n".join(item["content"] for item in turns_of(record, kind) if item["content"])
+        try:
+            turns = turns_of(record, kind)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"record {index} looks like {kind} and is not ({error!r}); correct it, or give "
+                "--text-column"
+            ) from error
+        yield "\n\n".join(item["content"] for item in turns if item["content"])
 
 
 def ignores_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -38,8 +38,8 @@ class CorpusConfig:
     """Plain text: where it is, and which field of a record holds it."""
 
     data: str
-    """A json, jsonl, parquet or text file, a folder of them, or a hub name with what chooses of it,
-    as name, name@revision, name:config or name:config:split (the train split when not given)."""
+    """A json, jsonl, parquet or text file, a folder of them, or a hub data set as
+    OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]; its train split when not given."""
     text_column: str = "text"
     """Field of a record that holds its text; records of other known formats are joined to one."""
 

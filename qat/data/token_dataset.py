@@ -104,7 +104,8 @@ class TokenDataset:
     def _shard(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Map a shard, once, after checking its bytes."""
         if index not in self._shards:
-            self._shards[index] = map_shard(self.folder, self.manifest.shards[index])
+            shard = self.manifest.shards[index]
+            self._shards[index] = map_shard(self.folder, shard, self.manifest.vocab_size)
         return self._shards[index]
 
 

@@ -7,7 +7,6 @@ Shape legend: n tokens of a shard, d documents of it.
 """
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from qat.storage.decode import Count, FileName, Sha256, Size, as_type, read_as
 from qat.storage.files import atomic_file, fingerprint, read_json, sha256_of_file, write_json
 
 FORMAT_VERSION = 1
@@ -36,18 +36,18 @@ class DamagedShards(ValueError):  # noqa: N818 as CacheMismatch
 class TokenShard:
     """One file: where its records come from, and what it holds of them."""
 
-    file: str
-    sha256: str
-    num_bytes: int
-    source: int
+    file: FileName
+    sha256: Sha256
+    num_bytes: Size
+    source: Count
     """Index of the source file in the data."""
-    num_records: int
+    num_records: Size
     """Read for it, empty ones included."""
-    num_documents: int
+    num_documents: Size
     """Training and held-out together."""
-    num_tokens: int
+    num_tokens: Count
     """Of training documents, which come first."""
-    num_heldout_tokens: int
+    num_heldout_tokens: Count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,13 +59,18 @@ class TokenIdentity:
     data: tuple[str, ...]
     """The sha256 of each source file in order; of a hub data set its revision."""
     text_column: str
-    heldout_ratio: float
-    shard_tokens: int
-    bos_id: int | None
+    heldout_ratio: int | float
+    shard_tokens: Size
+    bos_id: Count | None
     """Put before each document; None where the tokenizer puts nothing."""
-    separator_id: int
+    separator_id: Count
     """EOS, put after each document."""
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        """Refuse what another version wrote."""
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(f"format_version {self.format_version} is not {FORMAT_VERSION}")
 
     @property
     def fingerprint(self) -> str:
@@ -79,7 +84,7 @@ class TokenManifest:
 
     identity: TokenIdentity
     data_name: str
-    vocab_size: int
+    vocab_size: Size
     """Of the tokenizer."""
     shards: tuple[TokenShard, ...]
     """By source, then by place in it."""
@@ -127,11 +132,12 @@ def write_shard(
     )
 
 
-def map_shard(folder: Path, shard: TokenShard) -> tuple[np.ndarray, np.ndarray]:
+def map_shard(folder: Path, shard: TokenShard, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a shard's token ids, (n,), and where its documents end, (d,), mapped from its file.
 
     Raises:
-        DamagedShards: If the file's bytes are not those that were written.
+        DamagedShards: If the file's bytes are not those that were written, or contradict the
+            manifest or the vocabulary.
     """
     check_size(folder, shard)
     path = folder / shard.file
@@ -141,9 +147,18 @@ def map_shard(folder: Path, shard: TokenShard) -> tuple[np.ndarray, np.ndarray]:
         )
     try:
         stored = load_file(path)
-        return stored[TOKENS].numpy(), stored[ENDS].numpy()
+        ids, ends = stored[TOKENS].numpy(), stored[ENDS].numpy()
     except (SafetensorError, KeyError) as error:
         raise DamagedShards(f"{path} is no shard of token ids ({error}); {REMEDY}") from error
+    num_tokens = shard.num_tokens + shard.num_heldout_tokens
+    if ids.shape != (num_tokens,) or ends.shape != (shard.num_documents,) or ends[-1] != num_tokens:
+        raise DamagedShards(f"{path} holds other tokens than the manifest says; {REMEDY}")
+    if (
+        not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size
+        or (np.diff(ends, prepend=0) < 1).any()
+    ):
+        raise DamagedShards(f"{path} holds ids or documents that cannot be; {REMEDY}")
+    return ids, ends
 
 
 def check_size(folder: Path, shard: TokenShard) -> None:
@@ -175,18 +190,9 @@ def read_manifest(folder: Path) -> TokenManifest:
             f"{folder} holds no {MANIFEST_FILE}: no token shards, or some that were cut short; run "
             "`qat tokenize`"
         )
-    values: dict[str, Any] = read_json(path)
-    try:
-        recorded = values.pop("fingerprint")
-        manifest = TokenManifest(
-            **{
-                **values,
-                "identity": identity_of(values["identity"]),
-                "shards": tuple(TokenShard(**shard) for shard in values["shards"]),
-            }
-        )
-    except (KeyError, TypeError) as error:
-        raise DamagedShards(f"{path} is no manifest of token shards ({error}); {REMEDY}") from error
+    values = as_type(read_json(path), dict[str, Any], path, remedy=REMEDY, refuse=DamagedShards)
+    recorded = values.pop("fingerprint", None)
+    manifest = as_type(values, TokenManifest, path, remedy=REMEDY, refuse=DamagedShards)
     if recorded != manifest.identity.fingerprint:
         raise DamagedShards(
             f"{path}: fingerprint {recorded} is recorded but its fields give "
@@ -195,9 +201,9 @@ def read_manifest(folder: Path) -> TokenManifest:
     return manifest
 
 
-def identity_of(values: Mapping[str, Any]) -> TokenIdentity:
-    """Return the identity that JSON values describe."""
-    return TokenIdentity(**{**values, "data": tuple(values["data"])})
+def read_identity(path: Path) -> TokenIdentity:
+    """Return the identity in a file that a command left before its end."""
+    return read_as(path, TokenIdentity, remedy=REMEDY, refuse=DamagedShards)
 
 
 def require_identity(found: TokenIdentity, asked: TokenIdentity, folder: Path) -> None:

@@ -18,7 +18,8 @@ from qat.data.token_shards import (
     is_heldout,
     write_shard,
 )
-from qat.storage.files import read_json, sha256_of_file, write_json
+from qat.storage.decode import read_as, reading
+from qat.storage.files import sha256_of_file, write_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,14 @@ class Source:
     def progress_file(self) -> Path:
         """Return where finished shards are written down."""
         return self.folder / f"progress_{self.index:05d}.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceProgress:
+    """How far a source is."""
+
+    complete: bool
+    shards: tuple[TokenShard, ...]
 
 
 def tokenize_source(source: Source, tokenizer: PreTrainedTokenizerBase) -> list[TokenShard]:
@@ -64,8 +73,8 @@ def tokenize_source(source: Source, tokenizer: PreTrainedTokenizerBase) -> list[
                 )
             )
         is_complete = sum(map(len, (x for side in sides for x in side))) < plan.shard_tokens
-        values = {"complete": is_complete, "shards": [asdict(shard) for shard in shards]}
-        write_json(source.progress_file, values)
+        progress = SourceProgress(complete=is_complete, shards=tuple(shards))
+        write_json(source.progress_file, asdict(progress))
         if is_complete:
             return shards
 
@@ -77,8 +86,8 @@ def finished_shards(source: Source) -> tuple[list[TokenShard], bool]:
     """
     if not source.progress_file.is_file():
         return [], False
-    values = read_json(source.progress_file)
-    shards = [TokenShard(**shard) for shard in values["shards"]]
+    progress = read_as(source.progress_file, SourceProgress, remedy="remove it")
+    shards = list(progress.shards)
     for place, shard in enumerate(shards):
         try:
             check_size(source.folder, shard)
@@ -86,7 +95,7 @@ def finished_shards(source: Source) -> tuple[list[TokenShard], bool]:
             return shards[:place], False
         if sha256_of_file(source.folder / shard.file) != shard.sha256:
             return shards[:place], False
-    return shards, values["complete"]
+    return shards, progress.complete
 
 
 def gather(
@@ -111,9 +120,10 @@ def tokenize_texts(
     """Yield the document of each text, None of an empty one, and whether it is held out."""
     before = [] if plan.bos_id is None else [plan.bos_id]
     while chunk := list(islice(texts, RECORDS_A_CALL)):
-        encoded = tokenizer(
-            chunk, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        with reading(f"the tokenizer of {tokenizer.name_or_path}"):
+            encoded = tokenizer(
+                chunk, add_special_tokens=False, return_attention_mask=False, verbose=False
+            )["input_ids"]
         for text, ids in zip(chunk, encoded, strict=True):
             is_empty = not text.strip()
             document = np.array([*before, *ids, plan.separator_id], np.int32)

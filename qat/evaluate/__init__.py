@@ -1,1 +1,4 @@
-"""Held-out numbers: `kl`, then `on_cache` and `on_text`; answers: `generate`."""
+"""Held-out numbers: `kl`, then `on_cache`, `on_text`, `on_tokens`, `windows`.
+
+`generate` gives answers.
+"""

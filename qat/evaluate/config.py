@@ -25,8 +25,8 @@ class EvaluateConfig(PlaceConfig):
     """Plain text file to measure on."""
     perplexity: tuple[str, ...] = ()
     """Texts to measure perplexity on, NAME=SOURCE or SOURCE each: json, jsonl, parquet or text
-    files, folders or hub names, such as wiki=wikitext:wikitext-2-raw-v1:test. Documents are joined
-    by an empty line."""
+    files, folders or hub names, such as wiki=Salesforce/wikitext:wikitext-2-raw-v1:test. Documents
+    are joined by an empty line."""
     text_column: str = "text"
     """Field of their records that holds text."""
     window: int = 1024

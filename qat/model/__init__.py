@@ -1,1 +1,4 @@
-"""Models and their layers: `load`, `linear`, `surgery`, `checkpoint`, `packaged`."""
+"""Models and their layers: `load`, `linear`, `surgery`, `checkpoint`, `packaged`.
+
+`architectures` names the shapes of new ones.
+"""

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from qat.model.attention import widen_attention
 from qat.model.checkpoint import empty_model_of, read_model_config
+from qat.storage.decode import reading
 
 # By name: fields of LlamaConfig. Embedding and head are one matrix in all of them.
 SHAPES: dict[str, dict[str, int | float]] = {
@@ -103,7 +104,10 @@ def read_architecture(name: str, vocab_size: int | None = None) -> PreTrainedCon
 
 def new_model(config: PreTrainedConfig) -> nn.Module:
     """Return a model of random float32 weights, as torch's generator draws them, to be trained."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with reading(f"{config.name_or_path or config.model_type}/config.json"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
     widen_attention(model)
     return model
 

@@ -22,7 +22,7 @@ from qat.data.token_shards import (
     TokenIdentity,
     TokenManifest,
     TokenShard,
-    identity_of,
+    read_identity,
     read_manifest,
     require_identity,
     write_manifest,
@@ -32,7 +32,6 @@ from qat.model.load import load_tokenizer
 from qat.storage.files import (
     atomic_folder,
     folder_lock,
-    read_json,
     sha256_of_file,
     write_json,
 )
@@ -107,7 +106,7 @@ def check_folder(folder: Path, identity: TokenIdentity) -> None:
     if (folder / MANIFEST_FILE).is_file():
         require_identity(read_manifest(folder).identity, identity, folder)
     elif (folder / BUILDING_FILE).is_file():
-        require_identity(identity_of(read_json(folder / BUILDING_FILE)), identity, folder)
+        require_identity(read_identity(folder / BUILDING_FILE), identity, folder)
 
 
 def write_sources(

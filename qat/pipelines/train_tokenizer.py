@@ -9,7 +9,8 @@ from qat.data.records import read_records, source_revision
 from qat.data.text import tokenizer_sha256
 from qat.data.vocabulary import train_tokenizer as learn
 from qat.model.load import load_tokenizer
-from qat.storage.files import atomic_folder, folder_lock, read_json, write_json
+from qat.storage.decode import object_in
+from qat.storage.files import atomic_folder, folder_lock, write_json
 from qat.tracking.messages import say
 from qat.tracking.record import config_as_json
 
@@ -62,7 +63,7 @@ def is_complete(folder: Path, asked: dict[str, object]) -> bool:
     """Whether a folder holds this tokenizer; refuse one that holds something else."""
     if not folder.exists():
         return False
-    found = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    found = object_in(folder / RECORD) if (folder / RECORD).is_file() else {}
     if found == asked:
         return True
     name = next((k for k in asked if found.get(k) != asked[k]), RECORD)

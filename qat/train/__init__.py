@@ -1,1 +1,4 @@
-"""Distillation of a student: `config`, `trainable`, `schedule`, `step`, `state`, `loop`."""
+"""Distillation of a student: `config`, `trainable`, `schedule`, `step`, `state`, `loop`.
+
+`pretraining` gives the same step and loop a new model and its text.
+"""

@@ -170,3 +170,5 @@ def test_plain_text_is_a_column_or_what_a_format_joins():
         list(plain_texts([{"text": "a"}, {"title": "b"}], "text"))
     with pytest.raises(ValueError, match="record 0: text 3 is not text"):
         list(plain_texts([{"text": 3}], "text"))
+    with pytest.raises(ValueError, match="record 0 looks like messages and is not"):
+        list(plain_texts([{"messages": [{"said": "a"}]}], "text"))

@@ -7,9 +7,9 @@ from qat.data.token_shards import (
     DamagedShards,
     TokenIdentity,
     TokenManifest,
-    identity_of,
     is_heldout,
     map_shard,
+    read_identity,
     read_manifest,
     require_identity,
     write_manifest,
@@ -17,6 +17,7 @@ from qat.data.token_shards import (
 )
 from qat.storage.files import read_json, write_json
 
+VOCAB = 9
 IDENTITY = TokenIdentity(
     tokenizer_sha256="t",
     data=("a", "b"),
@@ -36,7 +37,7 @@ def test_documents_come_back_as_they_went_in(tmp_path, vocab_size, width):
     shard = write_shard(
         tmp_path / "a", train, heldout, vocab_size=vocab_size, source=0, num_records=4
     )
-    ids, ends = map_shard(tmp_path, shard)
+    ids, ends = map_shard(tmp_path, shard, vocab_size)
     assert ids.astype(int).tolist() == [5, vocab_size - 1, 2, 7, 2, 9, 9, 9, 2]
     assert ids.itemsize == width
     assert ends.tolist() == [3, 5, 9]
@@ -49,10 +50,20 @@ def test_a_damaged_shard_is_refused(tmp_path):
     data = (tmp_path / "a").read_bytes()
     (tmp_path / "a").write_bytes(data[:-1] + b"\x07")
     with pytest.raises(DamagedShards, match="a has sha256 .* run `qat tokenize` again"):
-        map_shard(tmp_path, shard)
+        map_shard(tmp_path, shard, VOCAB)
     (tmp_path / "a").write_bytes(data[:-1])
     with pytest.raises(DamagedShards, match=f"a has {len(data) - 1} bytes"):
-        map_shard(tmp_path, shard)
+        map_shard(tmp_path, shard, VOCAB)
+
+
+def test_a_shard_of_other_tokens_than_the_manifest_says_is_refused(tmp_path):
+    """Also where its bytes are those that the manifest names."""
+    shard = write_shard(tmp_path / "a", [np.arange(9)], [], vocab_size=9, source=0, num_records=1)
+    for changes in ({"num_tokens": 8}, {"num_documents": 2}):
+        with pytest.raises(DamagedShards, match="a holds other tokens than the manifest says"):
+            map_shard(tmp_path, replace(shard, **changes), VOCAB)
+    with pytest.raises(DamagedShards, match="a holds ids or documents that cannot be"):
+        map_shard(tmp_path, shard, VOCAB - 1)
 
 
 def test_a_manifest_comes_back_and_an_altered_one_is_refused(tmp_path):
@@ -69,13 +80,14 @@ def test_a_manifest_comes_back_and_an_altered_one_is_refused(tmp_path):
     with pytest.raises(DamagedShards, match="fingerprint"):
         read_manifest(tmp_path)
     write_json(tmp_path / "manifest.json", {"fingerprint": "x"})
-    with pytest.raises(DamagedShards, match="is no manifest of token shards"):
+    with pytest.raises(DamagedShards, match="identity is missing"):
         read_manifest(tmp_path)
 
 
 def test_other_shards_are_refused_by_what_differs(tmp_path):
     """The first field that is another is named with both values."""
-    assert identity_of(asdict(IDENTITY)) == IDENTITY
+    write_json(tmp_path / "building.json", asdict(IDENTITY))
+    assert read_identity(tmp_path / "building.json") == IDENTITY
     require_identity(IDENTITY, IDENTITY, tmp_path)
     other = replace(IDENTITY, text_column="body")
     with pytest.raises(ValueError, match="with text_column text, asked for is body"):
