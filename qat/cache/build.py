@@ -2,7 +2,7 @@
 
 A shard appears under its name only when whole and the manifest comes last. What was whole
 before a kill is kept, the rest is made again from the same batches, so an interrupted build ends
-in the same bytes as an uninterrupted one.
+in the same bytes as an uninterrupted one. Several processes make shards of their own each.
 
 Shape legend: n sequences of a shard, B batch, L tokens of a block, T = L - 1, V vocabulary.
 """
@@ -10,6 +10,7 @@ Shape legend: n sequences of a shard, B batch, L tokens of a block, T = L - 1, V
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from qat.cache.read import TeacherCache
 from qat.data.blocks import Blocks, set_aside
 from qat.model.head import hidden_states, logit_scaling, logits_of
 from qat.runtime.device import Device
+from qat.runtime.distributed import from_first, gathered, share
+from qat.runtime.launch import is_first
 from qat.storage.files import atomic_folder, folder_lock, sweep_leftovers, write_json
 
 HEAD_FILE = "head.safetensors"
@@ -95,11 +98,9 @@ def write_cache(
             f"--top-k {identity.top_k} exceeds the vocabulary, {vocab_size}; give less"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder):
-        if built := find_built(folder, identity):
+    with folder_lock(folder) if is_first() else nullcontext():
+        if built := from_first(partial(start_build, folder, identity)):
             return built, BuildRates(None, None)
-        write_json(folder / manifests.BUILDING_FILE, asdict(identity))
-        sweep_leftovers(folder)
         blocks, text = split_text(blocks, identity)
         job = Job(
             forward=teacher_forward(teacher, identity.content),
@@ -111,22 +112,37 @@ def write_cache(
             device=device,
         )
         if identity.content == "hidden":
-            job = replace(job, channel_scale=prepare_head(teacher, job))
+            channel_scale = from_first(lambda: prepare_head(teacher, job).cpu())
+            job = replace(job, channel_scale=channel_scale.to(device.torch_device))
         shards, rates = write_shards(job)
-        manifest = manifests.CacheManifest(
-            identity=identity,
-            teacher_name=teacher_name,
-            data_name=data_name,
-            vocab_size=vocab_size,
-            num_sequences=len(blocks),
-            num_heldout=blocks.num_heldout,
-            shards=shards,
-            head=None if job.channel_scale is None else shard.entry_of_file(folder / HEAD_FILE, 0),
-            text=None if text is None else write_text(job, text),
-        )
-        manifests.write_manifest(folder, manifest)
-        (folder / manifests.BUILDING_FILE).unlink()
-    return manifest, rates
+
+        def finish() -> manifests.CacheManifest:
+            is_hidden = job.channel_scale is not None
+            manifest = manifests.CacheManifest(
+                identity=identity,
+                teacher_name=teacher_name,
+                data_name=data_name,
+                vocab_size=vocab_size,
+                num_sequences=len(blocks),
+                num_heldout=blocks.num_heldout,
+                shards=shards,
+                head=shard.entry_of_file(folder / HEAD_FILE, 0) if is_hidden else None,
+                text=None if text is None else write_text(job, text),
+            )
+            manifests.write_manifest(folder, manifest)
+            (folder / manifests.BUILDING_FILE).unlink()
+            return manifest
+
+        return from_first(finish), rates
+
+
+def start_build(folder: Path, identity: manifests.CacheIdentity) -> manifests.CacheManifest | None:
+    """Claim a folder for a build; return the manifest where it was complete."""
+    if built := find_built(folder, identity):
+        return built
+    write_json(folder / manifests.BUILDING_FILE, asdict(identity))
+    sweep_leftovers(folder)
+    return None
 
 
 def split_text(blocks: Blocks, identity: manifests.CacheIdentity) -> tuple[Blocks, Blocks | None]:
@@ -144,34 +160,44 @@ def write_text(job: Job, text: Blocks) -> manifests.FileEntry:
 
 
 def write_shards(job: Job) -> tuple[tuple[manifests.FileEntry, ...], BuildRates]:
-    """Write the shards that are missing; return the entries of all, and the speed."""
+    """Write the shards that are missing; return the entries of all, and the speed.
+
+    Of several processes each writes its share of them; the speed is that of all.
+    """
     seq_len = job.identity.seq_len
     ranges = shard.shard_ranges(len(job.blocks), seq_len)
-    entries = {index: kept_shard(job, index, rows) for index, rows in ranges.items()}
+    entries = from_first(lambda: {n: kept_shard(job, n, rows) for n, rows in ranges.items()})
     missing = [index for index, entry in entries.items() if entry is None]
     if not missing:
         return tuple(entries.values()), BuildRates(None, None)
     sample = torch.arange(job.batch_size)
     bare_seconds = time_forward(job, sample)
-    num_rows = sum(len(ranges[index]) for index in missing)
     start = time.perf_counter()
+    made = write_missing(job, {index: ranges[index] for index in share(missing)})
+    entries |= {index: entry for part in gathered(made) for index, entry in part.items()}
+    seconds = time.perf_counter() - start
+    bare_seconds += time_forward(job, sample)
+    num_tokens = sum(len(ranges[index]) for index in missing) * seq_len
+    bare_tokens = 2 * BARE_BATCHES * job.batch_size * seq_len * len(gathered(None))
+    rates = BuildRates(num_tokens / seconds, bare_tokens / bare_seconds)
+    return tuple(entries.values()), rates
+
+
+def write_missing(job: Job, ranges: dict[int, Tensor]) -> dict[int, manifests.FileEntry]:
+    """Write the shards of some ranges of sequences; return their entries."""
+    num_rows = sum(map(len, ranges.values()))
     with ThreadPoolExecutor(1) as writer, tqdm(total=num_rows, unit="block") as progress:
         futures: list[Future[manifests.FileEntry]] = []
-        for index in missing:
+        for index, sequences in ranges.items():
             parts = []
-            for rows in ranges[index].split(job.batch_size):
+            for rows in sequences.split(job.batch_size):
                 parts.append(pack_batch(job, rows))
                 progress.update(len(rows))
             if len(futures) >= SHARDS_IN_FLIGHT:
                 futures[-SHARDS_IN_FLIGHT].result()
-            fields = shard_fields(job, ranges[index], parts)
+            fields = shard_fields(job, sequences, parts)
             futures.append(writer.submit(write_shard, job, index, fields))
-        entries |= {index: future.result() for index, future in zip(missing, futures, strict=True)}
-    seconds = time.perf_counter() - start
-    bare_seconds += time_forward(job, sample)
-    bare_tokens = 2 * BARE_BATCHES * job.batch_size * seq_len
-    rates = BuildRates(num_rows * seq_len / seconds, bare_tokens / bare_seconds)
-    return tuple(entries.values()), rates
+        return {index: future.result() for index, future in zip(ranges, futures, strict=True)}
 
 
 def default_batch_size(device: Device, seq_len: int) -> int:

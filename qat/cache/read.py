@@ -306,14 +306,21 @@ def find_cache_folder(path: Path, is_cache: Callable[[Path], bool] = is_native) 
 
 
 def shuffled_batches(
-    cache: TeacherCache, *, split: Split = "train", batch_size: int, seed: int, start_batch: int = 0
+    cache: TeacherCache,
+    *,
+    split: Split = "train",
+    batch_size: int,
+    seed: int,
+    start_batch: int = 0,
+    share: Callable[[range], range] = lambda places: places,
 ) -> Iterator[CacheBatch]:
     """Yield batches without end: epochs in an order of their own, one after the other.
 
     Batch b holds the places b * B to (b + 1) * B of the endless row of shuffled epochs, so any
     batch follows from its number and every sequence is seen equally often.
 
-    `start_batch` is the first to give, as if those before had been given.
+    `start_batch` is the first to give, as if those before had been given; `share` takes what is
+    given of each batch.
     """
     sequence_ids = cache.sequence_ids(split)
 
@@ -322,6 +329,6 @@ def shuffled_batches(
         return np.random.default_rng([seed, epoch]).permutation(sequence_ids)
 
     for batch in count(start_batch):
-        places = range(batch * batch_size, (batch + 1) * batch_size)
+        places = share(range(batch * batch_size, (batch + 1) * batch_size))
         epochs = (divmod(place, len(sequence_ids)) for place in places)
         yield cache.batch(np.array([order(epoch)[inside] for epoch, inside in epochs]))

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError  # loads no torch
 
+from qat.runtime.launch import is_first, num_processes, rank
 from qat.storage.decode import is_own_mistake
 from qat.storage.files import read_json
 from qat.tracking.messages import LOGGER, messages_on_standard_error
@@ -40,6 +42,7 @@ def run_command(
     argv: Sequence[str] | None = None,
     *,
     has_config_flag: bool = False,
+    is_shared: bool = False,
 ) -> int:
     """Parse flags into a config, run the pipeline, print its result as one line of JSON.
 
@@ -51,26 +54,53 @@ def run_command(
         argv: Flags; those of the process when not given.
         has_config_flag: Whether `--config FILE` takes the flags that a run's config.json records;
             those given on the command line win.
+        is_shared: Whether several processes can do the work together.
 
     Returns:
         Exit code: 0, or 2 where the user can fix what is wrong.
     """
     with messages_on_standard_error():
         try:
-            arguments = list(sys.argv[1:] if argv is None else argv)
-            recorded = take_config(arguments, config_type) if has_config_flag else None
-            config = parse_flags(
-                name, config_type, arguments, recorded, has_config_flag=has_config_flag
-            )
-            line = closing_line(find_function(pipeline)(config))
+            with first_failure_alone():
+                if num_processes() > 1 and not is_shared:
+                    raise ValueError(f"`{name}` runs in one process; call it without torchrun")
+                arguments = list(sys.argv[1:] if argv is None else argv)
+                recorded = take_config(arguments, config_type) if has_config_flag else None
+                config = parse_flags(
+                    name, config_type, arguments, recorded, has_config_flag=has_config_flag
+                )
+                line = closing_line(find_function(pipeline)(config))
         except USER_ERRORS as error:
             if os.environ.get("QAT_TRACEBACK") or is_own_mistake(error):
                 raise
             close_bars()
-            LOGGER.error(f"error: {one_line(error)}")
+            who = "" if num_processes() == 1 else f"rank {rank()}: "
+            LOGGER.error(f"error: {who}{one_line(error)}")
             return 2
-    print(line, flush=True)  # noqa: T201 the closing line
+    if is_first():
+        print(line, flush=True)  # noqa: T201 the closing line
     return 0
+
+
+@contextmanager
+def first_failure_alone() -> Iterator[None]:
+    """Of several processes let the first that fails tell why; torchrun ends the others."""
+    try:
+        yield
+    except Exception as error:
+        if num_processes() == 1:
+            raise
+        from qat.runtime.distributed import is_first_to_fail, is_lost_connection
+
+        if not is_first_to_fail():
+            raise SystemExit(2) from None
+        if is_lost_connection(error):
+            why = " ".join(str(error).partition(". ")[0].split())
+            raise ConnectionError(
+                f"another process has gone ({why}); run the same command again to resume"
+            ) from error
+        error.add_note(f"in the process of rank {rank()}")
+        raise
 
 
 def find_function(pipeline: str | Callable[[Config], object]) -> Callable[[Config], object]:

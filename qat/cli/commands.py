@@ -45,6 +45,7 @@ PIPELINES = {
     "doctor": ("pipelines.doctor:DoctorConfig", "doctor:examine"),
     "demo": ("pipelines.demo_config:DemoConfig", "demo:demo"),
 }
+SHARED = ("build-cache", "train", "evaluate")  # by the processes that torchrun starts
 
 
 def config_of(name: str) -> type:
@@ -56,7 +57,11 @@ def config_of(name: str) -> type:
 def main(name: str, argv: Sequence[str] | None = None) -> int:
     """Run a command on these flags, those of the process when not given; return its exit code."""
     pipeline = f"qat.pipelines.{PIPELINES[name][1]}"
-    has_config_flag = name in ("train", "pretrain")
     return run_command(
-        f"qat {name}", config_of(name), pipeline, argv, has_config_flag=has_config_flag
+        f"qat {name}",
+        config_of(name),
+        pipeline,
+        argv,
+        has_config_flag=name in ("train", "pretrain"),
+        is_shared=name in SHARED,
     )

@@ -13,6 +13,7 @@ L - 1 where it ends at the last predicted token), H hidden, V vocabulary, N = B 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from qat.distill.kl import forward_kl, kd_loss
 from qat.distill.teacher import TeacherSignal, dense_signal
 from qat.model.head import hidden_states, logits_of
+from qat.runtime import distributed
 
 # Of one side's float32 logits at a time: 256 positions of 49,152 tokens, 48 of 262,144.
 CHUNK_BYTES = 48 * 2**20
@@ -80,6 +82,7 @@ def evaluate_batches(
     description: str,
     chunk_tokens: int | None = None,
     kd_sequences: int | None = None,
+    is_shared: bool = False,
 ) -> Numbers:
     """Return the student's distance from the teacher over batches.
 
@@ -91,6 +94,8 @@ def evaluate_batches(
         chunk_tokens: Positions whose logits are held at a time; does not change the result. None
             takes as many as `CHUNK_BYTES` hold.
         kd_sequences: The first so many count for kd_loss; all when not given.
+        is_shared: Whether `batches` are what `distributed.share` gives this process of all: the
+            numbers are then of all, to the bit those of one process.
 
     Returns:
         kl_nats or kl_nats_lower (the other is None), of the same positions kl_stderr (over
@@ -111,7 +116,21 @@ def evaluate_batches(
             tally.kind = None if signal is None else signal.kind
             parts.append(compare(logits_of(model, hidden[rows]).float(), labels[rows], signal))
         add(tally, torch.cat(parts, dim=1).view(-1, *shape), teacher.mask, token_ids.shape[1])
-    return summary(tally, kd_sequences)
+    return summary(merged(distributed.gathered(tally)) if is_shared else tally, kd_sequences)
+
+
+def merged(parts: list[Tally]) -> Tally:
+    """Return the tally of one process over all batches, of which each part has every so many-th."""
+
+    def in_order(shares: list[list[Tensor]]) -> list[Tensor]:
+        turns = zip_longest(*shares)
+        return [found for turn in turns for found in turn if found is not None]
+
+    return Tally(
+        kind=parts[0].kind,
+        kl=in_order([part.kl for part in parts]),
+        sums=in_order([part.sums for part in parts]),
+    )
 
 
 def positions_of_a_chunk(model: nn.Module, hidden: Tensor) -> int:

@@ -10,6 +10,7 @@ from qat.cache.read import CacheBatch, TeacherCache
 from qat.distill.teacher import TeacherSignal
 from qat.evaluate.kl import LazyTeacher, Numbers, evaluate_batches, live_teacher
 from qat.model.surgery import hold_weights
+from qat.runtime.distributed import share
 
 KD_SEQUENCES = 40  # the Speedrun Log's kd_loss is the mean over the first 40
 
@@ -23,6 +24,7 @@ def evaluate_on_cache(
     num_sequences: int | None = None,
     batch_size: int = 16,
     teacher: nn.Module | None = None,
+    is_shared: bool = True,
 ) -> Numbers:
     """Return the numbers of `evaluate_batches`.
 
@@ -39,13 +41,16 @@ def evaluate_on_cache(
         batch_size: Sequences of a forward pass.
         teacher: The cache's teacher itself, on the device: compared with in place of what the
             cache keeps of it, except for kd_loss.
+        is_shared: Whether processes that work together measure a part each; where they hold a
+            part of the model each, all of them measure all.
     """
     split = "heldout" if cache.manifest.num_heldout else "all"
     sequence_ids = cache.sequence_ids(split)[:num_sequences]
     hold_weights(model, dtype)
 
     def batches(chosen: np.ndarray, teacher: nn.Module | None) -> Iterator[tuple]:
-        for start in range(0, len(chosen), batch_size):
+        starts = range(0, len(chosen), batch_size)
+        for start in share(starts) if is_shared else starts:
             batch = cache.batch(chosen[start : start + batch_size]).to(device)
             inputs = (batch.input_ids, batch.mask, batch.document_ids)
             known = teacher_of_batch(batch) if teacher is None else live_teacher(teacher, *inputs)
@@ -56,13 +61,16 @@ def evaluate_on_cache(
         batches(sequence_ids, teacher),
         description="evaluate",
         kd_sequences=KD_SEQUENCES,
+        is_shared=is_shared,
     )
     is_conditional = cache.manifest.identity.content == "conditional"
     first = (cache.sequence_ids("all") if is_conditional else sequence_ids)[:KD_SEQUENCES]
     if num_sequences is not None:
         first = first[:num_sequences]
     if teacher is not None or not np.array_equal(first, sequence_ids[: len(first)]):
-        measured = evaluate_batches(model, batches(first, None), description="kd loss")
+        measured = evaluate_batches(
+            model, batches(first, None), description="kd loss", is_shared=is_shared
+        )
         values["kd_loss"] = measured["kd_loss"]
     return values
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qat.evaluate.kl import LazyTeacher, Numbers, evaluate_batches, live_teacher
 from qat.model.surgery import hold_weights
+from qat.runtime.distributed import share
 
 
 def evaluate_on_text(
@@ -22,7 +23,8 @@ def evaluate_on_text(
     """Return the numbers of `evaluate_batches`; the KL is exact.
 
     Every position after the context is compared, the last one of a block too; perplexity is of
-    the tokens that the block itself holds after them.
+    the tokens that the block itself holds after them. Processes that work together measure a part
+    each.
 
     Args:
         model: The student, on the device; quantized weights are formed once.
@@ -43,12 +45,13 @@ def evaluate_on_text(
     hold_weights(model, dtype)
 
     def batches() -> Iterator[tuple[Tensor, LazyTeacher]]:
-        for part in blocks.to(device).split(batch_size):
+        for start in share(range(0, len(blocks), batch_size)):
+            part = blocks[start : start + batch_size].to(device)
             mask = torch.ones_like(part, dtype=torch.bool)
             mask[:, :num_context] = False
             yield part, LazyTeacher(mask) if teacher is None else live_teacher(teacher, part, mask)
 
-    return evaluate_batches(model, batches(), description="evaluate")
+    return evaluate_batches(model, batches(), description="evaluate", is_shared=True)
 
 
 def require_equal_widths(student: int, teacher: int) -> None:

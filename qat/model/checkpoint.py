@@ -24,6 +24,7 @@ from qat.grids.scalar import fits_float16, snap_bfloat16
 from qat.model import surgery
 from qat.model.attention import widen_attention
 from qat.model.layers import FakeQuantWeight
+from qat.model.sharding import all_rows
 from qat.quant.plan import QuantPlan, TensorInfo, check_plan_values, plan_from_dict, tensor_kind
 from qat.quant.spec import TensorSpec
 from qat.storage.decode import as_type, naming, reading
@@ -68,14 +69,20 @@ class CheckpointHeader:
 
 
 def write_checkpoint(
-    model: nn.Module, header: CheckpointHeader, folder: Path, *, text_source: Path
+    model: nn.Module,
+    header: CheckpointHeader,
+    folder: Path,
+    *,
+    text_source: Path,
+    tensors: dict[str, Tensor] | None = None,
 ) -> CheckpointHeader:
     """Write a student as a native folder, which appears only when whole; return its header.
 
-    Versions and sha256 are filled in here; the tokenizer files come from `text_source`.
+    Versions and sha256 are filled in here; the tokenizer files come from `text_source`. `tensors`
+    are what `student_tensors` gives, where it is at hand.
     """
     with atomic_folder(folder) as temporary:
-        save_file(student_tensors(model), temporary / TENSORS_NAME)
+        save_file(student_tensors(model) if tensors is None else tensors, temporary / TENSORS_NAME)
         (temporary / TENSORS_NAME).chmod(0o644)  # safetensors makes its files private
         model.config.save_pretrained(temporary)
         copy_text_files(text_source, temporary)
@@ -89,11 +96,16 @@ def write_checkpoint(
 
 
 def student_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what a checkpoint file holds, by name."""
+    """Return what a checkpoint file holds, by name.
+
+    Rows that other processes have are gathered: all of them call this.
+    """
     tensors: dict[str, Tensor] = {}
     for name, layer in surgery.quantized_layers(model).items():
-        tensors[f"{name}.indices"] = layer.spec.grid.pack(surgery.current_indices(layer).cpu())
+        indices = all_rows(layer, "indices", surgery.current_indices(layer))
+        tensors[f"{name}.indices"] = layer.spec.grid.pack(indices.cpu())
         for part, values in surgery.stored_parts(layer).items():
+            values = all_rows(layer, part, values)
             tensors[f"{name}.{part}"] = as_stored(values, layer.spec, name, part)
     return tensors | dense_tensors(model)
 

@@ -26,6 +26,8 @@ class FakeQuantWeight(nn.Module):
     With a `latent_weight` the indices follow it (straight-through); without one they are frozen.
     `held_weight` is the weight formed once and shared by many forwards; see `surgery`.
     `held_values` are the grid values of indices that no step changes, looked up once.
+    `rows` are those that this process has of all but the held weight and what serves all rows,
+    None = all; see `sharding`.
     """
 
     def __init__(self, out_features: int, in_features: int, spec: TensorSpec):
@@ -41,6 +43,7 @@ class FakeQuantWeight(nn.Module):
         self.register_parameter("latent_weight", None)
         self.held_weight: Tensor | None = None
         self.held_values: Tensor | None = None
+        self.rows: slice | None = None
 
     @property
     def parts(self) -> dict[str, nn.Parameter]:

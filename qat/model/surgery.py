@@ -19,6 +19,7 @@ from qat.model.layers import (
 from qat.quant.plan import QuantPlan, TensorInfo, TensorKind, tensor_kind
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
+from qat.runtime import distributed
 from qat.runtime.device import run_recorded
 
 WEIGHTED = (nn.Linear, nn.Embedding, FakeQuantLinear, FakeQuantEmbedding)
@@ -182,10 +183,19 @@ def layers_of_kind(model: nn.Module, kind: TensorKind) -> dict[str, FakeQuantWei
 def hold_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Form each quantized weight once, in the compute dtype, for every later forward."""
     layers = quantized_layers(model)
+    distributed.drop_gathered(model)
     for layer in layers.values():
-        layer.held_weight = layer.fake_quantized_weight(dtype)
+        hold_weight(layer, dtype)
     if layers:
         run_recorded(next(iter(layers.values())).held_weight.device)
+
+
+def hold_weight(layer: FakeQuantWeight, dtype: torch.dtype) -> None:
+    """Form a layer's quantized weight for later forwards; they gather one that is split."""
+    if isinstance(layer.held_weight, nn.Parameter):  # gathered in the compute dtype
+        distributed.own_part(layer.held_weight).copy_(layer.fake_quantized_weight())
+    else:
+        layer.held_weight = layer.fake_quantized_weight(dtype)
 
 
 def release_weights(model: nn.Module) -> None:
@@ -224,7 +234,7 @@ def thaw_indices(layer: FakeQuantWeight, weight: torch.Tensor | None = None) -> 
     grid, scales, codebook = layer.spec.grid, layer.expand(), layer.stored_codebook()
     latent = at_values = times_scale(grid.look_up(layer.indices, codebook), *scales)
     if weight is not None:
-        weight = weight.to(at_values.device, torch.float32)
+        weight = weight[layer.rows or slice(None)].to(at_values.device, torch.float32)
         normalized = grid.clamp(over_scale(weight, *scales), codebook)
         latent = torch.where(
             torch.isfinite(normalized), times_scale(normalized, *scales), at_values

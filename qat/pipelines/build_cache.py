@@ -15,6 +15,7 @@ from qat.data.text import read_blocks, require_known_ids
 from qat.model.load import load_dense, load_tokenizer, model_identity, vocabulary_size
 from qat.pipelines.place import Place
 from qat.runtime.device import dtype_name
+from qat.runtime.distributed import joined
 from qat.tracking.messages import say
 
 
@@ -62,16 +63,17 @@ def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
         teacher = load_dense(config.teacher, dtype=dtype)
         device.place(teacher)
         batch_size = config.batch_size or default_batch_size(device, config.seq_len)
-        manifest, rates = write_cache(
-            teacher,
-            blocks,
-            identity,
-            folder,
-            teacher_name=named["name"],
-            data_name=data_name,
-            batch_size=batch_size,
-            device=device,
-        )
+        with joined(device):
+            manifest, rates = write_cache(
+                teacher,
+                blocks,
+                identity,
+                folder,
+                teacher_name=named["name"],
+                data_name=data_name,
+                batch_size=batch_size,
+                device=device,
+            )
     return BuildCacheResult(
         cache=folder,
         tokens=manifest.num_tokens,

@@ -24,6 +24,7 @@ from qat.pipelines.open_cache import open_cache
 from qat.pipelines.open_checkpoint import Checkpoint, load_model, open_checkpoint
 from qat.pipelines.perplexity import PerplexityResult, read_domains
 from qat.pipelines.place import Place
+from qat.runtime.distributed import joined
 from qat.tracking.messages import say
 
 
@@ -82,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult | PerplexityResult:
         measure = partial(evaluate_on_cache, cache=cache, num_sequences=limit, **options)
     model, sizes = load_with_sizes(opened, dtype)
     teacher = load_model(config.teacher, dtype=dtype)[0] if config.teacher else None
-    with dense_parts_in(model, dtype), device.hosting(model):
+    with joined(device), dense_parts_in(model, dtype), device.hosting(model):
         if teacher is not None:
             device.place(teacher)
         for one in (model, teacher):

@@ -31,7 +31,7 @@ from qat.train import run_folder
 from qat.train.loop import Hooks, train_end_to_end
 from qat.train.pretrain_config import PretrainConfig
 from qat.train.pretraining import make_pretrainer, token_batches
-from qat.train.state import Progress, has_state, read_state, write_state
+from qat.train.state import Progress, StateWriter, has_state, read_state
 from qat.train.step import Trainer
 from qat.train.trainable import mode
 
@@ -180,20 +180,17 @@ def take_run(run: Run) -> dict[str, Any]:
         say(f"resuming from step {progress.step}")
     resume_step = progress.step or None
     track = open_tracker(folder, record, resume_step=resume_step, **config.tracking.sinks())
-    progress = train_end_to_end(
-        trainer,
-        partial(token_batches, run.tokens, config, device.torch_device),
-        config,
-        make_hooks(run, trainer, track),
-        progress,
-    )
+    batches_from = partial(token_batches, run.tokens, config, device.torch_device)
+    with StateWriter(folder, **config.intervals.kept_states()) as states:
+        hooks = make_hooks(run, trainer, track, states)
+        progress = train_end_to_end(trainer, batches_from, config, hooks, progress)
     write_model(run, trainer, FINAL_NAME)
     summary = summary_of(progress, num_parameters)
     track.finish(summary)
     return summary
 
 
-def make_hooks(run: Run, trainer: Trainer, track: Tracker) -> Hooks:
+def make_hooks(run: Run, trainer: Trainer, track: Tracker, states: StateWriter) -> Hooks:
     """Return what the loop calls: evaluation, tracking, saving, going back."""
     config, folder = run.config, run.config.output_dir
     model, torch_device = trainer.model, run.place.device.torch_device
@@ -213,12 +210,13 @@ def make_hooks(run: Run, trainer: Trainer, track: Tracker) -> Hooks:
         return values
 
     def save(progress: Progress) -> None:
-        write_state(folder, progress, trainer)
+        states.save(progress, trainer)
         if config.intervals.keep_checkpoints is not None:
             write_model(run, trainer, f"checkpoints/step_{progress.step:07d}")
             run_folder.rotate(folder / "checkpoints", config.intervals.keep_checkpoints)
 
     def restore() -> Progress | None:
+        states.wait()
         if config.optim.on_nan == "stop" or not has_state(folder):
             return None
         return read_state(folder, trainer)

@@ -4,9 +4,10 @@ Open the student and its cache, choose what trains, take steps, keep the best, w
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from time import strftime
 from typing import Any
 
@@ -16,8 +17,14 @@ from qat.cache.read import TeacherCache
 from qat.evaluate.on_cache import evaluate_on_cache
 from qat.legacy.fp16_snap import snap_student
 from qat.legacy.run_files import BEST_FILE, TIME_FORMAT, why_no_seed_files, write_seed_files
-from qat.model.checkpoint import CheckpointHeader, bits_per_weight, write_checkpoint
+from qat.model.checkpoint import (
+    CheckpointHeader,
+    bits_per_weight,
+    student_tensors,
+    write_checkpoint,
+)
 from qat.model.load import BaseWeights, load_dense
+from qat.model.sharding import gather_in_use, split_parameters, split_rows
 from qat.model.surgery import has_low_rank_scales
 from qat.pipelines.open_cache import open_cache
 from qat.pipelines.open_checkpoint import (
@@ -28,7 +35,10 @@ from qat.pipelines.open_checkpoint import (
     open_checkpoint,
 )
 from qat.pipelines.place import Place
+from qat.runtime import distributed
 from qat.runtime.device import dtype_name, seeded
+from qat.runtime.distributed import from_first, own_part
+from qat.runtime.launch import is_first, rank
 from qat.storage.decode import as_type
 from qat.storage.files import folder_lock, sweep_leftovers, write_json
 from qat.tracking.messages import say
@@ -38,7 +48,7 @@ from qat.train import run_folder
 from qat.train.config import TrainConfig
 from qat.train.layerwise import layerwise_stage
 from qat.train.loop import DivergedError, Hooks, train_end_to_end
-from qat.train.state import Progress, has_state, read_state, write_state
+from qat.train.state import Progress, StateWriter, has_state, read_state
 from qat.train.step import Trainer
 from qat.train.trainable import mode
 
@@ -90,18 +100,30 @@ def train(config: TrainConfig) -> TrainResult:
     """
     run = open_run(config)
     run_folder.finished_run(config.output_dir, run.identity)  # refuse before the folder is touched
-    with folder_lock(config.output_dir), seeded(run.place.device.torch_device, config.seed):
-        sweep_leftovers(config.output_dir)
-        summary = run_folder.finished_run(config.output_dir, run.identity)
+    # Dropout of each process has draws of its own.
+    seed = seeded(run.place.device.torch_device, config.seed + rank())
+    with distributed.joined(run.place.device), lock_once(config.output_dir), seed:
+        summary = from_first(partial(look_up, run))
         if summary is None:
             summary = take_run(run)
         else:
             say(f"{config.output_dir} is already complete: nothing to do")
-        if config.tracking.copy_to:
+        if config.tracking.copy_to and is_first():
             copied = run_folder.copy_results(config.output_dir, config.tracking.copy_to)
             say(f"copied to {config.tracking.copy_to}: {', '.join(copied)}")
     values = {"checkpoint": str(config.output_dir / BEST_NAME), **summary}
     return as_type(values, TrainResult, config.output_dir / SUMMARY)
+
+
+def look_up(run: Run) -> dict[str, Any] | None:
+    """Return the summary of a run that has ended, in its folder, freed of what a kill left."""
+    sweep_leftovers(run.config.output_dir)
+    return run_folder.finished_run(run.config.output_dir, run.identity)
+
+
+def lock_once(folder: Path) -> AbstractContextManager[None]:
+    """Hold the lock of a run's folder, in the first of its processes for all of them."""
+    return folder_lock(folder) if is_first() else nullcontext()
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -114,6 +136,7 @@ def open_run(config: TrainConfig) -> Run:
     teacher = header.base_model["weights"]
     cache = open_cache(config.cache_dir, student.text_folder, teacher)
     eval_cache = open_cache(config.eval_cache_dir, student.text_folder, teacher) or cache
+    run_folder.check_processes(config)
     run_folder.check_lengths(config, cache.seq_len)
     run_folder.check_content(config, cache.manifest.identity.content)
     identity = run_folder.run_identity(
@@ -139,28 +162,34 @@ def take_run(run: Run) -> dict[str, Any]:
     config, device, header = run.config, run.place.device, run.student.header
     folder, base = config.output_dir, config.model_id or header.base_model["path"]
     model = run.student.load(dtype=run.place.dtype)
+    if run_folder.is_split(config):
+        split_rows(model)
     device.place(model)
     weight_of = latent_or_base_weights(run.student, {**header.base_model, "path": base})
     record = run_folder.record_of(config, run.identity, latent_start(config, model, weight_of))
-    write_json(folder / CONFIG, record)  # before anything that the run may resume from
-    progress = Progress()
-    if config.layerwise.sequences and not has_state(folder):
+    if is_first():
+        write_json(folder / CONFIG, record)  # before anything that the run may resume from
+    progress, resumes = Progress(), from_first(partial(has_state, folder))
+    if config.layerwise.sequences and not resumes:
         progress.seconds = train_layer_by_layer(run, model, base, weight_of)
     trainer = run_folder.make_trainer(
         config, model, run.place.dtype, weight_of=weight_of, sync=device.sync
     )
+    if run_folder.is_split(config):
+        gather_in_use(model, run.place.dtype)
+        trainer.split = split_parameters(model)
     seen = run.cache.seen_tokens(model.config.get_text_config().vocab_size)
     trainer.seen = seen.to(device.torch_device)
     count = f"{trainer.num_trained:,} parameters in {len(trainer.layers)} layers"
     say(f"training {count}, compute dtype {dtype_name(run.place.dtype)}")
-    if has_state(folder):
+    if resumes:
         progress = read_state(folder, trainer)
         say(f"resuming from step {progress.step}")
-    resume_step = progress.step or None
-    track = open_tracker(folder, record, resume_step=resume_step, **config.tracking.sinks())
+    track = open_run_tracker(config, record, progress)
     made_by = {"command": run_folder.COMMAND, **run.identity}
     header = replace(header, cache_fingerprint=run.cache.fingerprint, made_by=made_by)
     keep = partial(write_student, run, trainer, header)
+    intervals = config.intervals
     batches_from = partial(
         run_folder.training_batches,
         run.cache,
@@ -168,14 +197,25 @@ def take_run(run: Run) -> dict[str, Any]:
         device.torch_device,
         vocab_size=model.config.vocab_size,
     )
-    hooks = make_hooks(run, trainer, track, keep)
-    with naming_parameter(model):
+    with StateWriter(folder, **intervals.kept_states()) as states, naming_parameter(model):
+        hooks = make_hooks(run, trainer, track, keep, states)
         progress = train_end_to_end(trainer, batches_from, config, hooks, progress)
     keep(FINAL_NAME, progress.last_eval, progress.step)
-    leave_seed_files(run, base, weight_of)
+    if is_first():
+        leave_seed_files(run, base, weight_of)
     summary = run_folder.summary_of(progress) | bits_per_weight(model)
     track.finish(summary)
     return summary
+
+
+def open_run_tracker(config: TrainConfig, record: dict[str, Any], progress: Progress) -> Tracker:
+    """Return what sends a run's numbers, of several processes in the first."""
+    if not is_first():
+        return Tracker([])
+    resume_step = progress.step or None
+    return open_tracker(
+        config.output_dir, record, resume_step=resume_step, **config.tracking.sinks()
+    )
 
 
 @contextmanager
@@ -189,7 +229,7 @@ def naming_parameter(model: nn.Module) -> Iterator[None]:
             name
             for name, parameter in named
             for one in (parameter, parameter.grad)
-            if one is not None and not one.isfinite().all()
+            if one is not None and not own_part(one).isfinite().all()
         )
         name = next(found, None)
         where = f"{name} is the first parameter that is not finite; " if name else ""
@@ -234,10 +274,16 @@ def write_student(
     step: int,
 ) -> None:
     """Write the student at a step, with its held-out numbers, into the run's folder."""
+    if not is_first() and not trainer.split:
+        return
     header = replace(header, metrics={**values, "step": step})
     folder, text_source = run.config.output_dir / name, run.student.text_folder
     with trainer.averaged():
-        write_checkpoint(trainer.model, header, folder, text_source=text_source)
+        tensors = student_tensors(trainer.model)  # of all processes
+        if is_first():
+            write_checkpoint(
+                trainer.model, header, folder, text_source=text_source, tensors=tensors
+            )
 
 
 def leave_seed_files(run: Run, base: str, weight_of: BaseWeights) -> None:
@@ -258,7 +304,9 @@ def leave_seed_files(run: Run, base: str, weight_of: BaseWeights) -> None:
     say(f"in the seeds' form: {', '.join(names)}")
 
 
-def make_hooks(run: Run, trainer: Trainer, track: Tracker, keep: Keep) -> Hooks:
+def make_hooks(
+    run: Run, trainer: Trainer, track: Tracker, keep: Keep, states: StateWriter
+) -> Hooks:
     """Return what the loop calls: evaluation, tracking, saving, going back."""
     config, folder = run.config, run.config.output_dir
 
@@ -270,16 +318,19 @@ def make_hooks(run: Run, trainer: Trainer, track: Tracker, keep: Keep) -> Hooks:
                 device=run.place.device.torch_device,
                 dtype=run.place.dtype,
                 num_sequences=config.intervals.eval_samples,
+                is_shared=not trainer.split,
             )
 
     def save(progress: Progress) -> None:
-        write_state(folder, progress, trainer)
+        states.save(progress, trainer)
         if config.intervals.keep_checkpoints is not None:
             keep(f"checkpoints/step_{progress.step:07d}", progress.last_eval, progress.step)
-            run_folder.rotate(folder / "checkpoints", config.intervals.keep_checkpoints)
+            if is_first():
+                run_folder.rotate(folder / "checkpoints", config.intervals.keep_checkpoints)
 
     def restore() -> Progress | None:
-        if config.optim.on_nan == "stop" or not has_state(folder):
+        states.wait()
+        if config.optim.on_nan == "stop" or not from_first(partial(has_state, folder)):
             return None
         return read_state(folder, trainer)
 

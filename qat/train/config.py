@@ -131,14 +131,23 @@ class IntervalsConfig:
     """Steps between log lines."""
     save_steps: int = 100
     """Steps between states to resume from; 0 = none."""
+    keep_states: int = 1
+    """States to keep: the last N."""
+    keep_states_every: int = 0
+    """Of states at multiples of this number of steps all are kept; 0 = no others."""
     keep_checkpoints: int | None = None
     """Students to keep of those at --intervals.save-steps: the last N, 0 = all; none when not
     given."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        require_at_least(1, self, "eval_samples", "log_steps", group="intervals")
+        require_at_least(1, self, "eval_samples", "log_steps", "keep_states", group="intervals")
         require_at_least(0, self, "eval_steps", "save_steps", group="intervals")
+        require_at_least(0, self, "keep_states_every", group="intervals")
+
+    def kept_states(self) -> dict[str, int]:
+        """Return what `StateWriter` is told to keep."""
+        return {"keep": self.keep_states, "keep_every": self.keep_states_every}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,11 +227,14 @@ class TrainConfig(PlaceConfig):
     max_steps: int = 1000
     """Optimizer steps end to end."""
     batch_size: int = 8
-    """Sequences of a micro-batch."""
+    """Sequences of a micro-batch; processes of torchrun share them."""
     accumulation_steps: int = 1
     """Micro-batches of a step."""
     curriculum: str | None = None
     """Lengths of sequences as length:first step, such as 64:0,128:1000."""
+    shard: bool = False
+    """Processes of torchrun hold some rows of every quantized weight each, with what trains of it
+    and its optimizer state, and gather it decoder layer by decoder layer; otherwise all of them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     seed: int = 0

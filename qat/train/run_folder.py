@@ -15,6 +15,8 @@ from qat.distill.candidates import draw_negatives, with_negatives
 from qat.distill.objective import TEXT_LOSS, make_divergence
 from qat.distill.teacher import TeacherSignal, text_signal
 from qat.model.surgery import has_low_rank_scales, hold_weights
+from qat.runtime import distributed
+from qat.runtime.launch import num_processes
 from qat.tracking.record import SETTINGS, config_as_json, flat_settings, read_config, read_summary
 from qat.train import trainable
 from qat.train.config import OptimConfig, TrainConfig
@@ -27,9 +29,9 @@ from qat.train.step import Batch, Trainer, loss_scaler
 COMMAND = "train"
 # Settings that do not decide a run's numbers; what lies at a path is in the identity by its hash.
 PLACES = (
-    *("checkpoint", "cache_dir", "eval_cache_dir", "output_dir", "model_id", "tracking."),
+    *("checkpoint", "cache_dir", "eval_cache_dir", "output_dir", "model_id", "shard", "tracking."),
     *("data_dir", "arch"),
-    *("intervals.log_steps", "intervals.save_steps", "intervals.keep_checkpoints"),
+    *("intervals.log_steps", "intervals.save_steps", "intervals.keep_"),
 )
 FOREIGN_FILES = ("config.json", "checkpoint.json", "*.pt", "*.safetensors")
 
@@ -118,10 +120,17 @@ def training_batches(
     *,
     vocab_size: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield micro-batches on the device without end, from the first of a step on."""
+    """Yield micro-batches on the device without end, from the first of a step on.
+
+    Of several processes each gets its share of the sequences of every micro-batch.
+    """
     start = start_step * config.accumulation_steps
     batches = shuffled_batches(
-        cache, batch_size=config.batch_size, seed=config.seed, start_batch=start
+        cache,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_batch=start,
+        share=distributed.share,
     )
     stages, num_negatives = config.lengths(), config.loss.sampled_negatives
     for number, whole in enumerate(batches, start=start):
@@ -173,6 +182,28 @@ def check_lengths(config: TrainConfig, seq_len: int) -> None:
             f"--curriculum reaches length {longest}, the cache has blocks of {seq_len}; "
             f"build a cache with --seq-len {longest}"
         )
+
+
+def check_processes(config: TrainConfig) -> None:
+    """Refuse more processes than a micro-batch has sequences, and what one process must do."""
+    if (count := num_processes()) == 1:
+        return
+    if config.batch_size < count:
+        raise ValueError(
+            f"--batch-size {config.batch_size} is shared by {count} processes; give {count} or more"
+        )
+    if config.layerwise.sequences:
+        raise ValueError(
+            f"--layerwise.sequences {config.layerwise.sequences}: one process trains layer by "
+            "layer; train so first without torchrun, then its final student with it"
+        )
+    if config.shard and config.dtype == "fp16":
+        raise ValueError("--shard with --dtype fp16: loss scales are of one process; use bf16")
+
+
+def is_split(config: TrainConfig) -> bool:
+    """Return whether processes hold some rows of each weight."""
+    return config.shard and num_processes() > 1
 
 
 def check_content(config: TrainConfig, content: str) -> None:

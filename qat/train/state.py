@@ -1,23 +1,34 @@
-"""All that a killed run needs to resume as if it had not been killed.
+"""All that a killed run needs to resume as if it had not been killed, in any number of processes.
 
-state/state.pt holds trained parameters, optimizer, loss scale and random generators;
-state/state.json the position and the sha256 of the other. Both are in one folder that is replaced
-in one rename.
+state/step_N/*.distcp     trained parameters, optimizer, averages, random generators: each process
+                          writes a part, named so that any other may read it
+state/step_N/state.json   the position, which tensor is where, and the sha256 of the files; comes
+                          last, so that a folder with it is whole
+
+States are copied to the host and written while training goes on.
 """
 
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qat.runtime.device import random_state, set_random_state
+from qat.runtime import distributed
+from qat.runtime.device import is_traced, random_state, set_random_state
+from qat.runtime.launch import is_first, rank
 from qat.storage import files
 from qat.storage.decode import Count, as_type, read_as, reading
 from qat.train.step import Trainer
 
 STATE = "state"
+POSITION = "state.json"
+OLD_FILE = "state.pt"  # of version 0.1.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,84 +53,228 @@ class Progress:
     last_eval: dict[str, Any] = field(default_factory=dict)
 
 
-def write_state(folder: Path, progress: Progress, trainer: Trainer) -> None:
-    """Write the state of a run; the previous one stays until this one is whole."""
-    model, ema, scaler = trainer.model, trainer.ema, trainer.scaler
-    trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-    with files.atomic_folder(Path(folder) / STATE) as temporary:
-        path = temporary / "state.pt"
-        save(
-            {
-                "trained": trained,
-                "optimizer": on_cpu(trainer.optimizer.state_dict()),
-                "random": random_state(trainer.device),
-                "scaler": scaler.state_dict() if scaler else {},
-                "ema": [average.cpu() for average in ema.averages] if ema else [],
-            },
-            path,
+class StateWriter:
+    """Saves a run's states, and removes those that are not to be kept."""
+
+    def __init__(self, run: Path, *, keep: int = 1, keep_every: int = 0):
+        """Keep the last so many states, and those of every so many steps (0 = none)."""
+        self.folder, self.keep, self.keep_every = Path(run) / STATE, keep, keep_every
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="state")
+        self.saving: Future[None] | None = None
+
+    def __enter__(self) -> "StateWriter":
+        """Return itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
+        """Wait for a state that was begun; what ends the run tells more than why it failed."""
+        with suppress(OSError, RuntimeError) if kind else nullcontext():
+            self.wait()
+        self.executor.shutdown()
+
+    def save(self, progress: Progress, trainer: Trainer) -> None:
+        """Begin to save a state: what it holds is copied before this returns.
+
+        Raises:
+            OSError: If the one before could not be saved; the last whole one stays.
+        """
+        self.wait()
+        folder = self.folder / f"step_{progress.step:07d}"
+        distributed.from_first(partial(remove_broken, self.folder, folder))
+        saving = distributed.start_saving(own_tensors(trainer), folder)
+        scaler = trainer.scaler.state_dict() if trainer.scaler else {}
+        position = asdict(progress) | {"scaler": scaler}
+        self.saving = self.executor.submit(self.finish, saving, folder, position)
+
+    def wait(self) -> None:
+        """Return when the state that was begun is whole.
+
+        Raises:
+            OSError: If it could not be saved.
+        """
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.result()
+
+    def finish(self, saving: Future[object], folder: Path, position: dict[str, Any]) -> None:
+        """Declare a state whole when all processes have written it."""
+        try:
+            distributed.saved(saving)
+            if is_first():
+                index = distributed.take_index(folder)
+                sums = {file.name: files.sha256_of_file(file) for file in sorted(folder.iterdir())}
+                files.write_json(folder / POSITION, position | {"index": index, "sha256": sums})
+                self.remove_old()
+        except OSError as error:
+            raise OSError(
+                f"{folder.parent.parent} has no space for the state to resume from ({error}); free "
+                "some space and run the same command again"
+            ) from error
+
+    def remove_old(self) -> None:
+        """Remove states but the last ones and those of every so many steps."""
+        for path in whole_states(self.folder)[: -self.keep]:
+            step = int(path.name.removeprefix("step_"))
+            if not self.keep_every or step % self.keep_every:
+                remove(path)
+
+
+def write_state(run: Path, progress: Progress, trainer: Trainer) -> None:
+    """Save a state of a run and wait for it."""
+    with StateWriter(run) as writer:
+        writer.save(progress, trainer)
+
+
+def remove_broken(folder: Path, again: Path | None = None) -> None:
+    """Remove states that were not written to their end, and one that is written again."""
+    for path in folder.glob("step_*"):
+        if path == again or not (path / POSITION).is_file():
+            remove(path)
+
+
+def remove(folder: Path) -> None:
+    """Remove a state; killed in between, it is none."""
+    (folder / POSITION).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def whole_states(folder: Path) -> list[Path]:
+    """Return the folders of a run's whole states, the last one last."""
+    return sorted(path.parent for path in Path(folder).glob(f"step_*/{POSITION}"))
+
+
+def own_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """Return what this process writes of a state, by name: its share, and its generators' states.
+
+    Of tensors that every process has each copies and writes some, of the others all write rows.
+    """
+    tensors = state_tensors(trainer)
+    split = {name: tensor for name, tensor in tensors.items() if distributed.is_part(tensor)}
+    names = [name for name in tensors if name not in split]
+    own = {names[place]: tensors[names[place]] for place in distributed.share(range(len(names)))}
+    found = own | split | random_tensors(trainer.device)
+    return dict(sorted(found.items()))  # one order, whatever the optimizer's is after it was read
+
+
+def state_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """Return parameters, optimizer state and averages by name; traced ones on the host."""
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    found: dict[str, Tensor] = {}
+
+    def add(kind: str, parameter: Tensor, values: Tensor) -> None:
+        rows = trainer.split.get(parameter)
+        is_split = rows is not None and values.dim() > 0
+        found[f"{kind}.{names[parameter]}"] = (
+            distributed.as_part(values, rows) if is_split else values
         )
-        files.write_json(
-            temporary / "state.json", asdict(progress) | {"sha256": files.sha256_of_file(path)}
+
+    for parameter in trainer.parameters:
+        add("trained", parameter, parameter.detach())
+        for key, values in trainer.optimizer.state.get(parameter, {}).items():
+            add(f"optimizer.{key}", parameter, values)
+    if trainer.ema:
+        for parameter, average in zip(trainer.ema.parameters, trainer.ema.averages, strict=True):
+            add("average", parameter, average)
+    is_far = is_traced(trainer.device)
+    return {name: value.cpu() for name, value in found.items()} if is_far else found
+
+
+def random_tensors(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of this process's random generators by name."""
+    states = random_state(device).items()
+    return {f"random.{rank()}.{kind}": torch.as_tensor(state) for kind, state in states}
+
+
+def has_state(run: Path) -> bool:
+    """Return whether a run left a state to resume from; remove what a kill left of others.
+
+    Raises:
+        ValueError: If it is one of an earlier version.
+    """
+    folder = Path(run) / STATE
+    if (folder / OLD_FILE).is_file():
+        raise ValueError(
+            f"{folder / OLD_FILE} is of an earlier version, which resumes it; remove {folder} to "
+            "start over with this one"
         )
-
-
-def on_cpu(value: object) -> object:
-    """Return nested values with every tensor on the CPU, where any machine can read it."""
-    if isinstance(value, dict):
-        return {key: on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [on_cpu(item) for item in value]
-    return value.cpu() if isinstance(value, Tensor) else value
-
-
-def save(values: dict[str, Any], path: Path) -> None:
-    """Write a state file."""
-    try:
-        torch.save(values, path)
-    except RuntimeError as error:  # how torch reports a write that failed
-        why = str(error).splitlines()[0]
-        raise OSError(
-            f"{path.parent.parent} has no space for the state to resume from ({why}); free some "
-            "space and run the same command again"
-        ) from error
-
-
-def has_state(folder: Path) -> bool:
-    """Return whether a run left a state to resume from."""
-    files.recover_interrupted_replace(Path(folder) / STATE)
-    return (Path(folder) / STATE / "state.json").is_file()
+    remove_broken(folder)
+    return bool(whole_states(folder))
 
 
 @torch.no_grad()
-def read_state(folder: Path, trainer: Trainer) -> Progress:
-    """Put a run's state back into its model, optimizer and random generators."""
-    path = Path(folder) / STATE / "state.pt"
-    remedy = f"remove {path.parent} to start over"
-    values = read_as(path.with_name("state.json"), dict[str, Any], remedy=remedy)
-    recorded = values.pop("sha256", None)
-    progress = as_type(values, Progress, path.with_name("state.json"), remedy=remedy)
-    if files.sha256_of_file(path) != recorded:
-        raise ValueError(f"{path} does not match its sha256; {remedy}")
-    with reading(path, remedy):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        restore(state, trainer)
+def read_state(run: Path, trainer: Trainer) -> Progress:
+    """Put a run's last state back into its model, optimizer and random generators.
+
+    Raises:
+        ValueError: If a file is not the one that was written.
+    """
+    folder = whole_states(Path(run) / STATE)[-1]
+    remedy = f"remove {folder} to resume from the state before it, or to start over"
+    values = distributed.from_first(partial(checked_position, folder, remedy))
+    scaler, index = (values.pop(name, {}) for name in ("scaler", "index"))
+    progress = as_type(values, Progress, folder / POSITION, remedy=remedy)
+    with reading(folder, remedy):
+        restore(folder, index, trainer, scaler)
     return progress
 
 
-def restore(state: dict[str, Any], trainer: Trainer) -> None:
-    """Put what `write_state` took of a trainer back."""
-    ema, optimizer = trainer.ema, trainer.optimizer
-    parameters = dict(trainer.model.named_parameters())
-    for name, tensor in state["trained"].items():
-        copy_same(parameters[name], tensor)
-    # Rates follow from the step, and how the optimizer works from the device, which may be another.
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
-    set_random_state(trainer.device, state["random"])
+def restore(folder: Path, index: dict[str, Any], trainer: Trainer, scaler: dict[str, Any]) -> None:
+    """Put what a folder holds back into a trainer and the random generators."""
+    sizes = distributed.saved_sizes(index)
+    generators = random_tensors(trainer.device).keys()
+    wanted = [name for name in sizes if not name.startswith("random.") or name in generators]
+    tensors = {name: room_for(trainer, name, *sizes[name]) for name in wanted}
+    distributed.load_saved(tensors, folder, index)
+    tensors = {name: distributed.own_part(tensor) for name, tensor in tensors.items()}
+    put_back(trainer, tensors)
     if trainer.scaler is not None:
-        trainer.scaler.load_state_dict(state["scaler"])
-    for average, tensor in zip(ema.averages if ema else [], state["ema"], strict=True):
-        copy_same(average, tensor)
+        trainer.scaler.load_state_dict(scaler)
+    states = {name.rpartition(".")[2]: tensors[name] for name in generators & tensors.keys()}
+    if states:  # there are more processes than there were: those have draws of their own
+        plain = {kind: state if state.dim() else int(state) for kind, state in states.items()}
+        set_random_state(trainer.device, plain)
+
+
+def room_for(trainer: Trainer, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return what a saved tensor is read into: this process's rows where it has some of them."""
+    split = {n: p for n, p in trainer.model.named_parameters() if p in trainer.split}
+    owner = next((n for n in split if shape and name.endswith(f".{n}")), None)
+    if owner is None:
+        return torch.empty(shape, dtype=dtype)
+    rows = torch.empty(split[owner].shape, dtype=dtype, device=trainer.device)
+    return distributed.as_part(rows, shape[0])
+
+
+def checked_position(folder: Path, remedy: str) -> dict[str, Any]:
+    """Return what a state says of itself, after a look at every file's sha256."""
+    values = read_as(folder / POSITION, dict[str, Any], remedy=remedy)
+    sums = as_type(values.pop("sha256", None), dict[str, str], folder / POSITION, remedy=remedy)
+    for path in folder.iterdir():
+        if path.name != POSITION and files.sha256_of_file(path) != sums.pop(path.name, None):
+            raise ValueError(f"{path} does not match its sha256; {remedy}")
+    if sums:
+        raise ValueError(f"{folder} lacks {min(sums)}; {remedy}")
+    return values
+
+
+def put_back(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    """Copy a state's tensors into what trains, its averages and its optimizer."""
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    for parameter in trainer.parameters:
+        copy_same(parameter, tensors[f"trained.{names[parameter]}"])
+    if trainer.ema:
+        for parameter, average in zip(trainer.ema.parameters, trainer.ema.averages, strict=True):
+            copy_same(average, tensors[f"average.{names[parameter]}"])
+    places = {names[parameter]: place for place, parameter in enumerate(trainer.parameters)}
+    states: dict[int, dict[str, Tensor]] = {}
+    for key in tensors:
+        part, _, rest = key.partition(".")
+        kind, _, name = rest.partition(".")
+        if part == "optimizer":
+            states.setdefault(places[name], {})[kind] = tensors[key]
+    # Rates follow from the step, and how the optimizer works from the device, which may be another.
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
 def copy_same(target: Tensor, values: Tensor) -> None:

@@ -7,7 +7,7 @@
 so fake quantization costs two passes over the weights a step, however many tokens it has.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,8 +22,9 @@ from qat.distill.teacher import TeacherSignal
 from qat.grids.scales import TensorScale
 from qat.model.head import hidden_states, logits_at, logits_of
 from qat.model.layers import FakeQuantWeight, TiedHead
-from qat.model.surgery import hold_values
+from qat.model.surgery import hold_values, hold_weight
 from qat.quant.straight_through import multiply_by_values, weight_gradients
+from qat.runtime import distributed
 from qat.runtime.device import as_operand
 from qat.train.ema import MovingAverage
 from qat.train.trainable import mode
@@ -63,7 +64,8 @@ def form_weights(layers: Iterable[FakeQuantWeight], dtype: torch.dtype) -> None:
     """Hold each layer's fake-quantized weight as a leaf that collects a gradient."""
     for layer in layers:
         hold_values(layer)
-        layer.held_weight = layer.fake_quantized_weight(dtype).requires_grad_()
+        hold_weight(layer, dtype)
+        layer.held_weight.requires_grad_()
 
 
 def add_gradients(layers: Iterable[FakeQuantWeight], sums: Gradients) -> None:
@@ -88,7 +90,7 @@ def pull_gradients(layers: Iterable[FakeQuantWeight], sums: Gradients | None = N
     """
     for layer in layers:
         gradient, layer.held_weight.grad = layer.held_weight.grad, None
-        gradient = sums.pop(layer) if sums else gradient
+        gradient = sums.pop(layer) if sums else distributed.own_part(gradient)
         if layer.held_values is not None and layer.spec.rank and layer.spec.floor is None:
             # Factors alone train: neither scales nor indices are looked at.
             multiply_by_values(gradient, layer.held_values)
@@ -108,7 +110,7 @@ def pull_layer(layer: FakeQuantWeight, gradient: Tensor) -> None:
         source = layer.indices
     elif codebook is not None:
         codebook, order = codebook.sort()
-    held = layer.held_weight.detach()
+    held = distributed.own_part(layer.held_weight).detach()
     is_exact = latent is not None and offset is None and held.dtype == torch.float32
     d_latent, d_scale, d_offset, d_codebook = weight_gradients(
         layer.spec.grid,
@@ -144,16 +146,19 @@ def optimizer_step(
     scaler: torch.amp.GradScaler | None,
     clip_grad_norm: float,
     rate: float,
+    split: Collection[Tensor] = (),
 ) -> Tensor:
     """Clip, step at a share of the peak rates, drop the gradients; return their norm.
 
     A step whose float16 gradient overflowed is left out, and its norm is zero. Below a loss scale
-    of one nothing overflows that is finite: such a gradient is reported as it is.
+    of one nothing overflows that is finite: such a gradient is reported as it is. Of parameters in
+    `split` this process has some rows.
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip_grad_norm or float("inf"))
+    norm = gradient_norm(parameters, split)
+    nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm or float("inf"), norm)
     for group in optimizer.param_groups:
         group["lr"] = as_operand(group["peak_lr"] * rate, norm.device)
     if scaler is None:
@@ -165,6 +170,16 @@ def optimizer_step(
         norm = torch.where(overflowed, torch.zeros_like(norm), norm)
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def gradient_norm(parameters: list[Tensor], split: Collection[Tensor]) -> Tensor:
+    """Return the norm of all gradients, those of rows that other processes have among them."""
+    gradients = [p.grad for p in parameters if p.grad is not None and p not in split]
+    norm = nn.utils.get_total_norm(gradients)
+    if not split:
+        return norm
+    own = nn.utils.get_total_norm([p.grad for p in split if p.grad is not None])
+    return (norm.square() + distributed.total(own.square())).sqrt()
 
 
 def loss_scale(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
@@ -191,6 +206,8 @@ class Trainer:
     are, where the optimizer would take steps of full size on next to no gradient. None = all."""
     autocast_dtype: torch.dtype | None = None
     """What float32 weights are multiplied in; None where layers hold weights of the dtype."""
+    split: dict[Tensor, int] = field(default_factory=dict)
+    """Parameters of which this process has some rows, and how many all have."""
     sums: Gradients = field(default_factory=dict)
     """Float32 gradients of held weights while a step has several micro-batches."""
 
@@ -199,7 +216,8 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """Take one optimizer step over micro-batches.
 
-        Every counted position weighs the same, whichever micro-batch it is in.
+        Every counted position weighs the same, whichever micro-batch or process it is in: of
+        several processes, each with its share of the sequences, all take the same step.
 
         Args:
             batches: Of the step.
@@ -213,7 +231,9 @@ class Trainer:
         with mode(self.model, is_training=True):
             loss = self.accumulate(batches, hard_weight)
         self.pull()
-        norm = optimizer_step(self.optimizer, self.scaler, self.clip_grad_norm, rate)
+        norm = optimizer_step(
+            self.optimizer, self.scaler, self.clip_grad_norm, rate, self.split.keys()
+        )
         if self.ema is not None:
             self.ema.update()
         self.sync()
@@ -221,6 +241,7 @@ class Trainer:
 
     def form(self) -> None:
         """Hold the weights that this step runs on."""
+        distributed.drop_gathered(self.model)
         form_weights(self.layers, self.dtype)
 
     def pull(self) -> None:
@@ -229,6 +250,7 @@ class Trainer:
         if self.seen is not None:
             for layer in token_layers(self.model) & set(self.layers):
                 drop_unseen(layer, self.seen)
+        distributed.sum_gradients(p for p in self.parameters if p not in self.split)
 
     def accumulate(self, batches: list[Batch], hard_weight: float | None) -> Tensor:
         """Add up the gradients of micro-batches; return the mean loss."""
@@ -240,9 +262,10 @@ class Trainer:
         if scale is not None:  # within the divergence: gradients of hidden states are float16 too
             divergence = partial(scaled, divergence, scale)
         counts = torch.stack([batch.mask.sum() for batch in batches])
-        shares = counts / counts.sum().clamp_min(1)
+        shares = counts / distributed.total(counts.sum()).clamp_min(1)
         total = torch.zeros((), device=device)
-        is_summed = len(batches) > 1 and self.dtype != torch.float32
+        # Gradients of split weights come in float32.
+        is_summed = len(batches) > 1 and self.dtype != torch.float32 and not self.split
         for share, batch in zip(shares, batches, strict=True):
             with self.computing():
                 hidden = hidden_states(self.model, batch.token_ids, batch.document_ids)[:, :-1]
@@ -253,17 +276,23 @@ class Trainer:
             total += loss.detach()
             if is_summed:
                 add_gradients(self.layers, self.sums)
+        total = distributed.total(total)
         return total if scale is None else total / scale
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Return what trains."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property
     def device(self) -> torch.device:
         """Return where the parameters are that train."""
-        return self.optimizer.param_groups[0]["params"][0].device
+        return self.parameters[0].device
 
     @property
     def num_trained(self) -> int:
         """Return how many numbers train."""
-        return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        return sum(p.numel() for p in self.parameters)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Put the moving average in the parameters' place inside the block, if there is one."""
@@ -307,7 +336,7 @@ def drop_unseen(layer: FakeQuantWeight, seen: Tensor) -> None:
     shared = layer.scale if isinstance(layer.spec.scale, TensorScale) else None
     for parameter in layer.parameters():
         if parameter.grad is not None and parameter.grad.dim() == 2 and parameter is not shared:
-            parameter.grad *= seen.unsqueeze(1)
+            parameter.grad *= seen[layer.rows or slice(None)].unsqueeze(1)
 
 
 def with_hard(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import layers_of_kind, quantized_layers, thaw_indices
 from qat.runtime.device import checkpoint_function, optimizer_settings
+from qat.runtime.distributed import total
 
 SUPER_NAMES = ("super_scale", "sub_scale", "super_offset", "sub_offset")
 DIRECTION_NAMES = ("scale", "offset", *SUPER_NAMES, "scale_a", "scale_b")
@@ -144,14 +145,20 @@ def rate_units(model: nn.Module) -> dict[nn.Parameter, float]:
     for layer in trained_layers(model):
         if layer.latent_weight in units:
             error = layer.latent_weight - layer.fake_quantized_weight(torch.float32)
-            if size := float(error.norm() / error.count_nonzero().clamp_min(1).sqrt()):
+            if size := mean_size(error.square().sum(), error.count_nonzero()):
                 units[layer.latent_weight] = size
     return units
 
 
 def root_mean_square(values: Tensor) -> float:
     """Return the root mean square of values; one where all are zero."""
-    return float(values.square().mean().sqrt()) or 1.0
+    return mean_size(values.square().sum(), torch.tensor(values.numel())) or 1.0
+
+
+def mean_size(squares: Tensor, count: Tensor) -> float:
+    """Return the root of a mean of squares, of the values that all processes have."""
+    both = total(torch.stack([squares, count.to(squares)]))
+    return float((both[0] / both[1].clamp_min(1)).sqrt())
 
 
 def make_optimizer(

@@ -406,7 +406,7 @@ def test_a_damaged_state_says_how_to_start_over(run, refused, flags, trained, tm
     """It is not trained on, and nothing else is lost."""
     folder = shutil.copytree(trained[0], tmp_path / "run")
     (folder / "summary.json").unlink()
-    state = folder / "state" / "state.pt"
+    (state,) = (folder / "state").glob("step_0000004/*.distcp")
     state.write_bytes(state.read_bytes()[:-5])
     flags = {**flags, **OFTEN}
     message = refused("train", output_dir=folder, **flags)

@@ -71,6 +71,7 @@ def intervals(*, max_steps=6, accumulation_steps=1, **changes):
         **dict.fromkeys(("checkpoint", "cache_dir", "output_dir"), Path()),
         max_steps=max_steps,
         accumulation_steps=accumulation_steps,
+        batch_size=3,
         intervals=IntervalsConfig(**{"eval_steps": 0, "log_steps": 1, "save_steps": 0, **changes}),
     )
 

@@ -6,9 +6,17 @@ import pytest
 import torch
 
 from qat.distill.kl import forward_kl
-from qat.storage.files import previous_folder, read_json, sha256_of_file, write_json
+from qat.storage.files import read_json
 from qat.train.ema import MovingAverage
-from qat.train.state import STATE, Progress, has_state, read_state, write_state
+from qat.train.state import (
+    STATE,
+    Progress,
+    StateWriter,
+    has_state,
+    read_state,
+    whole_states,
+    write_state,
+)
 from qat.train.step import Trainer, loss_scale
 from qat.train.trainable import choose_trainable, make_optimizer, trained_layers
 from tests.tiny import tiny_student
@@ -80,24 +88,63 @@ def test_there_is_no_state_before_one_is_written(tmp_path):
     assert has_state(tmp_path)
 
 
-def test_a_state_hidden_by_a_kill_is_found(tmp_path):
-    """A process killed between the two renames of the next state."""
+def test_a_state_cut_short_by_a_kill_is_none(tmp_path):
+    """The one before is read, and the next save removes what is there of it."""
     trainer = make_run()
-    write_state(tmp_path, Progress(step=7), trainer)
-    (tmp_path / STATE).rename(previous_folder(tmp_path / STATE))
-    assert has_state(tmp_path)
+    writer = StateWriter(tmp_path, keep=2)
+    for step in (7, 8):
+        writer.save(Progress(step=step), trainer)
+    writer.wait()
+    (tmp_path / STATE / "step_0000008" / "state.json").unlink()
     assert read_state(tmp_path, trainer).step == 7
+    write_state(tmp_path, Progress(step=9), trainer)
+    assert [path.name for path in (tmp_path / STATE).iterdir()] == ["step_0000009"]
+
+
+def test_a_state_is_of_the_moment_of_its_save(tmp_path):
+    """Training goes on while it is written."""
+    trainer = make_run()
+    take_step(trainer)
+    before = copy.deepcopy(trainer.model.state_dict())
+    writer = StateWriter(tmp_path)
+    writer.save(Progress(step=1), trainer)
+    for _ in range(3):
+        take_step(trainer)
+    writer.wait()
+    other = make_run()
+    read_state(tmp_path, other)
+    for name, tensor in other.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_the_last_states_stay_and_those_of_round_steps(tmp_path):
+    """Others make room."""
+    trainer = make_run()
+    writer = StateWriter(tmp_path, keep=2, keep_every=4)
+    for step in range(1, 11):
+        writer.save(Progress(step=step), trainer)
+    writer.wait()
+    kept = [path.name for path in whole_states(tmp_path / STATE)]
+    assert kept == [f"step_{step:07d}" for step in (4, 8, 9, 10)]
+
+
+def test_a_state_of_an_earlier_version_is_refused(tmp_path):
+    """Rather than passed over, which would start the run again."""
+    (tmp_path / STATE).mkdir()
+    (tmp_path / STATE / "state.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"state.pt is of an earlier version, .* to start over"):
+        has_state(tmp_path)
 
 
 def test_a_changed_byte_is_seen(tmp_path):
     """Rather than trained on; the remedy is to start over."""
     trainer = make_run()
     write_state(tmp_path, Progress(step=1), trainer)
-    path = tmp_path / STATE / "state.pt"
+    (path,) = (tmp_path / STATE).glob("step_0000001/*.distcp")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="does not match its sha256; remove .*state to start over"):
+    with pytest.raises(ValueError, match=r"does not match its sha256; remove .*step_0000001 to"):
         read_state(tmp_path, trainer)
 
 
@@ -115,7 +162,7 @@ def test_a_full_disk_leaves_the_former_state(tmp_path):
             write_state(tmp_path, Progress(step=2), trainer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in tmp_path.iterdir()] == [STATE]
+    assert [path.name for path in whole_states(tmp_path / STATE)] == ["step_0000001"]
     assert read_state(tmp_path, trainer).step == 1
     assert all(
         torch.equal(trainer.model.state_dict()[name], value) for name, value in before.items()
@@ -133,43 +180,21 @@ def test_the_loss_scale_of_float16_comes_back(tmp_path):
     assert other.scaler.get_scale() == 64.0
 
 
-def damaged_state(folder, change):
-    """Change what a state holds, and write its checksum anew."""
-    path = folder / STATE / "state.pt"
-    state = torch.load(path, weights_only=True)
-    change(state)
-    torch.save(state, path)
-    values = read_json(path.with_name("state.json"))
-    write_json(path.with_name("state.json"), {**values, "sha256": sha256_of_file(path)})
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda state: state.pop("random"),
-        lambda state: state["trained"].update(other=torch.zeros(1)),
-        lambda state: state.update(optimizer=[]),
-        lambda state: state.update(ema=[torch.zeros(1)]),
-        lambda state: next(iter(state["trained"].values())).resize_(1),
-    ],
-)
-def test_a_state_that_fits_no_run_is_named(tmp_path, change):
-    """With its folder, whose removal starts the run over."""
-    run = make_run()
+def test_a_state_that_fits_no_run_is_named(tmp_path):
+    """With its folder, whose removal starts the run over: its student has other scales."""
+    run = make_run("q4_r4")
     take_step(run)
     write_state(tmp_path, Progress(step=1), run)
-    damaged_state(tmp_path, change)
-    with pytest.raises(
-        ValueError, match=r"state\.pt cannot be read .*remove .*state to start over"
-    ):
-        read_state(tmp_path, make_run())
+    with pytest.raises(ValueError, match=r"step_0000001 cannot be read .*remove .* to start over"):
+        read_state(tmp_path, make_run("q2a4"))
 
 
 @pytest.mark.parametrize("values", [[], {}, {"step": "1"}, {"step": -1}, {"steps": 1}])
 def test_a_position_that_is_none_is_named(tmp_path, values):
     """state.json is of another version, or was changed."""
     write_state(tmp_path, Progress(step=1), make_run())
-    path = tmp_path / STATE / "state.json"
-    path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"state\.(json: |pt does not match).* to start over"):
+    path = tmp_path / STATE / "step_0000001" / "state.json"
+    sums = read_json(path)["sha256"]
+    path.write_text(json.dumps({**values, "sha256": sums} if values else values))
+    with pytest.raises(ValueError, match=r"state\.json: .* to start over"):
         read_state(tmp_path, make_run())

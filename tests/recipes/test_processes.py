@@ -1,0 +1,220 @@
+"""Commands in several processes: what they give is what one process gives."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from qat.cache import build, shard
+from qat.cli.commands import main
+from qat.runtime.launch import rank
+from qat.storage.files import folder_lock
+from qat.tracking.record import read_rows
+from qat.train.state import whole_states
+from tests.processes import forked, torchrun
+from tests.tiny import quantize_plainly, save_student, tiny_cache, tiny_llama
+
+pytestmark = pytest.mark.recipe
+STEPS = 20
+CLOSE = 1e-5  # nats between the losses of one process and those of several
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A cache and a student whose embedding, tied to the head, is quantized as well."""
+    folder, plan = tmp_path_factory.mktemp("made"), "q2a4, embed=int4-g32"
+    cache = tiny_cache(folder, tiny_llama())
+    student = quantize_plainly(tiny_llama(), plan)
+    base = {"path": str(folder / "teacher"), "name": "teacher", "weights": None}
+    save_student(folder / "student", student, folder / "teacher", plan=plan, base_model=base)
+    return folder / "student", cache
+
+
+def train_flags(made, folder, **changes):
+    """Return the flags of a run in which all kinds of parameters train, clipped."""
+    flags = {
+        "--checkpoint": made[0],
+        "--cache-dir": made[1],
+        "--output-dir": folder,
+        "--max-steps": STEPS,
+        "--batch-size": 6,
+        "--accumulation-steps": 2,
+        "--optim.lr": 1e-3,
+        "--optim.clip-grad-norm": 0.5,
+        "--intervals.log-steps": 1,
+        "--intervals.eval-steps": 10,
+        "--device": "cpu",
+        "--dtype": "fp32",
+        **changes,
+    }
+    words = [str(word) for item in flags.items() for word in item]
+    return [*words, "--trainable", "weights", "scales", "codebooks", "norms"]
+
+
+def call(command, words):
+    """Run a command in this process; return its exit code and what it wrote on both streams."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(command, words)
+    return code, out.getvalue(), err.getvalue()
+
+
+def curves(folder):
+    """Return losses, gradient norms and held-out numbers of a run, by step and name."""
+    names = ("train/loss", "train/grad_norm", "eval/kl_nats_lower")
+    rows = read_rows(folder)
+    return {(row["step"], name): row[name] for row in rows for name in names if name in row}
+
+
+@pytest.fixture(scope="module")
+def alone(made, tmp_path_factory):
+    """The curves of the run in one process."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    assert call("train", train_flags(made, folder))[0] == 0
+    return curves(folder)
+
+
+@pytest.mark.parametrize(("count", "more"), [(2, []), (4, []), (2, ["--shard"])])
+def test_processes_train_as_one_does(made, alone, tmp_path, count, more):
+    """The same step over the same sequences; 6 of them are no multiple of 4 processes."""
+    flags = [*train_flags(made, tmp_path / "run"), *more]
+    ended = forked(count, partial(call, "train", flags))
+    assert [code for code, _, _ in ended] == [0] * count, ended
+    closing = json.loads(ended[0][1])
+    assert closing["steps"] == STEPS
+    assert closing["tokens_seen"] == STEPS * 2 * 6 * 16
+    assert all(out == "" for _, out, _ in ended[1:])
+    assert not [line for _, _, err in ended[1:] for line in err.splitlines() if "training" in line]
+    assert curves(tmp_path / "run") == pytest.approx(alone, abs=CLOSE, rel=0)
+
+
+def test_an_error_of_one_ends_all_with_one_line(made, tmp_path):
+    """By torchrun itself: rank 0 finds the run's folder in use, which only it looks at."""
+    with folder_lock(tmp_path / "run"):
+        process = torchrun(2, "train", *train_flags(made, tmp_path / "run"))
+        out, err = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert out == ""
+    lines = [line for line in err.splitlines() if re.match("error: |Traceback .qat", line)]
+    assert len(lines) == 1, err
+    assert lines[0].startswith(f"error: rank 0: {tmp_path / 'run'} is in use by process ")
+    assert not (Path(tmp_path) / "run").exists()
+
+
+def test_one_line_where_all_find_the_same_error(made, tmp_path):
+    """More processes than a micro-batch has sequences."""
+    flags = train_flags(made, tmp_path / "run", **{"--batch-size": 1})
+    ended = forked(2, partial(call_to_the_end, "train", flags))
+    assert sorted(code for code, _ in ended) == [2, 2]
+    said = [line for _, err in ended for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert said[0].endswith("--batch-size 1 is shared by 2 processes; give 2 or more")
+
+
+def children_of(process):
+    """Return the process ids of those that a process has started."""
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+def test_a_run_killed_in_a_save_goes_on_in_any_number_of_processes(made, alone, tmp_path):
+    """One of two that split the weights, by torchrun; then one, and four, end as one alone does."""
+    folder = tmp_path / "run"
+    flags = train_flags(made, folder, **{"--intervals.save-steps": 1})
+    process = torchrun(2, "train", *flags, "--shard")
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        states = sorted(folder.glob("state/step_*"))
+        if len(states) > 1 and not (states[-1] / "state.json").exists():
+            os.kill(int(children_of(process)[-1]), signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode != 0, err
+    assert "SIGKILL" in err
+    saved = whole_states(folder / "state")[-1]
+    assert 0 < int(saved.name.removeprefix("step_")) < STEPS
+    for count, more in ((1, []), (4, ["--shard"])):
+        again = shutil.copytree(folder, tmp_path / f"in_{count}")
+        ended = forked(count, partial(call, "train", [*train_flags(made, again), *more]))
+        assert [code for code, _, _ in ended] == [0] * count, ended
+        assert "resuming from step" in ended[0][2]
+        assert curves(again) == pytest.approx(alone, abs=CLOSE, rel=0)
+
+
+def test_processes_measure_as_one_does(made):
+    """To the bit: they measure whole batches, and what these sum up to is added in order."""
+    words = ["--checkpoint", made[0], "--cache-dir", made[1], "--batch-size", 2]
+    words = [*map(str, words), "--device", "cpu", "--dtype", "fp32"]
+    alone = json.loads(call("evaluate", words)[1])
+    ended = forked(2, partial(call, "evaluate", words))
+    assert json.loads(ended[0][1]) == alone
+    assert ended[1][:2] == (0, "")
+    assert alone["tokens"] > 0
+
+
+@pytest.mark.parametrize("content", ["top-k", "hidden"])
+def test_processes_build_the_cache_of_one(made, tmp_path, monkeypatch, content):
+    """The same bytes, also where one of them dies after its first shard and all start again."""
+    monkeypatch.setattr(shard, "TOKENS_A_SHARD", 128)
+    teacher = made[0].parent / "teacher"
+    flags = ["--teacher", teacher, "--data", teacher.parent / "records.jsonl", "--seq-len", 16]
+    flags += ["--batch-size", 4, "--content", content, "--name", "it"]
+    flags += ["--top-k", 8] * (content == "top-k") + ["--device", "cpu", "--dtype", "fp32"]
+    flags = [str(flag) for flag in [*flags, "--output-dir"]]
+    assert call("build-cache", [*flags, str(tmp_path / "alone")])[0] == 0
+    words = [*flags, str(tmp_path / "several")]
+    forked(2, partial(call_until_killed, "build-cache", words))
+    folder = tmp_path / "several" / "it"
+    left = {path.name for path in folder.glob("shard_*")}
+    assert left
+    assert not (folder / "manifest.json").exists()
+    ended = forked(2, partial(call, "build-cache", words))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    expected = contents_of(tmp_path / "alone" / "it")
+    assert left < expected.keys()
+    assert contents_of(folder) == expected
+
+
+def contents_of(folder):
+    """Return the bytes of each file in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def call_until_killed(command, words):
+    """Run a command whose process of rank 1 fails as it begins its second shard."""
+    write, written = build.write_shard, []
+
+    def write_once(*arguments):
+        written.append(arguments)
+        if rank() == 1 and len(written) == 2:
+            raise OSError("the machine went away")
+        return write(*arguments)
+
+    build.write_shard = write_once
+    return call_to_the_end(command, words)
+
+
+def call_to_the_end(command, words):
+    """Return exit code and messages, also where a process ends without a word."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        try:
+            return main(command, words), err.getvalue()
+        except SystemExit as stop:
+            return stop.code, err.getvalue()
+
+
+def test_other_commands_run_in_one_process(tmp_path):
+    """What would do its work once in each process is refused."""
+    ended = forked(2, partial(call_to_the_end, "doctor", []))
+    assert {code for code, _ in ended} == {2}
+    said = "".join(err for _, err in ended)
+    assert said.count("`qat doctor` runs in one process; call it without torchrun") == 1
