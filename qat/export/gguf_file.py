@@ -24,6 +24,7 @@ ALIGNMENT = 32  # the default; this package writes no other
 ALIGNMENT_KEY = "general.alignment"
 STRING, ARRAY = 8, 9
 FORMS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))  # of scalar types
+MOST_ALIGNMENT = 1 << 16
 MOST_SIDES = 4  # of a tensor, as ggml has them
 
 
@@ -104,7 +105,8 @@ def read_header(path: Path) -> Header:
 
 def read_records(file: BinaryIO, num_tensors: int, alignment: object) -> dict[str, StoredTensor]:
     """Return where tensors lie, from a file that stands at the first one's record."""
-    if not isinstance(alignment, int) or alignment < 1:
+    is_power = isinstance(alignment, int) and alignment > 0 and not alignment & (alignment - 1)
+    if not is_power or alignment > MOST_ALIGNMENT:
         raise ValueError(f"{ALIGNMENT_KEY} is {alignment}")
     names, records = type_names(), {}
     for _ in range(num_tensors):
@@ -120,12 +122,15 @@ def read_records(file: BinaryIO, num_tensors: int, alignment: object) -> dict[st
         records[name] = StoredTensor(names[type_number], tuple(reversed(sides)), offset)
     start = -(-file.tell() // alignment) * alignment
     placed = {name: r._replace(offset=start + r.offset) for name, r in records.items()}
-    file_bytes = file.seek(0, 2)
-    for name, record in placed.items():
+    file_bytes, end = file.seek(0, 2), start
+    for name, record in sorted(placed.items(), key=lambda item: item[1].offset):
+        if record.offset < end or (record.offset - start) % alignment:
+            raise ValueError(f"{name} overlaps another tensor, or lies between two places for one")
+        end = record.offset + record.num_bytes + record.tail_bytes
         num_weights, _ = block_sizes(record.type_name)
         if record.shape[-1] % num_weights:
             raise ValueError(f"{name} has rows of {record.shape[-1]}, in blocks of {num_weights}")
-        if record.offset + record.num_bytes + record.tail_bytes > file_bytes:
+        if end > file_bytes:
             raise ValueError(f"it ends before its tensor {name}")
     return placed
 

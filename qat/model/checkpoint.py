@@ -280,7 +280,10 @@ def fill(model: nn.Module, file: safe_open, dtype: torch.dtype) -> None:
 
     for name, layer in layers.items():
         shape = (layer.out_features, layer.in_features)
-        layer.indices = layer.spec.grid.unpack(take(f"{name}.indices"), shape)
+        packed = take(f"{name}.indices")
+        if packed.dtype != torch.uint8 or packed.dim() != 1:
+            raise ValueError(f"tensor {name}.indices is no row of bytes; fetch or make it again")
+        layer.indices = layer.spec.grid.unpack(packed, shape)
         for part, empty in layer.parts.items():
             values = layer.spec.load_part(part, take(f"{name}.{part}"), tuple(empty.shape))
             put(empty, values, f"{name}.{part}")

@@ -68,7 +68,14 @@ def refuse_constant(name: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON value, indented, under its final name only when whole."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} would hold NaN or infinity: the model computes no finite numbers; use "
+            "--dtype fp32, or one that was trained with a lower rate"
+        ) from error
+    write_text(path, text + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """What was written is read as the `gguf` package reads it."""
 
+import struct
 from contextlib import suppress
 
 import numpy as np
@@ -75,6 +76,19 @@ def test_keys_with_one_value_are_read_and_lists_passed_over(small_file):
     assert not keys.keys() & {"tokenizer.ggml.tokens", "x.numbers"}
     assert read_weight(small_file, tensors["a"]).tolist() == [[1.0] * 3] * 2
     assert read_weight(small_file, tensors["b"]).tolist() == [[1.0] * 64]
+
+
+@pytest.mark.parametrize("offset", [0, 32, 63, 2**63])
+def test_tensors_lie_side_by_side(small_file, offset):
+    """A native runtime is not trusted to notice that two share bytes, or lie askew."""
+    data = bytearray(small_file.read_bytes())
+    record = data.index(struct.pack("<Q", 1) + b"b") + 9  # of the second tensor
+    sides = struct.unpack_from("<I", data, record)[0]
+    struct.pack_into("<Q", data, record + 4 + 8 * sides + 4, offset)
+    damaged = small_file.with_name("askew.gguf")
+    damaged.write_bytes(data)
+    with pytest.raises(ValueError, match="b overlaps|between two places|ends before"):
+        read_header(damaged)
 
 
 @given(place=st.integers(0, 700), value=st.binary(min_size=1, max_size=9), cut=st.booleans())

@@ -90,6 +90,7 @@ CACHE_FILES = ("manifest.json", "manifest.json", "*.safetensors")
 READERS = (
     Reader(
         name="cache-top-k",
+        names=("the cache has",),  # of the flag --cache-dir
         source="top_k",
         files=CACHE_FILES,
         commands=(INSPECT, ON_CACHE),
@@ -98,6 +99,7 @@ READERS = (
     ),
     Reader(
         name="cache-sampled",
+        names=("the cache has",),  # of the flag --cache-dir
         source="sampled",
         files=CACHE_FILES,
         commands=(INSPECT, ON_CACHE),
@@ -106,6 +108,7 @@ READERS = (
     ),
     Reader(
         name="cache-hidden",
+        names=("the cache has",),  # of the flag --cache-dir
         source="hidden",
         files=(*CACHE_FILES, "head.safetensors", "text.safetensors"),
         commands=(
@@ -127,7 +130,7 @@ READERS = (
     ),
     Reader(
         name="cache-seeds",
-        names=("the cache has vocab_size",),
+        names=("the cache has",),  # of the flag --cache-dir
         source="seed_cache",
         files=("meta.json", "shard_*.pt"),
         commands=(INSPECT, "convert-cache {case} {out}/c", ON_CACHE),
@@ -146,6 +149,7 @@ READERS = (
     ),
     Reader(
         name="student-text",
+        names=("a prompt of",),
         source="student",
         files=TOKENIZER + ("generation_config.json",),
         commands=(
@@ -161,6 +165,7 @@ READERS = (
     ),
     Reader(
         name="seed-v1",
+        names=("holds NaN or values beyond",),  # what floors leave of finite factors
         source="v1",
         files=("run/model_state_dict.pt", "run/model_state_dict.pt", "run/config.json"),
         commands=(

@@ -416,3 +416,16 @@ def test_scales_that_training_computes_with_come_back(tmp_path, plan):
     for name, layer in quantized_layers(loaded).items():
         trained = student.get_submodule(name).fake_quantized_weight()
         assert torch.equal(layer.fake_quantized_weight(), trained), name
+
+
+@pytest.mark.parametrize(
+    "change", [lambda packed: packed.double(), lambda packed: packed.view(1, -1)]
+)
+def test_indices_that_are_no_bytes_are_refused(copy, change):
+    """Floats in their place ended in numpy's words."""
+    tensors = load_file(copy / "student.safetensors")
+    name = next(name for name in tensors if name.endswith(".indices"))
+    save_file(tensors | {name: change(tensors[name])}, copy / "student.safetensors")
+    change_header(copy, sha256=sha256_of_file(copy / "student.safetensors"))
+    with pytest.raises(ValueError, match=r"student\.safetensors: .*indices is no row of bytes"):
+        read_checkpoint(copy)
