@@ -151,8 +151,12 @@ def saved(saving: Future[object]) -> None:
     try:
         saving.result()
     except checkpoint.CheckpointException as error:
-        why = {" ".join(str(failure).split()) for failure, _ in error.failures.values()}
-        raise OSError("; ".join(sorted(why))) from error
+        raise OSError(reasons(error)) from error
+
+
+def reasons(error: checkpoint.CheckpointException) -> str:
+    """Return on one line what went wrong in any process."""
+    return "; ".join(sorted({" ".join(str(why).split()) for why, _ in error.failures.values()}))
 
 
 @cache
@@ -220,9 +224,16 @@ def saved_sizes(index: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtyp
 
 
 def load_saved(tensors: dict[str, Tensor], folder: Path, index: dict[str, Any]) -> None:
-    """Fill tensors with what a folder holds under their names, whoever wrote it."""
+    """Fill tensors with what a folder holds under their names, whoever wrote it.
+
+    Raises:
+        ValueError: If one of them is not there, or cannot be read.
+    """
     reader = Reader(folder, index)
-    checkpoint.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
+    try:
+        checkpoint.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
+    except checkpoint.CheckpointException as error:
+        raise ValueError(reasons(error)) from error
 
 
 def own_rows(num_rows: int) -> slice:

@@ -2,8 +2,9 @@
 
 state/step_N/*.distcp     trained parameters, optimizer, averages, random generators: each process
                           writes a part, named so that any other may read it
-state/step_N/state.json   the position, which tensor is where, and the sha256 of the files; comes
-                          last, so that a folder with it is whole
+state/step_N/index.json   which tensor is where
+state/step_N/state.json   the position and the sha256 of the files; comes last, so that a folder
+                          with it is whole
 
 States are copied to the host and written while training goes on.
 """
@@ -27,7 +28,7 @@ from qat.storage.decode import Count, as_type, read_as, reading
 from qat.train.step import Trainer
 
 STATE = "state"
-POSITION = "state.json"
+POSITION, INDEX = "state.json", "index.json"
 OLD_FILE = "state.pt"  # of version 0.1.0
 
 
@@ -101,9 +102,9 @@ class StateWriter:
         try:
             distributed.saved(saving)
             if is_first():
-                index = distributed.take_index(folder)
+                files.write_json(folder / INDEX, distributed.take_index(folder))
                 sums = {file.name: files.sha256_of_file(file) for file in sorted(folder.iterdir())}
-                files.write_json(folder / POSITION, position | {"index": index, "sha256": sums})
+                files.write_json(folder / POSITION, position | {"sha256": sums})
                 self.remove_old()
         except OSError as error:
             raise OSError(
@@ -211,15 +212,16 @@ def read_state(run: Path, trainer: Trainer) -> Progress:
     folder = whole_states(Path(run) / STATE)[-1]
     remedy = f"remove {folder} to resume from the state before it, or to start over"
     values = distributed.from_first(partial(checked_position, folder, remedy))
-    scaler, index = (values.pop(name, {}) for name in ("scaler", "index"))
+    scaler = values.pop("scaler", {})
     progress = as_type(values, Progress, folder / POSITION, remedy=remedy)
     with reading(folder, remedy):
-        restore(folder, index, trainer, scaler)
+        restore(folder, trainer, scaler)
     return progress
 
 
-def restore(folder: Path, index: dict[str, Any], trainer: Trainer, scaler: dict[str, Any]) -> None:
+def restore(folder: Path, trainer: Trainer, scaler: dict[str, Any]) -> None:
     """Put what a folder holds back into a trainer and the random generators."""
+    index: dict[str, Any] = files.read_json(folder / INDEX)
     sizes = distributed.saved_sizes(index)
     generators = random_tensors(trainer.device).keys()
     wanted = [name for name in sizes if not name.startswith("random.") or name in generators]
@@ -240,8 +242,8 @@ def room_for(trainer: Trainer, name: str, shape: torch.Size, dtype: torch.dtype)
     split = {n: p for n, p in trainer.model.named_parameters() if p in trainer.split}
     owner = next((n for n in split if shape and name.endswith(f".{n}")), None)
     if owner is None:
-        return torch.empty(shape, dtype=dtype)
-    rows = torch.empty(split[owner].shape, dtype=dtype, device=trainer.device)
+        return torch.zeros(shape, dtype=dtype)
+    rows = torch.zeros(split[owner].shape, dtype=dtype, device=trainer.device)
     return distributed.as_part(rows, shape[0])
 
 

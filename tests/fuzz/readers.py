@@ -74,10 +74,10 @@ def seal_student(folder: Path) -> None:
 
 
 def seal_state(folder: Path) -> None:
-    """Write the checksum of a state anew."""
-    path = folder / "state" / "state.json"
+    """Write the checksums of a state anew."""
+    (path,) = folder.glob("state/*/state.json")
     values = json.loads(path.read_text())
-    values["sha256"] = sha256_of_file(folder / "state" / "state.pt")
+    values["sha256"] = {name: sha256_of_file(path.with_name(name)) for name in values["sha256"]}
     path.write_text(json.dumps(values))
 
 
@@ -195,13 +195,13 @@ READERS = (
     Reader(
         name="state",
         source="resume",
-        files=("state/state.json", "state/state.pt", "config.json", "metrics.jsonl", "*.json"),
+        files=("state/*/*.json", "state/*/*.distcp", "config.json", "metrics.jsonl", "*.json"),
         commands=(
             "train --checkpoint {made}/student --cache-dir {made}/top_k --output-dir {case} "
             + " ".join(TRAIN),
         ),
         seal=seal_state,
-        sealed=("state/state.pt",),
+        sealed=("*.distcp", "index.json"),
     ),
     Reader(
         name="archive",
