@@ -27,6 +27,7 @@ Kind = Literal["cpu", "cuda", "mps", "xla", "tpu"]
 KINDS = get_args(Kind)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 1024**3
+XLA_SEED_BYTES = 8
 
 # XLA says it while compiling, torch while allocating, and the CPU allocator says it differently.
 OUT_OF_MEMORY = re.compile(
@@ -235,21 +236,27 @@ def optimizer_settings(device: torch.device) -> dict[str, bool]:
     return {"fused": device.type in ("cpu", "cuda"), "capturable": is_traced(device)}
 
 
-def random_state(device: torch.device) -> dict[str, Tensor | int]:
-    """Return the states of the random generators that work on a device draws from."""
-    state: dict[str, Tensor | int] = {"cpu": torch.get_rng_state()}
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of the random generators that work on a device draws from, as bytes."""
+    state = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         with random_module(device) as module:
-            state[device.type] = module.get_rng_state()
+            found = module.get_rng_state()
+        if isinstance(found, int):  # XLA's seed, unsigned
+            found = torch.tensor(list(found.to_bytes(XLA_SEED_BYTES, "little")), dtype=torch.uint8)
+        state[device.type] = found
     return state
 
 
-def set_random_state(device: torch.device, state: dict[str, Tensor | int]) -> None:
+def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
     """Put the states of random generators back; one of another kind of device stays as it is."""
     torch.set_rng_state(state["cpu"])
     if device.type != "cpu" and device.type in state:
+        kept = state[device.type]
         with random_module(device) as module:
-            module.set_rng_state(state[device.type])
+            module.set_rng_state(
+                int.from_bytes(bytes(kept.tolist()), "little") if is_traced(device) else kept
+            )
 
 
 @contextmanager

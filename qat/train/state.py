@@ -183,7 +183,7 @@ def state_tensors(trainer: Trainer) -> dict[str, Tensor]:
 def random_tensors(device: torch.device) -> dict[str, Tensor]:
     """Return the states of this process's random generators by name."""
     states = random_state(device).items()
-    return {f"random.{rank()}.{kind}": torch.as_tensor(state) for kind, state in states}
+    return {f"random.{rank()}.{kind}": state for kind, state in states}
 
 
 def has_state(run: Path) -> bool:
@@ -233,8 +233,7 @@ def restore(folder: Path, trainer: Trainer, scaler: dict[str, Any]) -> None:
         trainer.scaler.load_state_dict(scaler)
     states = {name.rpartition(".")[2]: tensors[name] for name in generators & tensors.keys()}
     if states:  # there are more processes than there were: those have draws of their own
-        plain = {kind: state if state.dim() else int(state) for kind, state in states.items()}
-        set_random_state(trainer.device, plain)
+        set_random_state(trainer.device, states)
 
 
 def room_for(trainer: Trainer, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
