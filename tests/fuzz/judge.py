@@ -148,9 +148,9 @@ def run_cases(reader: Reader, numbers: range, made: Path, root: Path) -> list[Ve
         child = os.fork()
         if not child:
             os.close(reads)
-            faulthandler.dump_traceback_later(MOST_SECONDS * len(numbers), exit=True)
             with os.fdopen(writes, "wb") as file:
                 for number in numbers[len(found) :]:
+                    faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
                     pickle.dump(run_case(reader, number, made, root), file)
                     file.flush()
             os._exit(0)
