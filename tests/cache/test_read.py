@@ -86,6 +86,14 @@ def test_text_is_what_is_trained_on_and_what_the_teacher_did_not_read(tmp_path, 
     assert torch.equal(every, plain.batch(plain.sequence_ids("train")).input_ids)
 
 
+def test_the_teacher_may_have_read_all_there_is(tmp_path):
+    """Further text that was asked for and is not there is a file of no sequences."""
+    cache = TeacherCache.open(tiny_cache(tmp_path, num_sequences=10_000, text_sequences=5))
+    assert cache.manifest.text.num_sequences == 0
+    every = cache.batch(cache.sequence_ids("train")).input_ids
+    assert torch.equal(cache.spread_text(10_000)[0], every)
+
+
 def test_text_that_was_changed_is_refused(tmp_path):
     """Also where the length is the same."""
     folder = tiny_cache(tmp_path, num_sequences=24, text_sequences=16)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -57,13 +58,15 @@ def start(command, *flags):
 
 def kill_when(process, has_come):
     """Kill a process, as the system does, as soon as something has come to be."""
+    reader = threading.Thread(target=process.communicate)  # a full pipe would hold it up
+    reader.start()
     deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline:
         if has_come():
             os.kill(process.pid, signal.SIGKILL)
             break
         time.sleep(0.002)
-    process.communicate()
+    reader.join()
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
 
 
