@@ -104,7 +104,9 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], **sett
     """
     where = f"the chat template of {tokenizer.name_or_path}"
     with reading(where, "correct it, or pass --thinking none or --template none"):
-        require_no_powers(str(tokenizer.chat_template))
+        named = tokenizer.chat_template  # a text, or several of them by name
+        for template in named.values() if isinstance(named, dict) else [named]:
+            require_no_powers(str(template))
         return tokenizer.apply_chat_template(turns, tokenize=False, **settings)
 
 

@@ -23,7 +23,13 @@ from qat.pipelines.open_checkpoint import BEST_NAME, FINAL_NAME
 from qat.pipelines.perplexity import Domain, read_domains
 from qat.pipelines.place import Place
 from qat.runtime.device import dtype_name, seeded
-from qat.storage.files import atomic_folder, fingerprint, folder_lock, write_json
+from qat.storage.files import (
+    atomic_folder,
+    fingerprint,
+    folder_lock,
+    sweep_leftovers,
+    write_json,
+)
 from qat.tracking.messages import say
 from qat.tracking.record import CONFIG
 from qat.tracking.sinks import Tracker, open_tracker
@@ -85,6 +91,7 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
     folder = config.output_dir
     run_folder.finished_run(folder, run.identity)  # refuse before the folder is touched
     with folder_lock(folder), seeded(run.place.device.torch_device, config.seed):
+        sweep_leftovers(folder)
         summary = run_folder.finished_run(folder, run.identity)
         if summary is None:
             summary = take_run(run)

@@ -33,6 +33,7 @@ from qat.storage.files import (
     atomic_folder,
     folder_lock,
     sha256_of_file,
+    sweep_leftovers,
     write_json,
 )
 from qat.tracking.messages import say
@@ -145,8 +146,9 @@ def finish(folder: Path, manifest: TokenManifest) -> None:
         raise ValueError(f"--data {manifest.data_name} gives no training tokens; give more text")
     write_manifest(folder, manifest)
     (folder / BUILDING_FILE).unlink()
-    for leftover in [*folder.glob("progress_*.json"), *folder.glob(".*.part")]:
+    for leftover in folder.glob("progress_*.json"):
         leftover.unlink()
+    sweep_leftovers(folder)
 
 
 def result_of(tokens: TokenDataset) -> TokenizeResult:
