@@ -89,8 +89,15 @@ def reading(path: Path | str, remedy: str = MADE_AGAIN) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, FileNotFoundError) or getattr(error, "filename", None):
             raise  # the system's own words on a path
-        why = " ".join(str(error).split()).partition(". ")[0][:MOST_LETTERS].rstrip(".")
-        why = why or type(error).__name__
+        from qat.runtime.device import says_out_of_memory  # loads torch, which libraries here have
+        from qat.runtime.distributed import is_lost_connection
+
+        if is_lost_connection(error):
+            raise  # another process's end says nothing of the file
+        whole = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or says_out_of_memory(whole):
+            remedy = "free some memory, the file may be sound: out of memory"
+        why = whole.partition(". ")[0][:MOST_LETTERS].rstrip(".") or type(error).__name__
         raise ValueError(f"{path} cannot be read ({why}); {remedy}") from error
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as some
 
 from qat.cache.manifest import CacheManifest
 from qat.model.checkpoint import CheckpointHeader
+from qat.runtime.device import says_out_of_memory
 from qat.storage.decode import Count, FileName, as_type, is_own_mistake, naming, read_as, reading
 from qat.storage.receipt import Receipt
 from qat.storage.registry import StoredItem
@@ -105,6 +106,31 @@ def test_what_a_library_raises_names_the_file(tmp_path):
         raise LookupError("no such key")
     with pytest.raises(FileNotFoundError, match="none"), reading("x.bin"):
         (tmp_path / "none").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 8 bytes. Error code 12"
+        ),
+    ],
+)
+def test_too_little_memory_is_no_damage(error):
+    """No remedy tells to remove what may be the only state of a run."""
+    with pytest.raises(ValueError, match="free some memory") as told, reading("state", "remove it"):
+        raise error
+    assert "remove" not in str(told.value)
+    assert says_out_of_memory(str(told.value))
+
+
+def test_a_process_that_has_gone_is_no_damage():
+    """Its own error tells so."""
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="closed by peer"), reading("state"):
+        raise lost
 
 
 def test_a_refusal_gets_the_name_once_and_a_mistake_of_ours_does_not():
