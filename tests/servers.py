@@ -26,6 +26,8 @@ class FileServer:
     """Bytes by which the start of a part is off, as its Content-Range tells."""
     status: int = 0
     """Answer everything with this error."""
+    absent_status: int = 404
+    """Answer with this what is not there; buckets that may not be listed say 403."""
     port: int = 0
     dies: bool = False
     """After the first cut, answer with an error."""
@@ -63,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(state.status)
             return
         if not path.is_file():
-            self.send_error(404)
+            self.send_error(state.absent_status)
             return
         data = path.read_bytes()
         etag = f'"{hashlib.sha256(data).hexdigest()}"'

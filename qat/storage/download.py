@@ -83,6 +83,17 @@ def is_file(address: str) -> bool:
     return info is not None and info["type"] == "file"
 
 
+def may_be_seen(address: str) -> bool:
+    """Return whether there is a file that a store tells of.
+
+    Of a bucket that may not be listed, what is not there looks like what is private.
+    """
+    try:
+        return is_file(address)
+    except PermissionError:
+        return False
+
+
 def is_folder(address: str) -> bool:
     """Return whether there is a folder at a path or URL; the web has none."""
     info = None if is_web(address) else file_info(address)
@@ -90,11 +101,11 @@ def is_folder(address: str) -> bool:
 
 
 def stated_sha256(address: str) -> str | None:
-    """Return the checksum next to a file, None where there is none."""
+    """Return the checksum next to a file, None where there is none that a store tells of."""
     checksum = f"{address}.sha256"
-    info = file_info(checksum)
-    if info is None or info["type"] != "file":
+    if not may_be_seen(checksum):
         return None
+    info = file_info(checksum) or {"size": None}
     if (info["size"] or 0) > MOST_CHECKSUM_BYTES:
         raise ArchiveMismatch(f"{checksum} has {info['size']:,} bytes and holds no sha256; fix it")
     files, path = open_files(checksum)

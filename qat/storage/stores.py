@@ -27,6 +27,7 @@ from qat.storage.download import (
     is_file,
     is_folder,
     is_web,
+    may_be_seen,
     open_files,
     record_path,
     stated_sha256,
@@ -96,16 +97,31 @@ def locate(
 
     A name with a suffix is that archive alone, one that ends in .pt that file. `files` are those of
     a plain folder, for stores that cannot list; the first of them decides.
+
+    Raises:
+        PermissionError: If none has it, and one of them refused to tell.
     """
+    refused: list[PermissionError] = []
+
+    def is_there(probe: Callable[[str], bool], address: str) -> bool:
+        try:
+            return probe(address)
+        except PermissionError as error:
+            refused.append(error)
+            return False
+
     for store in stores:
         address = store.address(folder, name)
         for suffix in ("",) if name.endswith(SUFFIXES) else SUFFIXES:
-            if is_file(address + suffix):
+            if is_there(is_file, address + suffix):
                 return Found(address + suffix, "archive")
-        if name.endswith(".pt") and is_file(address):
+        if name.endswith(".pt") and is_there(is_file, address):
             return Found(address, "file")
-        if is_file(f"{address}/{files[0]}") if is_web(address) and files else is_folder(address):
+        by_file = is_web(address) and files
+        if is_there(is_file, f"{address}/{files[0]}") if by_file else is_there(is_folder, address):
             return Found(address, "folder")
+    if refused:
+        raise refused[0]
     return None
 
 
@@ -187,7 +203,7 @@ def copy_files(address: str, staging: Path, names: Sequence[str]) -> None:
     inside = staging / PurePosixPath(address).name
     if names:
         pairs = [(f"{address}/{name}", name) for name in names]
-        pairs = [pair for number, pair in enumerate(pairs) if not number or is_file(pair[0])]
+        pairs = [pair for number, pair in enumerate(pairs) if not number or may_be_seen(pair[0])]
     else:
         files, root = open_files(address)
         found = [path for path in files.find(root) if not path.endswith(".sha256")]

@@ -186,6 +186,24 @@ def test_the_first_store_that_has_it_gives_it(content, tmp_path):
     assert "second" in locate(both, FOLDER, "thing").address
 
 
+def test_a_bucket_that_may_not_be_listed_gives_what_it_has(content, base, tmp_path):
+    """It says 403 of all that is not there; where nothing is found, that is told."""
+    pack_folder(content, base / FOLDER / "thing.tgz")
+    (base / FOLDER / "thing.tgz.sha256").unlink()
+    (base / FOLDER / "x.pt").write_bytes(b"x")
+    with file_server(base) as server, file_server(base) as other:
+        server.absent_status = other.absent_status = 403
+        places = [stores.named_store(one.url(), "--store") for one in (server, other)]
+        found = locate(places, FOLDER, "thing")
+        assert found.address.endswith("/thing.tgz")
+        assert same(take(found, tmp_path / "thing", check=accept), content)
+        single = locate(places, FOLDER, "x.pt")
+        take(single, tmp_path / "x.pt", check=accept)
+        assert [path.name for path in (tmp_path / "x.pt").iterdir()] == ["x.pt"]
+        with pytest.raises(PermissionError, match=r"none\.tar\.lz4 is refused \(403\)"):
+            locate(places, FOLDER, "none")
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_copy_that_was_cut_continues(content, base, tmp_path, ranges):
     """The next call asks for the rest only, and what was there before stays until then."""
