@@ -32,6 +32,7 @@ from qat.storage.receipt import read_receipt, receipt_path, stamp, write_receipt
 SUFFIXES = (".tar.lz4", ".tgz", ".tar.gz")
 CHUNK_BYTES = 1 << 20
 GZIP_LEVEL = 6
+EXTRACTING_SECONDS = 3600  # that a process waits for another one, such as of torchrun
 MOST_CHECKSUM_BYTES = 4096  # of a file that holds one line
 MOST_MEMBERS = 1_000_000  # a cache of 16 G tokens has as many shards
 MOST_HEADER_BYTES = 1 << 20  # tarfile reads each into memory
@@ -133,7 +134,7 @@ def extract_once(archive: Path) -> Path:
     receipt = read_receipt(folder)
     if receipt and receipt.source_stamp == stamp(archive):
         return folder
-    with folder_lock(folder):
+    with folder_lock(folder, patience_seconds=EXTRACTING_SECONDS):
         return extract_next_to(archive, folder)
 
 

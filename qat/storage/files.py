@@ -155,7 +155,7 @@ def previous_folder(path: Path) -> Path:
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, *, patience_seconds: float = LOCK_SECONDS) -> Iterator[None]:
     """Hold the lock of a folder, which the system releases when the process dies.
 
     The lock file lies next to the folder and stays there: a lock file that is removed lets a
@@ -165,7 +165,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
-    lock = FileLock(path, timeout=LOCK_SECONDS)
+    lock = FileLock(path, timeout=patience_seconds)
     try:
         lock.acquire()
     except Timeout as error:

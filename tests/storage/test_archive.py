@@ -2,6 +2,8 @@ import gzip
 import io
 import os
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lz4.frame
@@ -182,6 +184,19 @@ def test_an_archive_is_extracted_once(folder, tmp_path):
     inode = extracted.stat().st_ino
     os.utime(packed, (0, 0))
     assert extract_once(packed).stat().st_ino == inode
+
+
+def test_processes_that_open_one_archive_wait_for_each_other(folder, tmp_path):
+    """Such as those of torchrun: the first extracts, the others find what it made."""
+    packed = tmp_path / "x.tgz"
+    pack_folder(folder, packed)
+    with ThreadPoolExecutor(2) as pool:
+        with files.folder_lock(tmp_path / "x"):
+            calls = [pool.submit(extract_once, packed) for _ in range(2)]
+            time.sleep(2 * files.LOCK_SECONDS)
+            assert not any(call.done() for call in calls)
+            made = archive.extract_next_to(packed, tmp_path / "x").stat().st_ino
+        assert {call.result().stat().st_ino for call in calls} == {made}
 
 
 def test_a_changed_archive_is_extracted_again(folder, tmp_path):
