@@ -109,6 +109,11 @@ def tokenize(
         yield Document(token_ids, is_counted, record)
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return one more than the largest id of a tokenizer, some of which leave gaps between ids."""
+    return max(len(tokenizer), *(place + 1 for place in tokenizer.get_vocab().values()))
+
+
 def require_known_ids(token_ids: Iterable[int], vocab_size: int, tokenizer: str) -> None:
     """Refuse token ids that a model of a vocabulary has no embedding for."""
     ids = torch.as_tensor(token_ids)

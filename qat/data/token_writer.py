@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qat.data.chat import plain_texts
 from qat.data.records import read_records
-from qat.data.text import RECORDS_A_CALL
+from qat.data.text import RECORDS_A_CALL, vocabulary_size
 from qat.data.token_shards import (
     TokenIdentity,
     TokenShard,
@@ -55,7 +55,7 @@ def tokenize_source(source: Source, tokenizer: PreTrainedTokenizerBase) -> list[
     shards, is_complete = finished_shards(source)
     if is_complete:
         return shards
-    plan, vocab_size = source.identity, len(tokenizer)
+    plan, vocab_size = source.identity, vocabulary_size(tokenizer)
     num_read = sum(shard.num_records for shard in shards)
     texts = islice(plain_texts(read_records(source.name), plan.text_column), num_read, None)
     documents = tokenize_texts(texts, tokenizer, plan)

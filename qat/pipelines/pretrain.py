@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from qat.data.text import tokenizer_sha256
+from qat.data.text import tokenizer_sha256, vocabulary_size
 from qat.data.token_dataset import TokenBlocks, TokenDataset
 from qat.data.token_shards import DamagedShards
 from qat.evaluate.on_tokens import evaluate_on_tokens
@@ -151,10 +151,10 @@ def shape_for(config: PretrainConfig, tokens: TokenDataset) -> PreTrainedConfig:
         raise DamagedShards(f"{tokens.tokenizer_folder} is not the tokenizer of its shards")
     shape = read_architecture(config.arch, config.vocab_size)
     text = shape.get_text_config()
-    if text.vocab_size < len(tokenizer):
+    if text.vocab_size < (least := vocabulary_size(tokenizer)):
         raise ValueError(
-            f"--arch {config.arch} has {text.vocab_size} rows and the tokenizer {len(tokenizer)} "
-            f"tokens; give --vocab-size {len(tokenizer)} or more"
+            f"--arch {config.arch} has {text.vocab_size} rows and the tokenizer {least} tokens; "
+            f"give --vocab-size {least} or more"
         )
     positions = getattr(text, "max_position_embeddings", None) or config.longest
     if positions < config.longest:

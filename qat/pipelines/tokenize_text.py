@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qat.data.config import TokenizeConfig
 from qat.data.records import source_files, source_name, source_revision
-from qat.data.text import bos_id, tokenizer_sha256
+from qat.data.text import bos_id, tokenizer_sha256, vocabulary_size
 from qat.data.token_dataset import TokenDataset
 from qat.data.token_shards import (
     BUILDING_FILE,
@@ -77,7 +77,7 @@ def tokenize(config: TokenizeConfig) -> TokenizeResult:
             manifest = TokenManifest(
                 identity=identity,
                 data_name=source_name(config.data),
-                vocab_size=len(tokenizer),
+                vocab_size=vocabulary_size(tokenizer),
                 shards=tuple(write_sources(folder, identity, names, config.workers)),
             )
             finish(folder, manifest)

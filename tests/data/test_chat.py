@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.data.chat import detect_format, ignores_thinking, plain_texts, render, turn, turns_of
+from qat.data.chat import (
+    apply_template,
+    detect_format,
+    ignores_thinking,
+    plain_texts,
+    render,
+    turn,
+    turns_of,
+)
 from qat.data.config import TextConfig
 from qat.data.text import read_documents
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer, write_jsonl
@@ -172,3 +180,15 @@ def test_plain_text_is_a_column_or_what_a_format_joins():
         list(plain_texts([{"text": 3}], "text"))
     with pytest.raises(ValueError, match="record 0 looks like messages and is not"):
         list(plain_texts([{"messages": [{"said": "a"}]}], "text"))
+
+
+def test_one_of_several_templates_by_name_is_used():
+    """Each is looked at, quotes and line ends in it stay what they are."""
+    tokenizer = tiny_tokenizer()
+    turns = [{"role": "user", "content": "hello"}]
+    plain = "{% for turn in messages %}{{ turn['content'] + '\n' }}{% endfor %}"
+    tokenizer.chat_template = {"default": plain, "tool_use": "{{ 'tools' }}"}
+    assert apply_template(tokenizer, turns) == "hello\n"
+    tokenizer.chat_template = {"default": plain, "tool_use": "{{ 9 ** 9 }}"}
+    with pytest.raises(ValueError, match=r"operator \*\*"):
+        apply_template(tokenizer, turns)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qat.data.config import TextConfig
-from qat.data.text import bos_id, read_blocks, read_documents, text_blocks
+from qat.data.text import bos_id, read_blocks, read_documents, text_blocks, vocabulary_size
 from tests.tiny import CHAT_TEMPLATE, tiny_records, tiny_tokenizer, with_bos, write_jsonl
 
 BOS_ID = 256  # <|endoftext|> of the tiny tokenizer
@@ -84,3 +84,11 @@ def test_text_blocks_start_with_bos_where_the_model_expects_it(tmp_path):
     assert (blocks[:, 0] == BOS_ID).all()
     assert len(blocks) == len(text) // 15
     assert text.startswith(tokenizer.decode(blocks[:, 1:].flatten()))
+
+
+def test_ids_with_gaps_between_them_fit_the_vocabulary():
+    """A tokenizer may have fewer tokens than its largest id tells."""
+    tokenizer = tiny_tokenizer()
+    assert vocabulary_size(tokenizer) == len(tokenizer)
+    tokenizer.get_vocab = lambda: {"a": 0, "b": 70_000}
+    assert vocabulary_size(tokenizer) == 70_001
