@@ -94,11 +94,18 @@ def write_text(config: MilestoneConfig) -> tuple[Path, Path]:
     The second holds the documents that `qat tokenize` holds out, as plain text.
     """
     from qat.data.token_shards import is_heldout
+    from qat.storage.files import read_json, write_json
     from qat.storage.files import write_text as write_file
 
     folder = config.output_dir / "text"
     train, heldout = folder / "train.jsonl", folder / "heldout.txt"
-    if not heldout.is_file():
+    settings, record = {"documents": config.documents}, folder / "text.json"
+    if record.is_file() and (found := read_json(record)) != settings:
+        raise ValueError(
+            f"{folder} was made with --documents {found.get('documents')}, asked for is "
+            f"{config.documents}; choose another --output-dir or remove the folder"
+        )
+    if not record.is_file():
         texts = list(islice(documents(), config.documents))
         sides: tuple[list[str], list[str]] = ([], [])
         for text in texts:
@@ -106,6 +113,7 @@ def write_text(config: MilestoneConfig) -> tuple[Path, Path]:
         write_file(folder / "all" / "python.jsonl", as_lines(texts))
         write_file(train, as_lines(sides[False]))
         write_file(heldout, "\n\n".join(sides[True]))
+        write_json(record, settings)
     return train, heldout
 
 

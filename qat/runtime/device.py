@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from qat.runtime.launch import is_launched, local_rank
+from qat.runtime.launch import local_rank, num_processes
 from qat.runtime.memory import end_above, host_bytes, peak_rss_bytes, tune_allocation
 from qat.runtime.packages import accelerator_mismatches, installed_version
 
@@ -175,8 +175,9 @@ def open_device(kind: Kind, name: str, reason: str) -> Device:
         torch_device = torch.device(name)
         if kind == "cpu":
             tune_allocation()
-        if kind == "cuda" and is_launched():  # each process on a machine has a GPU of its own
-            torch_device = torch.device(kind, local_rank())
+        # Each process on a machine has a GPU of its own; some launchers show it no other.
+        if kind == "cuda" and num_processes() > 1 and torch_device.index is None:
+            torch_device = torch.device(kind, local_rank() % torch.cuda.device_count())
             torch.cuda.set_device(torch_device)
     return Device(kind, torch_device, reason, default_dtype(kind))
 
