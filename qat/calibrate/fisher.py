@@ -38,7 +38,7 @@ class OutputFisher:
     token_weights: dict[str, Tensor]
     """Sum over outputs at each token of the text, (N,), by name."""
     embedding: Tensor
-    """Of the embedding's output, (D, D)."""
+    """Of the row that the embedding reads, (D, D)."""
     token_shares: Tensor
     """Mean probability of each token, (V,)."""
     head: Tensor
@@ -71,6 +71,7 @@ class Grams:
         self.halves: tuple[dict[str, list[Tensor]], ...] = ({}, {})
         self.num_batches: Counter[str] = Counter()
         self.num_tokens = 0
+        self.embedding = torch.zeros(())  # of the rows that the embedding reads, (D, D)
 
     @classmethod
     def of(cls, model: nn.Module, linears: Iterable[str]) -> "Grams":
@@ -88,10 +89,26 @@ class Grams:
             total.addmm_(run.T, run)
         self.num_batches[name] += 1
 
+    def add_embedding(self, rows: Tensor) -> None:
+        """Add gradients of the rows that the embedding reads, (N, D)."""
+        self.embedding = self.embedding.to(rows) + rows.T @ rows
+
     def add_text(self, model: nn.Module, batches: Iterable[Batch], *, seed: int = 0) -> None:
         """Add gradients on a text; arguments as in `output_fisher`."""
-        for batch in label_gradients(model, list(self.sizes), batches, self.add, seed=seed):
+        names = list(self.sizes)
+        for batch in label_gradients(
+            model, names, batches, self.add, self.add_embedding, seed=seed
+        ):
             self.num_tokens += batch.num_tokens
+
+    def embedding_mean(self) -> Tensor:
+        """Return G of the rows that the embedding reads, (D, D).
+
+        Raises:
+            ValueError: If a gradient was not finite.
+        """
+        require_finite([self.embedding])
+        return self.embedding / self.num_tokens
 
     def means(self) -> dict[str, list[Tensor]]:
         """Return G = mean g g^T, (R, R) each, of the runs of each linear, by its name.
@@ -150,6 +167,8 @@ def output_fisher(
     def add_embedding(rows: Tensor) -> None:
         nonlocal embedding
         embedding = embedding.to(rows) + rows.T @ rows
+        if grams:
+            grams.add_embedding(rows)
 
     num_tokens = 0
     for batch in label_gradients(model, linears, batches, add, add_embedding, seed=seed):
@@ -201,9 +220,12 @@ def label_gradients(
 ) -> Iterator[BatchSums]:
     """Give the gradients of drawn labels' log-likelihood at outputs, batch by batch.
 
-    `add` takes those of a linear, (N, O) float32, with its name, `add_embedding` the embedding's.
+    `add` takes those of a linear, (N, O) float32, with its name, `add_embedding` those of the rows
+    that the embedding reads, before it scales them.
     """
     generator: torch.Generator | None = None
+    scale = getattr(model.get_input_embeddings(), "embed_scale", None)  # of Gemma 3
+    scale = 1.0 if scale is None else float(scale)
     with ExitStack() as hooks:
         for name in linears:
 
@@ -214,7 +236,7 @@ def label_gradients(
 
         def start(_module: nn.Module, _inputs: object, out: Tensor) -> Tensor:
             out = out.detach().requires_grad_()
-            out.register_hook(lambda gradient: add_embedding(rows_of(gradient)))
+            out.register_hook(lambda gradient: add_embedding(rows_of(gradient) * scale))
             return out
 
         hooks.enter_context(model.get_input_embeddings().register_forward_hook(start))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from qat.cache.config import BuildCacheConfig
 from qat.cache.read import TeacherCache
@@ -28,13 +28,14 @@ from qat.model.load import load_dense, load_tokenizer, model_folder, model_ident
 from qat.pipelines.build_cache import build_cache
 from qat.pipelines.compress_config import SourceConfig
 from qat.pipelines.export import export
+from qat.pipelines.fit_layers import OutputGrams
 from qat.pipelines.open_cache import open_cache
 from qat.pipelines.open_checkpoint import open_checkpoint
 from qat.pipelines.place import Place
 from qat.pipelines.planned_size import PlannedSize
 from qat.pipelines.quantize import GRAM_TOKENS, quantize, spread_batches
 from qat.pipelines.quantize_config import CALIBRATION_BATCH, CALIBRATION_TOKENS, InitStudentConfig
-from qat.pipelines.sensitivity import GramRuns, choice_table, measure_costs
+from qat.pipelines.sensitivity import choice_table, measure_costs
 from qat.pipelines.step_time import rehearse_training
 from qat.pipelines.train import train
 from qat.quant.allocate import Allocation, Table
@@ -61,6 +62,7 @@ LATE_SHARE = 0.2  # of the time that training is left with, kept for what comes 
 LEAST_SHARE = 0.05  # of the minutes: with less left, seeing how long a step takes would use it up
 TRAINED_SHARE = 0.6  # of the predicted KL: held by the formats that train
 SCALE_LR_RATIO = 0.1  # of relative rates: scales at 0.0005 a step where weights have 0.005
+EMBEDDING_GRAM = "embedding"  # its name among those of runs, which end in a number
 Made = TypeVar("Made")
 NUMBERS = ("kl_nats", "kl_p99", "top1_agreement", "perplexity")
 
@@ -253,15 +255,14 @@ def cost_table(source: Source, cache: TeacherCache) -> Table:
         found = measure_costs(
             model, source.specs, batches[::step], source.place, further, has_turns=has_turns
         )
-        if has_turns:
-            write_grams(source, found.grams)
+        write_grams(source, found.grams)
         return found.costs
 
     has_turns = source.config.fit == "hessian" and not is_short(source.config.minutes)
     most = GRAM_TOKENS if has_turns else COST_TOKENS
     num_tokens = min(most, cache.num_text * cache.seq_len // 4)
     key = [cache.fingerprint, source.base["weights"], names, num_tokens, PROBE_KL]
-    if has_turns and not is_whole(grams_file(source)):
+    if not is_whole(grams_file(source)):
         (source.work / "costs.json").unlink(missing_ok=True)
     costs = once(source.work / "costs.json", key, measure)
     return choice_table(costs, source.specs, source.size)
@@ -272,9 +273,10 @@ def grams_file(source: Source) -> Path:
     return source.work / "grams.safetensors"
 
 
-def write_grams(source: Source, grams: GramRuns) -> None:
-    """Keep G of runs of each linear's outputs; with fewer digits they may have no factor."""
-    tensors = {f"{name}.{k}": g for name, runs in grams.items() for k, g in enumerate(runs)}
+def write_grams(source: Source, grams: OutputGrams) -> None:
+    """Keep G of outputs; with fewer digits they may have no factor."""
+    tensors = {f"{name}.{k}": g for name, runs in grams.runs.items() for k, g in enumerate(runs)}
+    tensors[EMBEDDING_GRAM] = grams.embedding
     with atomic_file(grams_file(source)) as temporary:
         save_file(tensors, temporary)
 
@@ -288,13 +290,14 @@ def is_whole(file: Path) -> bool:
         return False
 
 
-def read_grams(source: Source) -> GramRuns:
+def read_grams(source: Source) -> OutputGrams:
     """Return what `write_grams` kept."""
-    grams: GramRuns = {}
+    runs: dict[str, list[Tensor]] = {}
     stored = load_file(grams_file(source))
+    embedding = stored.pop(EMBEDDING_GRAM, None)
     for key in sorted(stored, key=lambda key: int(key.rpartition(".")[2])):
-        grams.setdefault(key.rpartition(".")[0], []).append(stored[key])
-    return grams
+        runs.setdefault(key.rpartition(".")[0], []).append(stored[key])
+    return OutputGrams(runs=runs, embedding=embedding)
 
 
 def fit_plan(plan: QuantPlan, source: Source, cache: TeacherCache) -> Path:

@@ -35,6 +35,17 @@ NUMBERED = re.compile(r"\.\d+\.")  # the name of a module inside a decoder layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OutputGrams:
+    """Second moments of the gradients that a text's drawn labels give: G = mean g g^T."""
+
+    runs: GramsByName = field(default_factory=dict)
+    """Of runs of a linear's outputs, (R, R) each, by its name; rows of others are taken for
+    unrelated."""
+    embedding: Tensor | None = None
+    """Of the rows that the embedding reads, (I, I): a tied one is fitted to serve both its uses."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FitTask:
     """What is fitted to what."""
 
@@ -47,9 +58,7 @@ class FitTask:
     an embedding. Rows of modules that are not named count alike."""
     num_sweeps: int = NUM_SWEEPS
     """Of a fit against H."""
-    grams: GramsByName = field(default_factory=dict)
-    """G of runs of a weight's rows, (R, R) each, by module name; rows of others are taken for
-    unrelated."""
+    grams: OutputGrams = field(default_factory=OutputGrams)
 
     def check(self) -> None:
         """Refuse weights that a format cannot hold, naming the module, before any long work."""
@@ -68,17 +77,24 @@ class FitTask:
             raise ValueError(f"{name}: {error}") from error
 
     def fit_against(
-        self, names: Sequence[str], moments: Moments, corrections: Mapping[str, Correction]
+        self,
+        names: Sequence[str],
+        moments: Moments,
+        corrections: Mapping[str, Correction],
+        kept: Tensor | None = None,
     ) -> dict[str, QuantizedTensor]:
         """Return weights of one format that read the same inputs, fitted against all of H.
 
         They are rows of one weight: a step over columns takes hardly longer for twice the rows.
+        `kept` is the second moment K that errors of an embedding count by, see `qat.quant.drift`.
         """
         weights = [self.weight_of(name).to(moments.hessian.device) for name in names]
         wanted = [
-            wanted_weight(weight, moments, corrections[name])
+            wanted_weight(weight, moments, corrections[name], kept)
             for name, weight in zip(names, weights, strict=True)
         ]
+
+        hessian = moments.hessian if kept is None else moments.hessian + kept
 
         def targets() -> list[Tensor]:
             pairs = zip(weights, wanted, strict=True)
@@ -88,15 +104,16 @@ class FitTask:
             return fit_with_hessian(
                 weight,
                 self.specs[names[0]],
-                moments.hessian,
+                hessian,
                 target=target,
                 row_weights=self.row_weights.get(names[0]),
                 num_sweeps=self.num_sweeps,
             )
 
         try:
-            if all(name in self.grams and self.specs[name].has_own_rows for name in names):
-                grams = [gram for name in names for gram in self.grams[name]]
+            runs_of = self.grams.runs
+            if all(name in runs_of and self.specs[name].has_own_rows for name in names):
+                grams = [gram for name in names for gram in runs_of[name]]
                 sizes = list(map(len, grams))
                 runs = (torch.cat(rows).split(sizes) for rows in (weights, targets()))
                 fitted = fit_in_turns(*runs, grams, fit)
@@ -116,7 +133,7 @@ class FitTask:
         groups: dict[object, list[str]] = {}
         for name in names:
             spec = self.specs[name]
-            key = (spec, name in self.grams) if spec.has_own_rows else name
+            key = (spec, name in self.grams.runs) if spec.has_own_rows else name
             groups.setdefault(key, []).append(name)
         return list(groups.values())
 
@@ -171,9 +188,10 @@ def fit_by_decoder_layers(
             corrections = dict(zip(names, found, strict=True))
             moments = statistics.all
             del statistics, weights  # halves of a wide layer's are gigabytes
+            kept = embedding_moment(model, task, names, moments)
             for some in task.of_one_format(names):
                 progress.set_postfix_str(some[0].removeprefix("model.layers."), refresh=False)
-                for name, quantized in task.fit_against(some, moments, corrections).items():
+                for name, quantized in task.fit_against(some, moments, corrections, kept).items():
                     put(name, quantized)
     for name in task.specs:  # an untied embedding, whose inputs are tokens
         if name != head and name not in body:
@@ -181,6 +199,16 @@ def fit_by_decoder_layers(
     progress.close()
     release_weights(model)
     model.requires_grad_(False)
+
+
+def embedding_moment(
+    model: nn.Module, task: FitTask, names: Sequence[str], moments: Moments
+) -> Tensor | None:
+    """Return what else errors count by, (I, I), where the weight is a tied embedding's."""
+    gram = task.grams.embedding
+    if gram is None or [model.get_submodule(n) for n in names] != [model.get_input_embeddings()]:
+        return None
+    return gram.to(moments.hessian)
 
 
 def head_weight(model: nn.Module, specs: Mapping[str, TensorSpec]) -> str | None:

@@ -29,7 +29,7 @@ GRAM_TOKENS = 12288  # that gradients are taken on, or a quarter of the text
 
 
 def quantize(
-    config: InitStudentConfig, grams: Callable[[], fit_layers.GramsByName] | None = None
+    config: InitStudentConfig, grams: Callable[[], fit_layers.OutputGrams] | None = None
 ) -> students.StudentResult:
     """Load a model, calibrate, fit every weight of the plan, measure, write.
 
@@ -45,7 +45,7 @@ def quantize(
         return done
     model = load_dense(config.model, dtype=place.dtype)
     plan = read_plan(config.plan, model_tensors(model))
-    known = grams() if grams and config.turns and config.fit == "hessian" else None
+    known = grams() if grams and config.fit == "hessian" else None
     quantize_model(model, plan, config, cache, place, num_sweeps=config.sweeps, grams=known)
     header = CheckpointHeader(
         plan=plan.to_dict(),
@@ -73,7 +73,7 @@ def quantize_model(
     place: Place,
     *,
     num_sweeps: int = NUM_SWEEPS,
-    grams: fit_layers.GramsByName | None = None,
+    grams: fit_layers.OutputGrams | None = None,
 ) -> None:
     """Turn a full-precision model on the CPU into a student in place."""
     dense_weights(model, plan)  # refuses a plan that quantizes nothing
@@ -84,7 +84,7 @@ def quantize_model(
         weight_of=lambda name: model.get_submodule(name).weight,
         row_weights=row_weights(model, plan, batches),
         num_sweeps=num_sweeps,
-        grams=grams or {},
+        grams=grams or fit_layers.OutputGrams(),
     )
     task.check()
     fit_on_device(model, task, config, batches, place)
@@ -122,7 +122,7 @@ def fit_on_device(
     if reference is not None:
         device.place(reference)
     with device.hosting(model):
-        if config.turns and not task.grams:
+        if config.turns and task.grams.embedding is None:
             task = replace(task, grams=gradient_grams(reference or model, task, batches))
         fit_layers.fit_by_decoder_layers(
             model, task, batches, reference=reference, dtype=place.dtype
@@ -131,17 +131,17 @@ def fit_on_device(
 
 def gradient_grams(
     model: nn.Module, task: fit_layers.FitTask, batches: list[Tokens]
-) -> dict[str, list[Tensor]]:
-    """Return G of the weights of decoder layers that are fitted in turns, on some of a text."""
+) -> fit_layers.OutputGrams:
+    """Return G of decoder layers' outputs where turns pay, and of the embedding, on some text."""
     started = time.perf_counter()
     body = {name: spec for name, spec in task.specs.items() if fit_layers.NUMBERED.search(name)}
     grams = Grams.of(model, [name for name, spec in body.items() if spec.has_own_rows])
     if not grams.sizes:
-        return {}
+        return fit_layers.OutputGrams()
     count = min(GRAM_TOKENS // batches[0].token_ids.numel(), len(batches) // 4)
     grams.add_text(model, batches[:: -(-len(batches) // max(1, count))])
     say(f"gradients of {len(grams.sizes)} linears in {time.perf_counter() - started:.0f} s")
-    return grams.of_paying_turns()
+    return fit_layers.OutputGrams(runs=grams.of_paying_turns(), embedding=grams.embedding_mean())
 
 
 def second_moments(

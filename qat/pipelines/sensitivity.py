@@ -11,7 +11,7 @@ from qat.calibrate.decoder_layers import walk_dense_layers
 from qat.calibrate.fisher import Grams, OutputFisher, output_fisher
 from qat.calibrate.rounding import Probe, measured_ratios
 from qat.model.head import Tokens
-from qat.pipelines.fit_layers import NUMBERED, head_weight
+from qat.pipelines.fit_layers import NUMBERED, OutputGrams, head_weight
 from qat.pipelines.place import Place
 from qat.pipelines.planned_size import PlannedSize
 from qat.quant.allocate import Choice, Table
@@ -32,8 +32,8 @@ class Sensitivity:
 
     costs: Costs
     """Of each format of each tensor, in nats per token, by parameter name."""
-    grams: GramRuns
-    """G of runs of each linear's outputs, by its name: see `qat.quant.output_feedback`."""
+    grams: OutputGrams
+    """G of runs of each linear's outputs, and of the embedding: see `qat.quant.output_feedback`."""
 
 
 def measure_costs(
@@ -54,7 +54,7 @@ def measure_costs(
         place: Where to compute.
         further: More of it: the first tells what rounding does to text that no fit has seen, the
             rest is for the grams alone.
-        has_turns: Whether the fits to come will be in turns; there are no grams otherwise.
+        has_turns: Whether the fits to come will be in turns; there are no runs otherwise.
     """
     started = time.perf_counter()
     modules = {name.removesuffix(".weight"): specs for name, specs in candidates.items()}
@@ -81,7 +81,8 @@ def measure_costs(
     say(
         f"costs of {sum(map(len, costs.values()))} formats in {time.perf_counter() - started:.0f} s"
     )
-    return Sensitivity(costs, {name: [run.cpu() for run in runs] for name, runs in grams.items()})
+    runs = {name: [run.cpu() for run in some] for name, some in grams.items()}
+    return Sensitivity(costs, OutputGrams(runs=runs, embedding=sums.embedding_mean().cpu()))
 
 
 def walked_costs(

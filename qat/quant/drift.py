@@ -12,6 +12,13 @@ calibration text by heart: with a fixed small ridge, a model that is fitted laye
 several times nearer to the teacher on that text than on any other. So ridge and share are chosen by
 two-fold cross-validation, each half of the tokens predicting the other's.
 
+A weight that makes the logits may be the embedding's too, whose errors count by the second moment
+K of the gradient at its rows, and which should stay W. Both together ask for
+
+    W + (W* - W) H (H + K)^-1
+
+with errors that count by H + K.
+
 Shape legend: O out, I in, S sampled rows.
 
 Source: the target with y = W x is that of GPTAQ, Li et al. 2025, arXiv:2504.02692.
@@ -110,17 +117,26 @@ def solved(aim: Tensor, factor: Tensor, mean: Tensor) -> Tensor:
 class WantedWeight:
     """W*, (O, I) float32 where the moments are, some rows at a time."""
 
-    def __init__(self, weight: Tensor, moments: Moments, correction: Correction):
-        """Take a weight, (O, I), and how far to go."""
+    def __init__(
+        self, weight: Tensor, moments: Moments, correction: Correction, kept: Tensor | None = None
+    ):
+        """Take a weight, (O, I), how far to go, and K of one that is an embedding's, (I, I)."""
         self.weight, self.moments, self.share = weight.detach(), moments, correction.share
         self.factor = ridge_factor(moments.hessian, correction.ridge)
+        self.pull = None
+        if kept is not None:
+            both = ridge_factor(moments.hessian + kept, RIDGES[0])
+            self.pull = solved(moments.hessian, *both)
 
     def __getitem__(self, rows: slice) -> Tensor:
         """Return some rows."""
         change = solved(self.moments.aim(self.weight, rows), *self.factor)
+        change = change if self.pull is None else change @ self.pull
         return self.weight[rows].to(change) + self.share * change
 
 
-def wanted_weight(weight: Tensor, moments: Moments, correction: Correction) -> WantedWeight | None:
-    """Return W*; None where it is the weight itself."""
-    return WantedWeight(weight, moments, correction) if correction.share else None
+def wanted_weight(
+    weight: Tensor, moments: Moments, correction: Correction, kept: Tensor | None = None
+) -> WantedWeight | None:
+    """Return W*; None where it is the weight itself. K is that of an embedding's weight."""
+    return WantedWeight(weight, moments, correction, kept) if correction.share else None

@@ -5,7 +5,7 @@ import torch
 
 from qat.calibrate.fisher import Grams, even_runs, output_fisher
 from qat.model.head import hidden_states, logits_of
-from tests.tiny import TINY_MODELS, tiny_llama
+from tests.tiny import TINY_MODELS, tiny_llama, tiny_model
 
 
 def exact_moments(model, token_ids, name):
@@ -26,6 +26,11 @@ def exact_moments(model, token_ids, name):
     return moment, shares
 
 
+def scale_of(model):
+    """Return what an embedding multiplies its rows by, as Gemma 3's does."""
+    return float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
+
+
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_drawn_labels_give_the_expected_moments(family):
     """Second moments of drawn gradients approach those over all labels."""
@@ -38,6 +43,7 @@ def test_drawn_labels_give_the_expected_moments(family):
     exact, shares = exact_moments(model, token_ids, name)
     torch.testing.assert_close(found.linears[name], exact.diagonal(), rtol=0.25, atol=1e-6)
     full, _ = exact_moments(model, token_ids, "model.embed_tokens")
+    full = full * scale_of(model) ** 2
     assert (found.embedding - full).norm() < 0.15 * full.norm()
     torch.testing.assert_close(found.token_shares, shares)
     torch.testing.assert_close(found.head, shares - shares.square())
@@ -51,6 +57,8 @@ def test_grams_are_the_moments_of_pairs_of_outputs():
     whole, runs = Grams.of(model, [name]), Grams({name: [24, 40]})
     fisher = output_fisher(model, [name], batches, grams=whole)
     runs.add_text(model, batches)
+    torch.testing.assert_close(whole.embedding_mean(), fisher.embedding)
+    torch.testing.assert_close(runs.embedding_mean(), fisher.embedding)
     (gram,), (first, second) = whole.means()[name], runs.means()[name]
     torch.testing.assert_close(gram.diagonal(), fisher.linears[name])
     torch.testing.assert_close(first, gram[:24, :24])
@@ -98,6 +106,24 @@ def test_predicts_the_kl_of_a_small_error():
     kl = (before.exp() * (before - after)).sum(-1).mean()
     predicted = float(found.linears[name].sum()) * size**2 / 2
     assert 0.7 < predicted / float(kl) < 1.4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_predicts_what_errors_of_embedding_rows_cost_as_inputs(family):
+    """Of the rows themselves, also where the embedding scales what it reads."""
+    model = tiny_model(family)
+    token_ids = torch.randint(0, 256, (64, 16), generator=torch.Generator().manual_seed(1))
+    found = output_fisher(model, [], [token_ids] * 4)
+    before = logits_of(model, hidden_states(model, token_ids)).log_softmax(-1)
+    size = 0.01 * float(model.get_input_embeddings().weight.std())
+    noise = torch.randn(64, 16, 64, generator=torch.Generator().manual_seed(2)) * size
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _m, _i, out: out + scale_of(model) * noise
+    )
+    after = logits_of(model, hidden_states(model, token_ids)).log_softmax(-1)
+    hook.remove()
+    kl = (before.exp() * (before - after)).double().sum(-1).mean()
+    assert float(found.embedding.trace()) * size**2 / 2 == pytest.approx(float(kl), rel=0.4)
 
 
 def test_seed_and_text():

@@ -7,7 +7,16 @@ import torch
 from safetensors.torch import save_file
 
 from qat.pipelines import compress_stages
-from qat.pipelines.compress_stages import Clock, calibration_tokens, is_whole, once, size_on_disk
+from qat.pipelines.compress_stages import (
+    Clock,
+    calibration_tokens,
+    is_whole,
+    once,
+    read_grams,
+    size_on_disk,
+    write_grams,
+)
+from qat.pipelines.fit_layers import OutputGrams
 
 
 def test_a_clock_goes_on_in_the_next_process(tmp_path, monkeypatch):
@@ -57,6 +66,18 @@ def test_tensors_that_were_cut_short_are_made_anew(tmp_path):
     assert not is_whole(file)
     file.write_text("no tensors")
     assert not is_whole(file)
+
+
+def test_grams_are_read_as_they_were_written(tmp_path):
+    """Runs in their order, whatever their number, and that of the embedding."""
+    runs = {"a.b": [torch.full((2, 2), float(k)) for k in range(11)], "c": [torch.eye(3)]}
+    source = SimpleNamespace(work=tmp_path)
+    write_grams(source, OutputGrams(runs=runs, embedding=torch.eye(5)))
+    found = read_grams(source)
+    assert found.runs.keys() == runs.keys()
+    for name, grams in runs.items():
+        assert all(map(torch.equal, found.runs[name], grams))
+    assert torch.equal(found.embedding, torch.eye(5))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,12 @@ import torch
 from qat.calibrate.statistics import collect_second_moments
 from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import dense_weights, quantized_layers
-from qat.pipelines.fit_layers import FitTask, fit_by_decoder_layers, fit_with_moments
+from qat.pipelines.fit_layers import (
+    FitTask,
+    OutputGrams,
+    fit_by_decoder_layers,
+    fit_with_moments,
+)
 from qat.quant.drift import Correction, Moments, wanted_weight
 from qat.quant.fit import fit_weight
 from qat.quant.hessian import hessian_error
@@ -110,7 +115,29 @@ def test_weights_whose_outputs_are_related_are_fitted_in_turns():
         errors = {name: fitted[name].dequantize() - plain.weight_of(name) for name in names}
         return [float(((grams[n][0] @ e) * (e @ moments.hessian)).sum()) for n, e in errors.items()]
 
-    alone, whole, split = (costs(replace(plain, grams=one)) for one in ({}, grams, runs))
+    alone, whole, split = (
+        costs(replace(plain, grams=OutputGrams(runs=one))) for one in ({}, grams, runs)
+    )
     for a, b, c in zip(alone, whole, split, strict=True):
         assert b < c < a
         assert b < 0.8 * a
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_embedding_is_fitted_to_serve_as_input_too(tied):
+    """By the gradient's second moment at its rows; a head of its own is not."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 4, generator=generator) @ torch.randn(4, 64, generator=generator)
+    kept = 100.0 * rows.T @ rows / 200
+    base = tiny_llama(tied=tied)
+    name = "model.embed_tokens" if tied else "lm_head"
+
+    def fitted(grams):
+        model = tiny_llama(tied=tied)
+        task = replace(task_of(model, f"{name}=gguf:q4_0"), grams=grams)
+        fit_by_decoder_layers(model, task, batches(), dtype=torch.float32)
+        error = model.get_submodule(name).fake_quantized_weight() - base.get_submodule(name).weight
+        return error, float(((error @ kept) * error).sum())
+
+    (error, alone), (other, both) = (fitted(OutputGrams(embedding=g)) for g in (None, kept))
+    assert both < 0.7 * alone if tied else torch.equal(error, other)

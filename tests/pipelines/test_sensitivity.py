@@ -54,7 +54,7 @@ def test_costs_are_of_the_size_of_the_kl_that_they_predict():
     weight = model.get_submodule(name).weight
     (spec,) = specs[f"{name}.weight"]
     fitted = fit_in_turns(
-        [weight], [weight], found.grams[name], lambda _rows, wanted: fit_weight(wanted, spec)
+        [weight], [weight], found.grams.runs[name], lambda _rows, wanted: fit_weight(wanted, spec)
     )
     weight.copy_(fitted.dequantize())
     after = logits_of(model, hidden_states(model, token_ids)).log_softmax(-1)
@@ -68,7 +68,7 @@ def test_what_fits_make_up_for_costs_less():
     name = "model.layers.1.mlp.down_proj"
     specs = {f"{name}.weight": [TensorSpec.from_name("gguf:q4_0")]}
     found = measure_costs(model, specs | head_of(model), batches[:2], Place.of(PLACE), batches[2:])
-    (gram,) = found.grams[name]
+    (gram,) = found.grams.runs[name]
     assert gram.shape == (64, 64)
     info = weight_info(model, name, gram.diagonal())
     plain, turns = (

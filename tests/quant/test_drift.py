@@ -106,3 +106,25 @@ def test_weights_that_read_one_input_are_looked_at_together():
         (alone,) = choose_corrections([weight], halves)
         assert found.ridge == alone.ridge
         assert abs(found.share - alone.share) < 1e-5
+
+
+def test_a_weight_with_two_uses_is_drawn_to_what_serves_both():
+    """The least of errors from W* that count by H and from W that count by K, nearly."""
+    x, fed = inputs(2000, 0.3, is_linear=True)
+    generator = torch.Generator().manual_seed(3)
+    weight, moments = torch.randn(16, 24, generator=generator), moments_of(x, fed)
+    rows = torch.randn(500, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    kept, correction = rows.T @ rows / 500, Correction(ridge=0.01, share=1.0)
+    wanted = wanted_weight(weight, moments, correction)[:]
+    found = wanted_weight(weight, moments, correction, kept)
+    torch.testing.assert_close(found[3:5], found[:][3:5])
+
+    def cost(one):
+        first, second = one - wanted, one - weight
+        return float(((first @ moments.hessian) * first + (second @ kept) * second).sum())
+
+    best = torch.linalg.solve(
+        (moments.hessian + kept).T, (wanted @ moments.hessian + weight @ kept).T
+    ).T
+    assert cost(found[:]) < 1.05 * cost(best)
+    assert cost(found[:]) < 0.9 * min(cost(wanted), cost(weight))
