@@ -1,7 +1,6 @@
 """What every command shares: flags from a dataclass, one line of JSON, one line for an error."""
 
 import contextlib
-import errno
 import inspect
 import io
 import json
@@ -20,12 +19,11 @@ from safetensors import SafetensorError  # loads no torch
 
 from qat.runtime.launch import is_first, num_processes, rank
 from qat.storage.decode import is_own_mistake
-from qat.storage.files import read_json
+from qat.storage.files import DISK_FULL, read_json
 from qat.tracking.messages import LOGGER, messages_on_standard_error
 from qat.tracking.record import SETTINGS, config_from_json
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, SafetensorError)
-DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 BOX_LINES = re.compile(r"[\u2500-\u257f]|^[+|]|[+|]$|-{3,}")  # tyro draws in either alphabet
 CONFIG_FLAG_HELP = (
     "--config RUN/config.json takes all flags as that run records them; flags on the command line "
@@ -200,8 +198,9 @@ def one_line(error: BaseException) -> str:
     message = " ".join(message.split())
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{error.filename}: "
-        is_full = error.errno in DISK_FULL or not where
-        remedy = "free some space or choose another --output" if is_full else "check the path"
+        remedy = "check the path" if where else "run the same command again"
+        if error.errno in DISK_FULL:
+            remedy = "free some space or choose another --output"
         message = f"{where}{error.strerror}; {remedy}"
     if isinstance(error, SafetensorError):  # damaged, or the disk is full: its message tells which
         message = f"{message}; free some space, or make or fetch the damaged file again"

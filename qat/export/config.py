@@ -20,7 +20,8 @@ class ExportConfig:
     after `import qat.export.plugin`. gguf: llama.cpp and its kin. mlx: mlx-lm.
     compressed-tensors: transformers and vLLM. coreml: an ML program of the quantized linears."""
     output: Path
-    """Where it goes; must not exist. gguf: a path ending in .gguf is the file itself."""
+    """Where it goes; must not exist, but for what the same call made. gguf: a path ending in .gguf
+    is the file itself."""
     model_id: str | None = None
     """Full-precision model of a `.pt` checkpoint: folder or hub name; the one its config names."""
     dtype: ExportDtype | None = None

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from qat.storage.decode import reading
+from qat.storage.files import is_disk_full
 
 STORAGES = {  # what stands for a dtype in a file
     torch.float32: torch.FloatStorage,
     torch.int64: torch.LongStorage,
     torch.int8: torch.CharStorage,
 }
-
-WRITER = "inline_container"  # the file of torch that a failed write names
 
 
 class Storage:
@@ -93,7 +92,7 @@ def write_torch_file(path: Path, tensors: Iterable[tuple[str, Tensor | str]]) ->
     try:
         write_records(path, tensors)
     except RuntimeError as error:
-        if WRITER not in str(error):
+        if not is_disk_full(error):
             raise
         why = str(error).partition("\n")[0]
         raise OSError(

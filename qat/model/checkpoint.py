@@ -389,7 +389,11 @@ def ratio(amount: float, count: int) -> float | None:
 
 def copy_text_files(source: Path, target: Path) -> None:
     """Copy tokenizer, template and generation files, which ship with every model folder."""
-    for pattern in TEXT_FILES:
-        for file in Path(source).glob(pattern):
-            if file.is_file():
-                (target / file.name).write_bytes(file.read_bytes())
+    for file in text_files(source):
+        (target / file.name).write_bytes(file.read_bytes())
+
+
+def text_files(folder: Path) -> list[Path]:
+    """Return a model folder's tokenizer, template and generation files."""
+    found = (file for pattern in TEXT_FILES for file in Path(folder).glob(pattern))
+    return [file for file in found if file.is_file()]

@@ -151,12 +151,18 @@ def saved(saving: Future[object]) -> None:
     try:
         saving.result()
     except checkpoint.CheckpointException as error:
-        raise OSError(reasons(error)) from error
+        causes = sorted(why_of(error), key=lambda why: not isinstance(why, OSError))
+        raise OSError(reasons(error)) from causes[0]
 
 
 def reasons(error: checkpoint.CheckpointException) -> str:
     """Return on one line what went wrong in any process."""
-    return "; ".join(sorted({" ".join(str(why).split()) for why, _ in error.failures.values()}))
+    return "; ".join(sorted({" ".join(str(why).split()) for why in why_of(error)}))
+
+
+def why_of(error: checkpoint.CheckpointException) -> list[BaseException]:
+    """Return what went wrong in each process that failed."""
+    return [why for why, _ in error.failures.values()]
 
 
 @cache

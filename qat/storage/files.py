@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic writes, locks, sha256, canonical JSON, fingerprints."""
 
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,14 @@ FREE_MARGIN_BYTES = 64 << 20  # left free, so that a full disk does not take the
 MOST_JSON_BYTES = 1 << 28  # a manifest of a million shards; more is no header of anything
 PLAIN_NAME = re.compile(r"(?!\.)[^/\\:\x00-\x1f]{1,255}")
 LEFT_ENDINGS = (".part", ".part.json", ".lock", ".old", ".fetching", ".placing", ".extracting")
+MADE_HALF = re.compile(r"\.(.+?)(\.[^.]{8})?\.part")  # mkstemp's random letters are eight
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+TORCH_WRITER = "inline_container"  # torch's file that a failed write names in the system's place
 LOCK_SECONDS = 0.2  # enough to retry where a lock file is replaced while it is being opened
+
+
+class FolderInUse(ValueError):  # noqa: N818 as CacheMismatch
+    """Another process has locked a folder."""
 
 
 def canonical_json(value: object) -> str:
@@ -96,10 +104,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o644)  # mkstemp makes it private
-        flush_to_disk(temporary)
-        temporary.replace(path)
+        with hold(temporary):
+            yield temporary
+            temporary.chmod(0o644)  # mkstemp makes it private
+            flush_to_disk(temporary)
+            temporary.replace(path)
         flush_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -115,13 +124,37 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     recover_interrupted_replace(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
-            flush_to_disk(file)
-        replace_folder(temporary, path)
+        with hold(temporary):
+            yield temporary
+            temporary.chmod(0o755)
+            for file in temporary.rglob("*"):
+                flush_to_disk(file)
+            replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_output(path: Path) -> Iterator[Path]:
+    """Give a place for a file or folder that is not there yet, next to which further files may go.
+
+    If the block succeeds all get their names next to `path`, which comes last: where it is, the
+    others are.
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        with hold(made):
+            yield made / path.name
+            for part in sorted(made.iterdir(), key=lambda part: part.name == path.name):
+                part.replace(path.with_name(part.name))
+        flush_to_disk(path.parent)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):  # it holds what was made
+                folder.rmdir()
 
 
 def replace_folder(made: Path, path: Path) -> None:
@@ -164,37 +197,42 @@ def folder_lock(folder: Path, *, patience_seconds: float = LOCK_SECONDS) -> Iter
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
+    path = lock_file(folder)
     lock = FileLock(path, timeout=patience_seconds)
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"{folder} is in use by {lock_owner(path)}; wait for it") from error
+        raise FolderInUse(f"{folder} is in use by {lock_owner(path)}; wait for it") from error
     try:
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
         with suppress(OSError):  # a full disk costs the message, not the lock
             path.write_text(canonical_json(owner), encoding="utf-8")
-        with hold_folder(folder):
+        with hold(folder):
             yield
     finally:
         lock.release()
 
 
+def lock_file(folder: Path) -> Path:
+    """Return the file that is locked in a folder's place, before there is one and after."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
 @contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder's own entry on the disk, where there is one and the system can."""
+def hold(path: Path) -> Iterator[None]:
+    """Lock the entry of a folder or file on the disk, where there is one and the system can."""
     try:
         import fcntl
 
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except (ImportError, AttributeError, OSError):  # Windows, or no such folder yet
+        handle = os.open(path, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows, or nothing there yet
         yield
         return
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{folder} is in use by another process; wait for it") from error
+            raise FolderInUse(f"{path} is in use by another process; wait for it") from error
         except OSError:  # some mounted drives lock nothing
             pass
         yield
@@ -219,19 +257,53 @@ def is_leftover(path: Path) -> bool:
 def sweep_leftovers(folder: Path) -> None:
     """Remove what killed processes left half made in a folder that this one has locked.
 
-    A previous folder whose place was being taken is put back, where its place is empty.
+    A previous folder whose place was being taken is put back, where its place is empty. What
+    another process holds stays as it is: a folder that it has locked, with all that is in it or
+    half made next to it, and what it is making.
     """
-    for path in sorted(Path(folder).rglob(".*")):
-        if path.name.endswith(".old"):
-            recover_interrupted_replace(path.with_name(path.name[1 : -len(".old")]))
-        elif path.name.endswith(".part"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in sorted(Path(folder).glob("*")):
+        with suppress(FolderInUse):
+            if path.name.startswith(".") and path.name.endswith(".old"):
+                place = path.with_name(path.name[1 : -len(".old")])
+                with hold_unlocked(place):
+                    recover_interrupted_replace(place)
+            elif half := MADE_HALF.fullmatch(path.name):
+                with hold_unlocked(path.with_name(half[1])), hold(path):
+                    remove(path)
+            elif path.is_dir() and not path.is_symlink():
+                with hold_unlocked(path):
+                    sweep_leftovers(path)
+
+
+@contextmanager
+def hold_unlocked(folder: Path) -> Iterator[None]:
+    """Hold a folder that no other process has locked; no lock file appears where there is none."""
+    is_known = lock_file(folder).is_file()
+    with folder_lock(folder, patience_seconds=0) if is_known else hold(folder):
+        yield
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, if it is still there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def require_plain_name(name: str, flag: str) -> None:
     """Refuse what is not one part of a path, so that nothing lands outside its folder."""
     if not PLAIN_NAME.fullmatch(name):
         raise ValueError(f"{flag} {name!r} is no plain name; leave out slashes and dots before it")
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it came from, says that a disk takes no more."""
+    while error is not None:
+        if getattr(error, "errno", None) in DISK_FULL or TORCH_WRITER in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def require_space(folder: Path, num_bytes: int, what: str) -> None:

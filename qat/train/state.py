@@ -107,10 +107,12 @@ class StateWriter:
                 files.write_json(folder / POSITION, position | {"sha256": sums})
                 self.remove_old()
         except OSError as error:
-            raise OSError(
-                f"{folder.parent.parent} has no space for the state to resume from ({error}); free "
-                "some space and run the same command again"
-            ) from error
+            run, what, why = folder.parent.parent, "the state to resume from", str(error)
+            if files.is_disk_full(error):
+                told = f"{run} has no space for {what} ({why}); free some space and"
+            else:
+                told = f"{run}: {what} could not be saved ({why}); the one before is whole:"
+            raise OSError(f"{told} run the same command again") from error
 
     def remove_old(self) -> None:
         """Remove states but the last ones and those of every so many steps."""

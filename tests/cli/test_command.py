@@ -94,6 +94,7 @@ def test_messages_go_to_standard_error_while_a_command_runs(capsys):
             "caches/x: No such file; check",
         ),
         (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error; run the same command"),
         (OSError(errno.ENOSPC, "No space left", "runs/x"), "runs/x: No space left; free some"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "free some space"),
         (SafetensorError("header too small"), "header too small; free some space, or make or"),

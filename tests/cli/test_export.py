@@ -43,6 +43,29 @@ def test_a_single_gguf_file_and_its_dense_reference(tmp_path, student, capsys):
         assert json.loads((tmp_path / "export.json").read_text())["path"] == str(output)
 
 
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_an_export_that_was_killed_is_made_again(tmp_path, student, capsys, monkeypatch, name):
+    """It was refused as one that exists when killed before its card; a whole one is found."""
+
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    flags = ["--checkpoint", str(student), "--to", "gguf", "--output", str(tmp_path / name)]
+    with monkeypatch.context() as patch:
+        patch.setattr("qat.pipelines.export.write_card", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main("export", flags)
+    assert list(tmp_path.iterdir()) == []
+    closing = []
+    for told in ("to gguf", "is already complete: nothing to do"):
+        assert main("export", flags) == 0
+        out, err = capsys.readouterr()
+        assert told in err
+        closing.append(json.loads(out))
+    assert closing[0] == closing[1]
+    assert main("export", [*flags, "--dtype", "fp16"]) == 2
+
+
 def test_a_family_that_gguf_lacks_is_refused_before_weights_are_read(tmp_path, capsys, monkeypatch):
     """In one line, with the remedy."""
     folder = save_tiny(tmp_path / "base", tiny_model("cohere"))

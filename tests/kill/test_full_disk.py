@@ -4,8 +4,16 @@ import shutil
 import subprocess
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
+from qat.export.to_gguf import export_to_gguf
+from qat.legacy.torch_file import write_torch_file
+from qat.storage.files import atomic_file, is_disk_full
+from qat.train.state import Progress, whole_states, write_state
 from tests.kill.writers import WRITERS, contents, end_of, make_everything, run
+from tests.tiny import save_student, save_tiny, tiny_llama, tiny_student
+from tests.train.test_state import make_run
 
 pytestmark = pytest.mark.kill
 
@@ -32,7 +40,47 @@ def disk(tmp_path):
         subprocess.run(options, check=True, capture_output=True)
 
     yield folder, resize
-    subprocess.run(["umount", str(folder)], check=True, capture_output=True)
+    # torch keeps a file open that it could not write.
+    subprocess.run(["umount", "-l", str(folder)], check=True, capture_output=True)
+
+
+def write_safetensors(folder, text_source):
+    save_student(folder / "made", tiny_student(), text_source)
+
+
+def write_gguf(folder, text_source):
+    export_to_gguf(tiny_student(plan="deploy"), folder / "a.gguf", text_source=text_source)
+
+
+def write_run_state(folder, _text_source):
+    write_state(folder, Progress(step=1), make_run())
+
+
+def write_pt(folder, _text_source):
+    tensors = tiny_student().state_dict().items()
+    with atomic_file(folder / "a.pt") as temporary:
+        write_torch_file(temporary, ((k, v.float()) for k, v in tensors if torch.is_tensor(v)))
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_gguf, write_run_state, write_pt])
+def test_each_write_may_be_the_one_that_fails(write, disk, tmp_path):
+    """It is told as a full disk at whatever size, and nothing half has a name."""
+    folder, resize = disk
+    text_source = save_tiny(tmp_path / "base", tiny_llama())
+    write(tmp_path / "straight", text_source)
+    straight = tmp_path / "straight"
+    needed = sum(path.stat().st_size for path in straight.rglob("*") if path.is_file())
+    for share in range(0, 20, 2):
+        resize(max(4096, share * needed // 20))
+        with pytest.raises((OSError, SafetensorError)) as failed:
+            write(folder, text_source)
+        assert is_disk_full(failed.value) or "No space left" in str(failed.value)
+        assert not whole_states(folder / "state")
+        assert [path.name for path in folder.iterdir()] in ([], ["state"])
+    resize(2 * needed + (1 << 20))
+    write(folder, text_source)
+    expected = {path.name for path in straight.iterdir()}
+    assert {path.name for path in folder.iterdir()} == expected
 
 
 @pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.name)

@@ -116,6 +116,7 @@ def test_an_export_from_python(tmp_path):
     assert isinstance(result, qat.ExportResult)
     assert result.exact
     assert result.head["type"] == "q8_0"
+    assert qat.export(folder, "gguf", tmp_path / "out.gguf", head="q8_0") == result
     with pytest.raises(ValueError, match="exists; remove it or name another"):
         qat.export(folder, "gguf", tmp_path / "out.gguf")
 

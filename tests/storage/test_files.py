@@ -11,9 +11,11 @@ import pytest
 from qat.storage.files import (
     atomic_file,
     atomic_folder,
+    atomic_output,
     canonical_json,
     fingerprint,
     folder_lock,
+    hold,
     read_json,
     recover_interrupted_replace,
     require_plain_name,
@@ -285,6 +287,52 @@ def test_what_killed_processes_left_is_swept(tmp_path):
     sweep_leftovers(tmp_path)
     names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
     assert names == ["best", "kept.part", "state"]
+
+
+PART = ".inner.abcdefgh.part"  # as atomic_file names it
+
+
+def test_what_another_process_holds_is_not_swept(tmp_path):
+    """A run in the folder of a run: its half made files were removed while they were written."""
+    inner = tmp_path / "deep" / "inner"
+    (inner / "best").mkdir(parents=True)
+    for half in (inner / ".a.part", inner / "best" / ".b.part", inner.parent / PART):
+        half.write_text("half")
+    (inner.parent / ".inner.old").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for held in (folder_lock(inner), hold(inner)):
+        with held:
+            sweep_leftovers(tmp_path)
+            assert set(before) <= set(tmp_path.rglob("*"))
+    with atomic_folder(tmp_path / "deep" / "made") as made, atomic_file(tmp_path / "file") as file:
+        sweep_leftovers(tmp_path)
+        assert made.is_dir()
+        assert file.is_file()
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    assert left == [".inner.lock", "best", "deep", "file", "inner", "made"]
+
+
+def test_an_output_comes_after_what_lies_next_to_it(tmp_path, monkeypatch):
+    """Killed between two renames, the output is not there; the same call again gives it all."""
+
+    def write():
+        with atomic_output(tmp_path / "a.gguf") as place:
+            place.write_text("weights")
+            place.with_suffix(".md").write_text("card")
+
+    def stop(path, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    assert list(tmp_path.iterdir()) == []
+    rename, renamed = Path.replace, []
+    monkeypatch.setattr(Path, "replace", lambda p, t: renamed.append(t.name) or rename(p, t))
+    write()
+    assert renamed == ["a.md", "a.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "a.md"]
 
 
 @pytest.mark.parametrize(

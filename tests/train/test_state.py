@@ -169,6 +169,14 @@ def test_a_full_disk_leaves_the_former_state(tmp_path):
     )
 
 
+def test_what_else_keeps_a_state_from_being_saved_is_told(tmp_path):
+    """Every fault of the system was told as a full disk, also a folder that was taken away."""
+    trainer = make_run()
+    (tmp_path / STATE).write_text("no folder")
+    with pytest.raises(OSError, match=r"could not be saved \(.*Not a directory"):
+        write_state(tmp_path, Progress(step=1), trainer)
+
+
 def test_the_loss_scale_of_float16_comes_back(tmp_path):
     """A resumed run would otherwise start at a scale that overflows again."""
     trainer, other = make_run(), make_run()
