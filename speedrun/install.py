@@ -70,7 +70,8 @@ def pip_commands(python, missing, constraints, *, has_torch, has_qat):
     """Return the pip calls: everything at once, or next to a torch that stays as it is."""
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if not has_torch:
-        return [[*pip, "--editable", f"{ROOT}[tpu-xla]" if is_tpu_machine() else str(ROOT)]]
+        package = f"{ROOT}[tpu-xla]" if is_tpu_machine() else str(ROOT)
+        return [[*pip, "--constraint", constraints, "--editable", package]]
     # A torch that is too old is the user's to replace: the image pairs it with a driver.
     others = [name for name in missing if not name.startswith("torch>=")]
     commands = [[*pip, "--constraint", constraints, *others]] if others else []
@@ -85,13 +86,21 @@ def home_python(version_of=installed):
     return str(ROOT / ".venv" / "bin" / "python")
 
 
-def write_constraints(version_of=installed):
-    """Write the versions that pip must keep; return the file."""
-    lines = [f"{name}=={version_of(name)}\n" for name in PROTECTED if version_of(name)]
-    if lines:
-        say(f"pip is told to keep {', '.join(line.strip() for line in lines)}")
+def fixed_versions(version_of=installed, *, is_tpu=False):
+    """Return the versions that pip must take: those tested, or next to a torch those in place."""
+    if version_of("torch"):
+        return [f"{name}=={version_of(name)}" for name in PROTECTED if version_of(name)]
+    tested = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    # A TPU asks for an older torch.
+    return [line for line in tested if not (is_tpu and line.startswith("torch=="))]
+
+
+def write_constraints():
+    """Write the versions that pip must take; return the file."""
+    lines = fixed_versions(is_tpu=is_tpu_machine())
+    say(f"pip is told to keep {', '.join(lines)}" if installed("torch") else "versions: as tested")
     path = Path(tempfile.gettempdir()) / f"qat-keep-{os.getpid()}.txt"
-    path.write_text("".join(lines), encoding="utf-8")
+    path.write_text("\n".join(lines), encoding="utf-8")
     return str(path)
 
 

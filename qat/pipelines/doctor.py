@@ -25,7 +25,7 @@ class DoctorResult:
     ok: bool
     """Whether nothing is missing and all versions fit together."""
     device: str | None = None
-    """As torch names it; None where torch is not installed, as in the fields below."""
+    """As torch names it; None where it is not installed or cannot work, as in the fields below."""
     kind: str | None = None
     """cpu, cuda, mps, xla or tpu."""
     reason: str | None = None
@@ -38,23 +38,30 @@ class DoctorResult:
     """Of each package that is installed."""
     mismatches: list[dict[str, str]]
     """What is wrong, and the command that installs what is right."""
+    limits: list[str]
+    """What does not work on this system, and what to do instead."""
 
 
 def examine(config: DoctorConfig) -> DoctorResult:
     """Read the versions from metadata, then ask torch about the device."""
     versions = {name: packages.installed_version(name) for name in packages.BASE}
     optional = {name: packages.installed_version(name) for name in packages.OPTIONAL}
-    mismatches = packages.find_mismatches()
+    fatal = packages.system_mismatches(platform.system(), platform.machine())
+    mismatches = [*fatal, *packages.find_mismatches()]
+    limits = packages.LIMITS.get(platform.system(), ())
     say(f"qat {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name, version in {**versions, **optional}.items():
         say(f"  {name:<20}{version or ('absent' if name in versions else '-')}")
     for mismatch in mismatches:
         say(f"mismatch: {mismatch.what}; fix: {mismatch.install}")
-    device = look_at_device(config.device) if versions["torch"] else {}
+    for limit in limits:
+        say(f"limit: {limit}")
+    device = look_at_device(config.device) if versions["torch"] and not fatal else {}
     return DoctorResult(
         ok=not mismatches,
         versions={name: version for name, version in (versions | optional).items() if version},
         mismatches=[asdict(mismatch) for mismatch in mismatches],
+        limits=list(limits),
         **device,
     )
 

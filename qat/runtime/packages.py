@@ -16,6 +16,14 @@ XLA_INSTALL = "pip install torch==2.9.0 'torch_xla[tpu]==2.9.0'"  # the last rel
 TPU_INSTALL = "pip install 'torch>=2.11,<2.16' 'torch_tpu>=0.2' libtpu"
 TPU_TORCH_RANGE = ((2, 11), (2, 15))  # the torch releases that torch_tpu 0.2.0 carries glue for
 MIN_TORCH = (2, 9)
+# What other systems lack of what works on Linux.
+LIMITS = {
+    "Darwin": (
+        "--device cuda, xla and tpu: macOS has none of them; use mps or cpu",
+        "torchrun: processes work together on the CPU alone; start one process for mps",
+        "a power cut may cost what was written last, which fsync leaves in the drive's cache there",
+    )
+}
 # What the base asks for, in the order that the doctor shows it.
 BASE = (
     "torch",
@@ -77,6 +85,17 @@ def release(version: str) -> tuple[int, int]:
 def find_mismatches(version_of: VersionOf = installed_version) -> list[Mismatch]:
     """Return all that is missing or does not fit, the fatal ones first."""
     return [*accelerator_mismatches(version_of), *base_mismatches(version_of)]
+
+
+def system_mismatches(system: str, machine: str) -> list[Mismatch]:
+    """Return why nothing works on a system, as `platform` names it and its processor."""
+    if system == "Windows":
+        what = "Windows cannot flush folders to the disk, which comes with every file written here"
+        return [Mismatch(what, "wsl --install")]
+    if (system, machine) == ("Darwin", "x86_64"):
+        what = "torch has no release of 2.9 or newer for Macs with Intel processors"
+        return [Mismatch(what, "use a Mac with Apple silicon, or Linux")]
+    return []
 
 
 def accelerator_mismatches(version_of: VersionOf = installed_version) -> list[Mismatch]:

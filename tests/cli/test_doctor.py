@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 
 import pytest
 
@@ -22,6 +23,7 @@ def test_it_shows_device_memory_and_versions(capsys):
     assert closing["memory_bytes"] > 0
     assert closing["versions"]["torch"] in err
     assert "device cpu (asked for)" in err
+    assert closing["limits"] == list(packages.LIMITS.get(platform.system(), ()))
 
 
 def test_a_mismatch_is_shown_with_its_install_line(capsys, monkeypatch):
@@ -42,6 +44,16 @@ def test_a_mismatch_is_shown_with_its_install_line(capsys, monkeypatch):
         "pip install wandb",
     ]
     assert "mismatch: wandb is not installed; fix: pip install wandb" in err
+
+
+def test_a_system_on_which_nothing_works_is_asked_for_no_device(capsys, monkeypatch):
+    """On Windows the question itself would end in a traceback: it has no sysconf."""
+    monkeypatch.setattr(platform, "system", lambda: "Windows")
+    monkeypatch.setattr(doctor, "look_at_device", lambda name: pytest.fail("torch was asked"))
+    assert main("doctor", []) == 0
+    closing, err = closing_of(capsys)
+    assert closing["ok"] is False
+    assert "fix: wsl --install" in err
 
 
 def test_torch_is_not_touched_where_it_is_absent(capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """`source speedrun/setup.sh` in real shells, on real stores, with real failures."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -267,12 +268,24 @@ def test_torch_that_is_there_is_never_touched(tmp_path):
 
 
 def test_a_python_with_nothing_gets_everything(tmp_path):
-    """One pip line, which brings torch along."""
+    """One pip line, which brings torch along, all of it in the versions of constraints.txt."""
     said = ask_install(make_python(tmp_path / "bare", {}))
     lines = [line for line in said.splitlines() if "would run" in line]
     assert len(lines) == 1
     assert "--no-deps" not in lines[0]
+    assert "--constraint" in lines[0]
     assert "torch is not installed" in said
+    assert "versions: as tested" in said
+
+
+def test_a_tpu_asks_for_an_older_torch_than_was_tested():
+    """All other versions are those of constraints.txt; next to a torch only what is there stays."""
+    fixed = runpy.run_path(str(ROOT / "speedrun" / "install.py"))["fixed_versions"]
+    tested = (ROOT / "constraints.txt").read_text().splitlines()
+    assert fixed(lambda _name: None) == tested
+    left_out = set(tested) - set(fixed(lambda _name: None, is_tpu=True))
+    assert [line.partition("==")[0] for line in left_out] == ["torch"]
+    assert fixed({"torch": "2.9.0", "lz4": "4"}.get) == ["torch==2.9.0"]
 
 
 def test_the_seeds_commands_run_word_for_word(run, store, checkout):

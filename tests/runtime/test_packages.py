@@ -14,6 +14,21 @@ def misfits(**changes):
     return packages.find_mismatches(versions.get)
 
 
+@pytest.mark.parametrize(
+    ("system", "machine", "install"),
+    [
+        ("Linux", "x86_64", None),
+        ("Darwin", "arm64", None),
+        ("Darwin", "x86_64", "use a Mac with Apple silicon, or Linux"),
+        ("Windows", "AMD64", "wsl --install"),
+    ],
+)
+def test_a_system_on_which_nothing_works_is_named(system, machine, install):
+    """With what to do instead."""
+    found = [mismatch.install for mismatch in packages.system_mismatches(system, machine)]
+    assert found == ([install] if install else [])
+
+
 def test_a_whole_base_has_no_mismatch():
     """The versions that the project asks for raise nothing."""
     assert misfits() == []
