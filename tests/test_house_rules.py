@@ -280,6 +280,20 @@ def test_every_command_and_script_answers_help_and_loads_nothing_heavy(answers):
         assert not loaded, f"{name} --help loads {loaded}; import inside the function"
 
 
+def test_every_reader_of_foreign_files_is_listed():
+    """SECURITY.md says of each kind of file where it is checked and what damages it."""
+    table = (ROOT / "SECURITY.md").read_text()
+    rows = re.findall(r"^\| [^|]* \| (`[^|]*`) \| ([^|]*) \|$", table, re.M)
+    listed = [name for _, names in rows for name in names.split(", ")]
+    source = (ROOT / "tests" / "fuzz" / "readers.py").read_text()
+    assert sorted(listed) == sorted(re.findall(r'^        name="([\w-]+)"', source, re.M))
+    for checks, _ in rows:
+        folder = ""
+        for name in re.findall(r"`([\w/.]+)`", checks):
+            folder = name.rpartition("/")[0] or folder
+            assert (PACKAGE / folder / name.rpartition("/")[2]).is_file(), name
+
+
 def test_the_makefile_runs_what_exists():
     """A target whose script is absent fails only when it is needed."""
     text = (ROOT / "Makefile").read_text(encoding="utf-8")

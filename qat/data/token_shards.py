@@ -147,16 +147,16 @@ def map_shard(folder: Path, shard: TokenShard, vocab_size: int) -> tuple[np.ndar
         )
     try:
         stored = load_file(path)
-        ids, ends = stored[TOKENS].numpy(), stored[ENDS].numpy()
+        dtypes = stored[TOKENS].dtype, stored[ENDS].dtype
     except (SafetensorError, KeyError) as error:
         raise DamagedShards(f"{path} is no shard of token ids ({error}); {REMEDY}") from error
+    if dtypes not in ((torch.uint16, torch.int64), (torch.int32, torch.int64)):
+        raise DamagedShards(f"{path} has fields of {dtypes}, which no shard has; {REMEDY}")
+    ids, ends = stored[TOKENS].numpy(), stored[ENDS].numpy()
     num_tokens = shard.num_tokens + shard.num_heldout_tokens
     if ids.shape != (num_tokens,) or ends.shape != (shard.num_documents,) or ends[-1] != num_tokens:
         raise DamagedShards(f"{path} holds other tokens than the manifest says; {REMEDY}")
-    if (
-        not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size
-        or (np.diff(ends, prepend=0) < 1).any()
-    ):
+    if (np.diff(ends, prepend=0) < 1).any() or not 0 <= ids.min() <= ids.max() < vocab_size:
         raise DamagedShards(f"{path} holds ids or documents that cannot be; {REMEDY}")
     return ids, ends
 
@@ -198,6 +198,8 @@ def read_manifest(folder: Path) -> TokenManifest:
             f"{path}: fingerprint {recorded} is recorded but its fields give "
             f"{manifest.identity.fingerprint}; {REMEDY}"
         )
+    if not manifest.shards:
+        raise DamagedShards(f"{path}: shards is empty; {REMEDY}")
     return manifest
 
 

@@ -22,7 +22,9 @@ MAGIC = b"GGUF"
 VERSION = 3
 ALIGNMENT = 32  # the default; this package writes no other
 ALIGNMENT_KEY = "general.alignment"
-STRING, ARRAY = 8, 9
+INT32, FLOAT32, STRING, ARRAY = 5, 6, 8, 9
+VOCABULARY = "tokenizer.ggml."
+PER_TOKEN = {"scores": FLOAT32, "token_type": INT32}  # lists of one value a token, and their types
 FORMS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))  # of scalar types
 MOST_ALIGNMENT = 1 << 16
 MOST_SIDES = 4  # of a tensor, as ggml has them
@@ -49,11 +51,20 @@ class StoredTensor(NamedTuple):
         return BLOCK_TYPES[self.type_name].tail_bytes if self.type_name in BLOCK_TYPES else 0
 
 
+class StoredList(NamedTuple):
+    """A list among a file's keys, such as the vocabulary, whose values are passed over."""
+
+    of: int
+    """Type of its values."""
+    count: int
+
+
 class Header(NamedTuple):
     """What stands in front of a file's data."""
 
     keys: dict[str, str | int | float]
-    """Those with one value; lists, such as the vocabulary, are left out."""
+    """Those with one value."""
+    lists: dict[str, StoredList]
     tensors: dict[str, StoredTensor]
 
 
@@ -92,15 +103,36 @@ def read_header(path: Path) -> Header:
             if file.read(len(MAGIC)) != MAGIC or number(file, "I") != VERSION:
                 raise ValueError(f"it is no GGUF file of version {VERSION}")
             num_tensors, num_pairs = number(file, "Q"), number(file, "Q")
-            keys = {}
+            keys, lists = {}, {}
             for _ in range(num_pairs):
                 name = text(file)
-                keys[name] = value(file, number(file, "I"))
-            keys = {name: one for name, one in keys.items() if one is not None}
+                found = value(file, number(file, "I"))
+                (lists if isinstance(found, StoredList) else keys)[name] = found
             tensors = read_records(file, num_tensors, keys.get(ALIGNMENT_KEY, ALIGNMENT))
         except (struct.error, ValueError, OverflowError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}); make it again") from error
-    return Header(keys, tensors)
+    return Header(keys, lists, tensors)
+
+
+def require_vocabulary(path: Path, header: Header) -> None:
+    """Refuse a vocabulary over whose lists runtimes would read beyond their ends.
+
+    They take as many scores and types as there are tokens, of the types that they write.
+    """
+    tokens = header.lists.get(f"{VOCABULARY}tokens", StoredList(STRING, 0))
+    expected = {"tokens": StoredList(STRING, tokens.count), "merges": StoredList(STRING, 0)}
+    expected |= {name: StoredList(kind, tokens.count) for name, kind in PER_TOKEN.items()}
+    for name, one in expected.items():
+        found = header.lists.get(VOCABULARY + name, one)
+        if found.of != one.of or (name != "merges" and found.count != one.count):
+            raise ValueError(
+                f"{path} has {found.count} {name} of type {found.of} for {tokens.count} tokens; "
+                "make it again"
+            )
+    for name, index in header.keys.items():
+        is_id = name.startswith(VOCABULARY) and name.endswith("_token_id")
+        if is_id and not (isinstance(index, int) and 0 <= index < tokens.count):
+            raise ValueError(f"{path}: {name} is {index}, of {tokens.count} tokens; make it again")
 
 
 def read_records(file: BinaryIO, num_tensors: int, alignment: object) -> dict[str, StoredTensor]:
@@ -185,8 +217,8 @@ def text(file: BinaryIO) -> str:
     return file.read(length).decode()
 
 
-def value(file: BinaryIO, kind: int) -> str | int | float | None:
-    """Return the value of a key; None after moving past a list."""
+def value(file: BinaryIO, kind: int) -> str | int | float | StoredList:
+    """Return the value of a key; of a list what it is, after moving past it."""
     if kind == STRING:
         return text(file)
     if kind in FORMS:
@@ -201,4 +233,4 @@ def value(file: BinaryIO, kind: int) -> str | int | float | None:
             file.seek(number(file, "Q"), 1)
     else:
         raise ValueError(f"a key has a list of type {of}")
-    return None
+    return StoredList(of, count)

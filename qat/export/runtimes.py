@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat.export.gguf_file import read_tensor_records
+from qat.export.gguf_file import read_header, require_vocabulary
 from qat.export.llama_cpp import CONTEXT_TOKENS, LlamaCpp, open_library
 from qat.export.parity import Runtime
-from qat.storage.decode import object_in
+from qat.storage.decode import object_in, reading
 
 
 class RuntimeModel(nn.Module):
@@ -91,7 +91,9 @@ def open_runtime(path: Path) -> tuple[str, Runtime]:
 
 def open_gguf(path: Path) -> tuple[str, Runtime]:
     """Return the first GGUF runtime installed that knows the file's types."""
-    types = {record.type_name for record in read_tensor_records(path).values()}
+    header = read_header(path)
+    require_vocabulary(path, header)
+    types = {record.type_name for record in header.tensors.values()}
     if "i2_s" in types:
         raise ValueError(f"{path} holds I2_S: bitnet.cpp on x86 runs it, which no package holds")
     if find_spec("xllamacpp"):
@@ -176,7 +178,8 @@ def mlx_runtime(path: Path) -> Runtime:
         import_module("mlx_lm")
     from qat.export.to_mlx import load_runtime
 
-    return load_runtime(path)
+    with reading(path, "export it again"):
+        return load_runtime(path)
 
 
 def transformers_runtime(path: Path, config: dict[str, Any]) -> Runtime:
@@ -185,15 +188,16 @@ def transformers_runtime(path: Path, config: dict[str, Any]) -> Runtime:
 
     import qat.export.plugin  # noqa: F401 makes the packed folders' model type known
 
-    method = config.get("quantization_config", {}).get("quant_method")
-    if method == "compressed-tensors":
+    packing = config.get("quantization_config")
+    if isinstance(packing, dict) and packing.get("quant_method") == "compressed-tensors":
         if not find_spec("compressed_tensors"):
             raise ValueError(f"{path} needs compressed-tensors; pip install compressed-tensors")
         with loading("compressed-tensors"):
             import_module("compressed_tensors")
-    model = AutoModelForCausalLM.from_pretrained(
-        str(path), dtype=torch.float32, trust_remote_code=False
-    ).eval()
+    with reading(path, "export it again"):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=torch.float32, trust_remote_code=False
+        ).eval()
 
     @torch.inference_mode()
     def logits(token_ids: list[int]) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 from qat.cache.read import TeacherCache
 from qat.pipelines.compress_config import CompressConfig, parse_size
 from qat.pipelines.compress_stages import (
+    REMEDY,
     Clock,
     Kept,
     Source,
@@ -92,7 +93,7 @@ def compress(config: CompressConfig) -> CompressResult:
         sweep_leftovers(source.work)
         result = source.work / "results" / f"{config.output.name}.json"
         check_output(config.output, source.work, result, key)
-        return CompressResult(**once(result, key, lambda: take_stages(config, source, budget)))
+        return once(result, key, lambda: take_stages(config, source, budget), CompressResult)
 
 
 def check_output(output: Path, work: Path, result: Path, key: object) -> None:
@@ -100,7 +101,7 @@ def check_output(output: Path, work: Path, result: Path, key: object) -> None:
     if not output.exists():
         result.unlink(missing_ok=True)
     elif result.is_file():
-        if read_as(result, Kept, remedy="remove it").key != fingerprint(key):
+        if read_as(result, Kept, remedy=REMEDY).key != fingerprint(key):
             raise ValueError(
                 f"the output {output} was made with other settings; remove it or name another"
             )

@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,7 +34,7 @@ from qat.pipelines.place import Place
 from qat.pipelines.planned_size import PlannedSize
 from qat.pipelines.quantize import GRAM_TOKENS, quantize, spread_batches
 from qat.pipelines.quantize_config import CALIBRATION_BATCH, CALIBRATION_TOKENS, InitStudentConfig
-from qat.pipelines.sensitivity import choice_table, measure_costs
+from qat.pipelines.sensitivity import Costs, choice_table, measure_costs
 from qat.pipelines.step_time import rehearse_training
 from qat.pipelines.train import train
 from qat.quant.allocate import Allocation, Table
@@ -43,8 +42,8 @@ from qat.quant.plan import QuantPlan
 from qat.quant.spec import TensorSpec
 from qat.quant.targets import candidates
 from qat.runtime.memory import host_bytes
-from qat.storage.decode import read_as
-from qat.storage.files import atomic_file, fingerprint, write_json
+from qat.storage.decode import Count, Sha256, as_type, read_as
+from qat.storage.files import atomic_file, fingerprint, sha256_of_file, write_json
 from qat.tracking.messages import say
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
@@ -65,6 +64,33 @@ SCALE_LR_RATIO = 0.1  # of relative rates: scales at 0.0005 a step where weights
 EMBEDDING_GRAM = "embedding"  # its name among those of runs, which end in a number
 Made = TypeVar("Made")
 NUMBERS = ("kl_nats", "kl_p99", "top1_agreement", "perplexity")
+REMEDY = "remove it"  # what a file of the work folder held is made again
+
+
+class Amount(TypedDict):
+    """How much of the text a cache keeps."""
+
+    num_sequences: Count
+    text_sequences: Count
+
+
+class MeasuredCosts(TypedDict):
+    """What costs.json keeps."""
+
+    costs: Costs
+    grams: Sha256
+    """Of the file of what was learned of outputs."""
+
+
+class Measured(TypedDict):
+    """A model's distance from the teacher, and the text that it was measured on."""
+
+    kl_nats: float
+    kl_p99: float
+    top1_agreement: float
+    perplexity: float | None
+    measured_on: str
+    perplexity_teacher: float | None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,7 +109,7 @@ class Clock:
 
     def __init__(self, path: Path, minutes: float) -> None:
         self.path, self.limit = path, 60 * minutes
-        kept = read_as(path, Spent, remedy="remove it") if path.is_file() else Spent()
+        kept = read_as(path, Spent, remedy=REMEDY) if path.is_file() else Spent()
         self.before, self.shared = kept.seconds, kept.shared
         self.started = time.perf_counter()
 
@@ -109,7 +135,7 @@ class Clock:
         if not file.is_file():
             write_json(file, {"seconds": seconds})
         elif name not in self.shared:
-            self.before += max(0.0, read_as(file, Spent, remedy="remove it").seconds - seconds)
+            self.before += max(0.0, read_as(file, Spent, remedy=REMEDY).seconds - seconds)
         self.shared = [*{*self.shared, name}]
         return made
 
@@ -171,15 +197,16 @@ class Kept:
     value: Any = None
 
 
-def once(path: Path, key: object, make: Callable[[], Any]) -> Any:
-    """Return what a file keeps under a key, else make it and keep it."""
+def once(path: Path, key: object, make: Callable[[], Any], kind: type[Made]) -> Made:
+    """Return what a file keeps under a key, else make it and keep it; checked to be of a kind."""
     key = fingerprint(key)
-    if path.is_file() and (kept := read_as(path, Kept, remedy="remove it")).key == key:
+    if path.is_file() and (kept := read_as(path, Kept, remedy=REMEDY)).key == key:
         say(f"{path} is already complete")
-        return kept.value
-    value = make()
-    write_json(path, {"key": key, "value": value})
-    return value
+        value = kept.value
+    else:
+        value = make()
+        write_json(path, {"key": key, "value": value})
+    return as_type(value, kind, path, remedy=REMEDY)
 
 
 def byte_table(source: Source) -> Table:
@@ -215,7 +242,7 @@ def teacher_cache(source: Source) -> TeacherCache:
             data=config.data,
             content="hidden",
             seq_len=config.seq_len,
-            **once(source.work / "sequences.json", key, count),
+            **once(source.work / "sequences.json", key, count, Amount),
             seed=config.seed,
             dtype=config.dtype,
             device=config.device,
@@ -247,7 +274,7 @@ def cost_table(source: Source, cache: TeacherCache) -> Table:
     """
     names = {name: [spec.name for spec in specs] for name, specs in source.specs.items()}
 
-    def measure() -> dict[str, dict[str, float]]:
+    def measure() -> MeasuredCosts:
         model = load_dense(source.config.model, dtype=source.place.dtype)
         batches = spread_batches(cache, max(1, num_tokens // cache.seq_len))
         step = min(len(batches), -(-num_tokens // COST_TOKENS))
@@ -255,17 +282,21 @@ def cost_table(source: Source, cache: TeacherCache) -> Table:
         found = measure_costs(
             model, source.specs, batches[::step], source.place, further, has_turns=has_turns
         )
-        write_grams(source, found.grams)
-        return found.costs
+        return {"costs": found.costs, "grams": write_grams(file, found.grams)}
 
     has_turns = source.config.fit == "hessian" and not is_short(source.config.minutes)
     most = GRAM_TOKENS if has_turns else COST_TOKENS
     num_tokens = min(most, cache.num_text * cache.seq_len // 4)
-    key = [cache.fingerprint, source.base["weights"], names, num_tokens, PROBE_KL]
-    if not is_whole(grams_file(source)):
-        (source.work / "costs.json").unlink(missing_ok=True)
-    costs = once(source.work / "costs.json", key, measure)
-    return choice_table(costs, source.specs, source.size)
+    key = [cache.fingerprint, source.base["weights"], names, num_tokens, PROBE_KL, has_turns]
+    path, file = source.work / "costs.json", grams_file(source)
+    found = once(path, key, measure, MeasuredCosts)
+    if not (file.is_file() and sha256_of_file(file) == found["grams"]):
+        path.unlink()  # of no use without the other file, which was lost or changed
+        found = once(path, key, measure, MeasuredCosts)
+    kept = {name: sorted(costs) for name, costs in found["costs"].items()}
+    if kept != {name: sorted(formats) for name, formats in names.items()}:
+        raise ValueError(f"{path} has no cost of some formats; {REMEDY}")
+    return choice_table(found["costs"], source.specs, source.size)
 
 
 def grams_file(source: Source) -> Path:
@@ -273,21 +304,17 @@ def grams_file(source: Source) -> Path:
     return source.work / "grams.safetensors"
 
 
-def write_grams(source: Source, grams: OutputGrams) -> None:
-    """Keep G of outputs; with fewer digits they may have no factor."""
+def write_grams(file: Path, grams: OutputGrams) -> str:
+    """Keep G of outputs, of which rounded ones may have no factor.
+
+    Returns:
+        The file's sha256.
+    """
     tensors = {f"{name}.{k}": g for name, runs in grams.runs.items() for k, g in enumerate(runs)}
     tensors[EMBEDDING_GRAM] = grams.embedding
-    with atomic_file(grams_file(source)) as temporary:
+    with atomic_file(file) as temporary:
         save_file(tensors, temporary)
-
-
-def is_whole(file: Path) -> bool:
-    """Return whether a file of tensors is there, of the length that its header tells."""
-    try:
-        with safe_open(file, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
+        return sha256_of_file(temporary)
 
 
 def read_grams(source: Source) -> OutputGrams:
@@ -367,7 +394,7 @@ def train_student(
     steps, file = 0, source.work / "steps" / f"{settings.output_dir.name}.json"
     # A run that was begun is gone on with, however late.
     if formats and (clock.left > LEAST_SHARE * clock.limit or file.is_file()):
-        steps = once(file, settings.output_dir.name, count)
+        steps = once(file, settings.output_dir.name, count, Count)
     if steps < 1:
         say("no time to train: the fit is exported as it is")
         return student, kl
@@ -432,7 +459,7 @@ def validation_kl(student: Path, source: Source, cache: TeacherCache) -> float:
     def measure() -> float:
         return measure_on_cache(open_checkpoint(student).load(), source, cache)["kl_nats"]
 
-    return once(source.work / "measured" / f"{fingerprint(key)[:12]}.json", key, measure)
+    return once(source.work / "measured" / f"{fingerprint(key)[:12]}.json", key, measure, float)
 
 
 def measure_on_cache(model: nn.Module, source: Source, cache: TeacherCache) -> dict[str, Any]:
@@ -446,7 +473,7 @@ def write_file(student: Path, source: Source, output: Path) -> None:
     """Export a student, in the place of a file that was made in this work folder of another one."""
     record = export_record(source.work, output)
     key = fingerprint([open_checkpoint(student).header.sha256, source.config.to])
-    if output.exists() and record.is_file() and read_as(record, Kept).key == key:
+    if output.exists() and record.is_file() and read_as(record, Kept, remedy=REMEDY).key == key:
         return
     if output.is_dir():
         shutil.rmtree(output)
@@ -460,9 +487,7 @@ def export_record(work: Path, output: Path) -> Path:
     return work / "exports" / f"{output.name}.json"
 
 
-def measure_file(
-    output: Path, student: Path, source: Source, cache: TeacherCache
-) -> dict[str, Any]:
+def measure_file(output: Path, student: Path, source: Source, cache: TeacherCache) -> Measured:
     """Return the numbers of a file as it is read back.
 
     The exporters of folders have compared theirs with the student bit for bit: it stands for them.
@@ -474,7 +499,7 @@ def measure_file(
     return measure_model(model, source, cache)
 
 
-def measure_model(model: nn.Module, source: Source, cache: TeacherCache) -> dict[str, Any]:
+def measure_model(model: nn.Module, source: Source, cache: TeacherCache) -> Measured:
     """Return a model's distance from the teacher, on the text that was asked for."""
     config = source.config
     if config.eval_text is None:

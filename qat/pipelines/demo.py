@@ -7,8 +7,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+from msgspec import Meta
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -24,6 +25,7 @@ from qat.pipelines.compress import budget_bytes, compress
 from qat.pipelines.compress_config import CompressConfig
 from qat.pipelines.compress_stages import (
     NUMBERS,
+    Measured,
     Source,
     measure_model,
     once,
@@ -40,7 +42,25 @@ PROMPTS = (
     "Give me three tips for a good night's sleep.",
     "Write one sentence about the sea.",
 )
+Each = Annotated[list[str], Meta(min_length=len(PROMPTS), max_length=len(PROMPTS))]
 COLUMNS = ("MB", "bits per weight", "KL (nats)", "99%", "top-1", "perplexity")
+
+
+class Answers(TypedDict):
+    """What a file answers to each prompt."""
+
+    answers: Each
+    answered_by: str
+
+
+class TeacherValues(TypedDict):
+    """What is measured of the teacher, and its answers."""
+
+    kl_nats: float
+    kl_p99: float
+    top1_agreement: float
+    perplexity: float
+    answers: Each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,14 +142,14 @@ def stock_or_none(config: DemoConfig, source: Source, cache: TeacherCache) -> li
         return []
 
 
-def measured(path: Path, source: Source, cache: TeacherCache) -> dict[str, float]:
+def measured(path: Path, source: Source, cache: TeacherCache) -> Measured:
     """Return the numbers of a file of another program, those of the weights that it holds."""
 
-    def measure() -> dict[str, float]:
+    def measure() -> Measured:
         return measure_model(read_gguf_model(path, source.folder), source, cache)
 
     key = [sha256_of_file(path), cache.fingerprint]
-    return once(source.work / "points" / f"{path.name}.json", key, measure)
+    return once(source.work / "points" / f"{path.name}.json", key, measure, Measured)
 
 
 def file_row(
@@ -140,6 +160,7 @@ def file_row(
         source.work / "answers" / f"{path.name}.json",
         [sha256_of_file(path), PROMPTS, config.max_new_tokens],
         lambda: answers_of_file(path, config, source),
+        Answers,
     )
     file_bytes = path.stat().st_size
     return DemoFile(
@@ -152,7 +173,7 @@ def file_row(
     )
 
 
-def answers_of_file(path: Path, config: DemoConfig, source: Source) -> dict[str, object]:
+def answers_of_file(path: Path, config: DemoConfig, source: Source) -> Answers:
     """Return a file's answers in a runtime; in PyTorch, and why, where none here runs it."""
     tokenizer = load_tokenizer(source.folder)
     try:
@@ -179,7 +200,7 @@ def answers_of_model(model: nn.Module, config: DemoConfig, source: Source) -> li
 def teacher_row(config: DemoConfig, source: Source, cache: TeacherCache) -> DemoFile:
     """Return the teacher's numbers and answers: what files are measured against."""
 
-    def make() -> dict[str, object]:
+    def make() -> TeacherValues:
         model = load_dense(source.config.model, dtype=source.place.dtype)
         values = measure_model(model, source, cache)
         answers = answers_of_model(model, config, source)
@@ -193,7 +214,7 @@ def teacher_row(config: DemoConfig, source: Source, cache: TeacherCache) -> Demo
         file_bytes=file_bytes,
         bits_per_weight_model=8 * file_bytes / source.size.num_weights,
         answered_by="PyTorch",
-        **once(source.work / "points" / "teacher.json", key, make),
+        **once(source.work / "points" / "teacher.json", key, make, TeacherValues),
     )
 
 

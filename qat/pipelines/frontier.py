@@ -10,6 +10,7 @@ from qat.export.llama_quantize import find_quantizer
 from qat.pipelines.compress_config import FrontierConfig
 from qat.pipelines.compress_stages import (
     Clock,
+    Measured,
     Source,
     cost_table,
     fit_plan,
@@ -145,6 +146,7 @@ def file_point(
         source.work / "points" / f"{output.name}.json",
         key,
         lambda: measure_file(output, student, source, cache),
+        Measured,
     )
     return FrontierPoint(
         series=series,
@@ -166,12 +168,12 @@ def peer_point(path: Path, source: Source, cache: TeacherCache) -> FrontierPoint
     say(f"\n== {path.name}")
     key = [sha256_of_file(path), cache.fingerprint, str(source.config.eval_text)]
 
-    def measure() -> dict[str, Any]:
+    def measure() -> Measured:
         return measure_model(read_gguf_model(path, source.folder), source, cache)
 
     try:
         contents = gguf_contents(path)
-        values = once(source.work / "points" / f"peer-{path.name}.json", key, measure)
+        values = once(source.work / "points" / f"peer-{path.name}.json", key, measure, Measured)
     except ValueError as error:
         say(f"left out: {error}")
         return None

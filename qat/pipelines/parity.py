@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat.data.records import read_text
 from qat.evaluate.on_cache import evaluate_on_cache
 from qat.export.parity import Runtime, compare_with_runtime
 from qat.export.parity_config import ParityConfig
@@ -87,7 +88,7 @@ def measure_on_cache(
 
 def read_prompts(config: ParityConfig) -> list[str]:
     """Return the prompts to compare, in the file's order."""
-    lines = config.prompts.read_text(encoding="utf-8").splitlines()
+    lines = read_text(config.prompts).splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts {config.prompts} holds no prompt; write one a line")

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from qat.data.text import tokenizer_sha256, vocabulary_size
 from qat.data.token_dataset import TokenBlocks, TokenDataset
-from qat.data.token_shards import DamagedShards
+from qat.data.token_shards import REMEDY, DamagedShards
 from qat.evaluate.on_tokens import evaluate_on_tokens
 from qat.export.model_folder import SHARD_SIZE
 from qat.model.architectures import count_parameters, new_model, read_architecture
@@ -148,10 +148,12 @@ def shape_for(config: PretrainConfig, tokens: TokenDataset) -> PreTrainedConfig:
     """
     tokenizer, identity = load_tokenizer(tokens.tokenizer_folder), tokens.manifest.identity
     if tokenizer_sha256(tokenizer) != identity.tokenizer_sha256:
-        raise DamagedShards(f"{tokens.tokenizer_folder} is not the tokenizer of its shards")
+        raise DamagedShards(f"{tokens.tokenizer_folder} is not that of its shards; {REMEDY}")
+    if (least := vocabulary_size(tokenizer)) != tokens.manifest.vocab_size:
+        raise DamagedShards(f"{tokens.folder} has not the vocabulary of its tokenizer; {REMEDY}")
     shape = read_architecture(config.arch, config.vocab_size)
     text = shape.get_text_config()
-    if text.vocab_size < (least := vocabulary_size(tokenizer)):
+    if text.vocab_size < least:
         raise ValueError(
             f"--arch {config.arch} has {text.vocab_size} rows and the tokenizer {least} tokens; "
             f"give --vocab-size {least} or more"

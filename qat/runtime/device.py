@@ -61,7 +61,7 @@ class Device:
             return open_device(kind, kind, reason)
         kind = name.split(":")[0]
         if not re.fullmatch(rf"({'|'.join(KINDS)})(:\d+)?", name):
-            raise ValueError(f"--device {name} is not one of auto, {', '.join(KINDS)}")
+            raise ValueError(f"--device {name} is not one of auto, {', '.join(KINDS)}; name one")
         missing = why_absent(kind)
         if missing:
             raise ValueError(f"--device {name}: {missing}; `qat doctor` shows what is there")
@@ -79,7 +79,7 @@ class Device:
         if name == "auto":
             return self.dtype
         if name not in DTYPES:
-            raise ValueError(f"--dtype {name} is not one of auto, {', '.join(DTYPES)}")
+            raise ValueError(f"--dtype {name} is not one of auto, {', '.join(DTYPES)}; name one")
         return DTYPES[name]
 
     def sync(self, *, wait: bool = False) -> None:

@@ -19,6 +19,7 @@ from qat.train import trainable
 from qat.train.blockwise import BlockPlan, train_blockwise
 from qat.train.config import TrainConfig
 from qat.train.schedule import rate_factor
+from qat.train.state import copy_same
 
 BLOCKS = "blocks"
 WARMUP_SHARE = 0.05
@@ -142,6 +143,6 @@ def read_blocks(
                 if part == "latent_weight" and layer.latent_weight is None:
                     surgery.thaw_indices(layer)
                 if part not in UNTRAINED:
-                    getattr(layer, part).copy_(value)
+                    copy_same(getattr(layer, part), value)
         surgery.hold_weights(block, next(iter(layers.values())).held_weight.dtype)
     return number + 1, seconds

@@ -30,8 +30,8 @@ class PretrainOptimConfig(RateConfig):
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         RateConfig.__post_init__(self)
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"--optim.betas {self.betas} must be within 0 and 1; try 0.9 0.95")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"--optim.betas {self.betas} must be two within 0 and 1; try 0.9 0.95")
 
 
 @dataclass(frozen=True, slots=True)

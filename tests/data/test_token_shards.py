@@ -1,7 +1,10 @@
+import hashlib
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save
 
 from qat.data.token_shards import (
     DamagedShards,
@@ -66,6 +69,26 @@ def test_a_shard_of_other_tokens_than_the_manifest_says_is_refused(tmp_path):
         map_shard(tmp_path, shard, VOCAB - 1)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_ids": torch.zeros(0, dtype=torch.uint16), "document_ends": torch.tensor([0])},
+        {"token_ids": torch.zeros(9, dtype=torch.bfloat16)},
+        {"document_ends": torch.tensor([9.0])},
+    ],
+)
+def test_a_shard_of_other_fields_is_refused(tmp_path, changes):
+    """No tokens, or numbers that are no ids, ended in a traceback although the sha256 fitted."""
+    fields = {"token_ids": torch.arange(9).to(torch.uint16), "document_ends": torch.tensor([9])}
+    data = save(fields := {**fields, **changes})
+    (tmp_path / "a").write_bytes(data)
+    entry = {"sha256": hashlib.sha256(data).hexdigest(), "num_bytes": len(data)}
+    entry["num_tokens"] = len(fields["token_ids"])
+    shard = write_shard(tmp_path / "b", [np.arange(9)], [], vocab_size=9, source=0, num_records=1)
+    with pytest.raises(DamagedShards, match="a (holds|has) .* run `qat tokenize` again"):
+        map_shard(tmp_path, replace(shard, file="a", **entry), VOCAB)
+
+
 def test_a_manifest_comes_back_and_an_altered_one_is_refused(tmp_path):
     """Nothing is whole before the manifest is there."""
     with pytest.raises(FileNotFoundError, match="`qat tokenize`"):
@@ -81,6 +104,9 @@ def test_a_manifest_comes_back_and_an_altered_one_is_refused(tmp_path):
         read_manifest(tmp_path)
     write_json(tmp_path / "manifest.json", {"fingerprint": "x"})
     with pytest.raises(DamagedShards, match="identity is missing"):
+        read_manifest(tmp_path)
+    write_manifest(tmp_path, replace(manifest, shards=()))
+    with pytest.raises(DamagedShards, match="shards is empty"):
         read_manifest(tmp_path)
 
 

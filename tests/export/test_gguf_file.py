@@ -1,14 +1,20 @@
 """What was written is read as the `gguf` package reads it."""
 
 import struct
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qat.export.gguf_file import read_bytes, read_header, read_tensor_records, read_weight
+from qat.export.gguf_file import (
+    read_bytes,
+    read_header,
+    read_tensor_records,
+    read_weight,
+    require_vocabulary,
+)
 from qat.export.to_gguf import export_to_gguf
 from qat.grids.blocks import BLOCK_TYPES
 from tests.tiny import tiny_student
@@ -68,14 +74,40 @@ def small_file(tmp_path_factory):
 
 def test_keys_with_one_value_are_read_and_lists_passed_over(small_file):
     """An alignment other than the default moves the data."""
-    keys, tensors = read_header(small_file)
+    keys, lists, tensors = read_header(small_file)
     assert keys["general.architecture"] == "llama"
     assert keys["llama.block_count"] == 3
     assert keys["llama.attention.layer_norm_rms_epsilon"] == 0.5
     assert keys["tokenizer.ggml.add_bos_token"] is True
-    assert not keys.keys() & {"tokenizer.ggml.tokens", "x.numbers"}
+    assert lists == {"tokenizer.ggml.tokens": (8, 2), "x.numbers": (5, 3)}
     assert read_weight(small_file, tensors["a"]).tolist() == [[1.0] * 3] * 2
     assert read_weight(small_file, tensors["b"]).tolist() == [[1.0] * 64]
+
+
+@pytest.mark.parametrize(
+    ("add", "told"),
+    [
+        (lambda w: w.add_token_scores([0.5]), "1 scores of type 6 for 2 tokens"),
+        (lambda w: w.add_token_types([1, 1, 1]), "3 token_type of type 5 for 2 tokens"),
+        (lambda w: w.add_array("tokenizer.ggml.merges", [1]), "1 merges of type 5"),
+        (lambda w: w.add_array("tokenizer.ggml.scores", [1, 1]), "2 scores of type 5"),
+        (lambda w: w.add_eos_token_id(2), "eos_token_id is 2, of 2 tokens"),
+    ],
+)
+def test_a_vocabulary_of_uneven_lists_is_refused(tmp_path, add, told):
+    """llama.cpp takes a score and a type of each token without asking how many there are."""
+    path = tmp_path / "v.gguf"
+    for is_odd in (False, True):
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_token_list(["a", "bc"])
+        if is_odd:
+            add(writer)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        refusal = pytest.raises(ValueError, match=told) if is_odd else nullcontext()
+        with refusal:
+            require_vocabulary(path, read_header(path))
 
 
 @pytest.mark.parametrize("offset", [0, 32, 63, 2**63])

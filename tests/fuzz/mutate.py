@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import math
+import re
 import struct
 import tarfile
 from collections.abc import Callable
@@ -158,6 +159,8 @@ def any_value(tensor: torch.Tensor, rng: Random) -> torch.Tensor:
 
 def any_named(tensors: dict, rng: Random) -> dict:
     """Change, remove, rename or add one of several named tensors."""
+    if not tensors:
+        return {"unknown.weight": torch.zeros(2)}
     name, kind = rng.choice(sorted(map(str, tensors))), rng.randrange(8)
     tensors = dict(tensors)
     if kind == 0:
@@ -281,6 +284,7 @@ def any_gguf(data: bytes, rng: Random) -> bytes:
     """Change a number near a word of a GGUF header, or bytes of its data."""
     words = [b"general.", b"llama.", b"tokenizer.", b"blk.", b"token_embd", b"output", b"GGUF"]
     places = [place for word in words if (place := data.find(word)) >= 0]
+    places += [found.end() for found in re.finditer(rb"tokenizer\.ggml\.\w+", data)]
     if not places or rng.random() < 0.3:
         return any_bytes(data, rng)
     place = max(0, rng.choice(places) + rng.randrange(-16, 80))

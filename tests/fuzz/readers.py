@@ -48,6 +48,8 @@ class Reader:
     """What else an error may name in the place of the file."""
     share: float = 1.0
     """Of all cases, next to other readers'."""
+    needs: str | None = None
+    """A module without which the commands do not read."""
 
 
 def seal_cache(folder: Path) -> None:
@@ -65,6 +67,26 @@ def seal_cache(folder: Path) -> None:
     kept = {k: v for k, v in identity if k not in defaults or v != defaults[k]}
     manifest["fingerprint"] = fingerprint(kept)
     path.write_text(json.dumps(manifest))
+
+
+def seal_shards(folder: Path) -> None:
+    """Write sizes and checksums of token shards, and their fingerprint, anew."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for entry in manifest["shards"]:
+        file = folder / entry["file"]
+        if file.is_file():
+            entry |= {"sha256": sha256_of_file(file), "num_bytes": file.stat().st_size}
+    manifest["fingerprint"] = fingerprint(manifest["identity"])
+    path.write_text(json.dumps(manifest))
+
+
+def seal_costs(folder: Path) -> None:
+    """Write the checksum that costs keep of what was learned with them anew."""
+    path = folder / "work" / "costs.json"
+    kept = json.loads(path.read_text())
+    kept["value"]["grams"] = sha256_of_file(path.with_name("grams.safetensors"))
+    path.write_text(json.dumps(kept))
 
 
 def seal_student(folder: Path) -> None:
@@ -88,6 +110,16 @@ ON_CACHE = "evaluate --checkpoint {made}/student --cache-dir {case} --device cpu
 ON_TEXT = "--text {made}/text.txt --seq-len 16 --num-sequences 2 --device cpu --dtype fp32"
 BUILD = "build-cache --output-dir {out} --seq-len 16 --top-k 4 --batch-size 4 --device cpu"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZE = "tokenize --data {made}/data/records.jsonl --tokenizer {made}/model --shard-tokens 300 "
+TOKENIZE += "--heldout-ratio 0.4 --output-dir "
+VOCABULARY = "train-tokenizer --data {made}/data/records.jsonl --kind byte-level-bpe "
+VOCABULARY += "--vocab-size 280 --output "
+PRETRAIN = "pretrain --arch {made}/model --seq-len 8 --batch-size 2 --max-steps 3 --device cpu "
+PRETRAIN += "--dtype fp32 --intervals.save-steps 2 --intervals.eval-samples 2 --data-dir "
+COMPRESS = "compress --model {made}/model --data {made}/data/records.jsonl --size 40KB --minutes 0 "
+COMPRESS += "--num-sequences 16 --seq-len 16 --eval-sequences 2 --device cpu --dtype fp32 "
+PARITY = "parity --checkpoint {made}/student --prompts {made}/text.txt --num-prompts 1 "
+PARITY += "--num-new-tokens 2 --export "
 CACHE_FILES = ("manifest.json", "manifest.json", "*.safetensors")
 READERS = (
     Reader(
@@ -206,6 +238,75 @@ READERS = (
         sealed=("*.distcp", "index.json"),
     ),
     Reader(
+        name="tokens",
+        source="shards",
+        files=("manifest.json", "manifest.json", "*.safetensors", "tokenizer/*.json"),
+        commands=(PRETRAIN + "{case} --output-dir {out}/r", TOKENIZE + "{case}"),
+        seal=seal_shards,
+        names=("tokenizer", "--vocab-size"),
+    ),
+    Reader(
+        name="tokens-building",
+        source="tokenizing",
+        files=("building.json", "progress_00000.json", "*.safetensors"),
+        commands=(TOKENIZE + "{case}",),
+    ),
+    Reader(
+        name="vocabulary",
+        source="vocabulary",
+        files=("training.json", *TOKENIZER[:2]),
+        commands=(
+            VOCABULARY + "{case}",
+            TOKENIZE.replace("{made}/model", "{case}") + "{out}/s",
+        ),
+        names=("this tokenizer has no",),
+    ),
+    Reader(
+        name="pretrain-state",
+        source="pretrain",
+        files=("state/*/*.json", "state/*/*.distcp", "*.json", "metrics.jsonl"),
+        commands=(PRETRAIN + "{made}/shards --output-dir {case}",),
+        seal=seal_state,
+        share=0.5,
+    ),
+    Reader(
+        name="pretrain-config",
+        source="pretrain",
+        files=("config.json",),
+        names=("--", "holds no"),
+        commands=("pretrain --config {case}/config.json --output-dir {out}/r --max-steps 1",),
+        share=0.5,
+    ),
+    Reader(
+        name="work",
+        source="compress",
+        files=(
+            *("work/costs.json", "work/costs.json", "work/grams.safetensors", "work/*.json"),
+            *("work/clocks/*.json", "work/measured/*.json", "work/exports/*.json"),
+            "work/cache/*/manifest.json",
+        ),
+        commands=(COMPRESS + "--output {case}/a.gguf --work {case}/work",),
+        seal=seal_costs,
+    ),
+    Reader(
+        name="exported",
+        source="packed",
+        files=("config.json", "config.json", "model.safetensors", "tokenizer.json", "export.json"),
+        commands=(
+            PARITY + "{case}",
+            "export --checkpoint {made}/student --to hf-quantized --output {case}",
+        ),
+        share=0.5,
+    ),
+    Reader(
+        name="gguf-runtime",
+        source="gguf",
+        files=("model.gguf",),
+        commands=(PARITY + "{case}/model.gguf",),
+        needs="xllamacpp",
+        share=0.5,
+    ),
+    Reader(
         name="archive",
         source="archives",
         files=("*.tgz", "*.lz4", "*.sha256"),
@@ -300,10 +401,33 @@ def make_everything(folder: Path) -> None:
     call(
         "export --checkpoint {made}/student --to gguf --dtype bf16 --output {made}/gguf/model.gguf"
     )
+    call("export --checkpoint {made}/student --to hf-quantized --output {made}/packed")
     (folder / "plan").mkdir()
     call("plan --model {made}/model --plan q2a4 --save {made}/plan/plan.json")
     make_stored(folder)
     make_data(folder)
+    make_tokens(folder)
+    call(COMPRESS + "--output {made}/compress/a.gguf --work {made}/compress/work")
+    (folder / "compress" / "a.gguf").unlink()
+    for name in ("results", "students"):  # a student knows the place of its plan
+        shutil.rmtree(folder / "compress" / "work" / name)
+
+
+def make_tokens(folder: Path) -> None:
+    """Make a tokenizer, token shards, some that are being written, and a run to go on with."""
+    run_or_fail((VOCABULARY + "{made}/vocabulary").format(made=folder))
+    run_or_fail((TOKENIZE + "{made}/shards").format(made=folder))
+    shards, building = folder / "shards", folder / "tokenizing"
+    shutil.copytree(shards, building)
+    manifest = json.loads((building / "manifest.json").read_text())
+    (building / "manifest.json").unlink()
+    (building / "building.json").write_text(json.dumps(manifest["identity"]))
+    progress = {"complete": False, "shards": manifest["shards"][:-1]}
+    (building / "progress_00000.json").write_text(json.dumps(progress))
+    run_in_child((PRETRAIN + "{made}/shards --output-dir {made}/pretrain").format(made=folder))
+    for name in ("best", "final"):
+        shutil.rmtree(folder / "pretrain" / name)
+    (folder / "pretrain" / "summary.json").unlink()
 
 
 def run_or_fail(line: str) -> None:

@@ -5,6 +5,7 @@ its case, READER:NUMBER, which FUZZ_CASE=READER:NUMBER runs alone.
 """
 
 import os
+from importlib.util import find_spec
 
 import pytest
 
@@ -34,6 +35,8 @@ def test_damage_is_found_or_harmless(reader, made):
     name, _, number = ALONE.partition(":")
     if ALONE and name != reader.name:
         pytest.skip(f"FUZZ_CASE is {ALONE}")
+    if reader.needs and not find_spec(reader.needs):
+        pytest.skip(f"{reader.needs} is not installed; `make parity` installs it")
     count = max(1, round(CASES * reader.share / SHARES))
     numbers = range(int(number), int(number) + 1) if ALONE else range(FIRST, FIRST + count)
     verdicts = run_cases(reader, numbers, made, made.parent / "case")

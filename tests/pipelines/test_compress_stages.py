@@ -3,14 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from qat.pipelines import compress_stages
 from qat.pipelines.compress_stages import (
     Clock,
+    Measured,
+    MeasuredCosts,
     calibration_tokens,
-    is_whole,
+    grams_file,
     once,
     read_grams,
     size_on_disk,
@@ -42,8 +42,9 @@ def test_a_part_is_made_once_for_what_decides_it(tmp_path):
         return {"steps": len(calls)}
 
     path = tmp_path / "parts" / "a.json"
-    assert once(path, ["a", 1, None], make) == once(path, ["a", 1, None], make) == {"steps": 1}
-    assert once(path, ["a", 2, None], make) == {"steps": 2}
+    kind = dict[str, int]
+    for key, steps in ((1, 1), (1, 1), (2, 2)):
+        assert once(path, ["a", key, None], make, kind) == {"steps": steps}
     assert len(calls) == 2
 
 
@@ -56,23 +57,22 @@ def test_a_folder_is_as_large_as_its_files(tmp_path):
     assert size_on_disk(tmp_path / "a" / "x") == 3
 
 
-def test_tensors_that_were_cut_short_are_made_anew(tmp_path):
-    """Neither a file that is not there, nor a part of one, nor another kind of file is whole."""
-    file = tmp_path / "grams.safetensors"
-    assert not is_whole(file)
-    save_file({"a": torch.ones(100)}, file)
-    assert is_whole(file)
-    file.write_bytes(file.read_bytes()[:-4])
-    assert not is_whole(file)
-    file.write_text("no tensors")
-    assert not is_whole(file)
+@pytest.mark.parametrize(
+    ("value", "kind"), [("a", float), ({"costs": {"w": [1]}}, MeasuredCosts), ({}, Measured)]
+)
+def test_what_is_kept_is_of_its_kind(tmp_path, value, kind):
+    """A changed value ended in a traceback where it was used."""
+    path = tmp_path / "kept.json"
+    once(path, "key", lambda: value, object)
+    with pytest.raises(ValueError, match=r"kept\.json: .*; remove it"):
+        once(path, "key", lambda: pytest.fail("it is there"), kind)
 
 
 def test_grams_are_read_as_they_were_written(tmp_path):
     """Runs in their order, whatever their number, and that of the embedding."""
     runs = {"a.b": [torch.full((2, 2), float(k)) for k in range(11)], "c": [torch.eye(3)]}
     source = SimpleNamespace(work=tmp_path)
-    write_grams(source, OutputGrams(runs=runs, embedding=torch.eye(5)))
+    write_grams(grams_file(source), OutputGrams(runs=runs, embedding=torch.eye(5)))
     found = read_grams(source)
     assert found.runs.keys() == runs.keys()
     for name, grams in runs.items():

@@ -140,6 +140,7 @@ def test_an_average_is_kept_where_it_is_asked_for():
         ({"curriculum": "1:4:0"}, "length below 2"),
         ({"batch_size": 0}, "--batch-size 0 must be 1 or more"),
         ({"optim": {"betas": (0.9, 1.0)}}, "--optim.betas"),
+        ({"optim": {"betas": (0.9,)}}, "--optim.betas .* must be two"),
         ({"optim": {"warmup_ratio": 1.5}}, "--optim.warmup-ratio"),
     ],
 )
