@@ -55,6 +55,7 @@ def test_flags_that_contradict_are_refused(flags, said):
         BenchmarkConfig(**flags)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", ["mlp", "e2e"])
 def test_a_probe_does_real_work(path, mode, checkpointing):
@@ -78,6 +79,7 @@ def test_a_probe_does_real_work(path, mode, checkpointing):
     assert row["flops_per_token"] == 4 * (attention + mlp + head) + 2 * trained
 
 
+@pytest.mark.recipe
 def test_what_is_measured_is_described(path, tmp_path):
     """Student, cache, length; the student that was made can be measured again."""
     config = BenchmarkConfig(
@@ -94,6 +96,7 @@ def test_what_is_measured_is_described(path, tmp_path):
     assert measure(again, Device.detect("cpu"))["loss"] > 0
 
 
+@pytest.mark.recipe
 def test_what_cannot_be_measured_is_told(path, tmp_path, refused):
     """On one line, before anything is measured."""
     folder = {"output_dir": tmp_path / "out", "probe": 0}

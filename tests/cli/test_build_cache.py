@@ -42,6 +42,7 @@ def closing(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.recipe
 def test_the_closing_line_tells_of_the_cache(sources, tmp_path, capsys):
     """All keys, a folder named by its settings and fingerprint, found again at once."""
     flags = ("--thinking", "both", "--top-k", "8", "--num-negatives", "2")
@@ -60,6 +61,7 @@ def test_the_closing_line_tells_of_the_cache(sources, tmp_path, capsys):
     assert again["tokens_per_second"] is None
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     "flags",
     [
@@ -110,6 +112,7 @@ def test_a_wrong_flag_ends_with_one_line(sources, tmp_path, capsys, flags, said)
     assert list(tmp_path.glob("*")) == []
 
 
+@pytest.mark.recipe
 def test_a_template_without_thinking_is_told_once(sources, tmp_path, capsys):
     """And the two equal renderings become one."""
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 from qat.storage.files import read_json, sha256_of_file, write_json
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
+pytestmark = pytest.mark.recipe
+
 KEYS = {
     "kl_nats",
     "kl_nats_lower",

@@ -12,6 +12,8 @@ from qat.storage.archive import pack_folder, sidecar
 from tests.servers import file_server
 from tests.tiny import save_tiny, tiny_cache, tiny_llama
 
+pytestmark = pytest.mark.recipe
+
 ROOT = Path(__file__).parent.parent.parent
 
 

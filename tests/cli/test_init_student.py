@@ -7,6 +7,8 @@ from qat.model.checkpoint import bits_per_weight, read_checkpoint, read_header
 from qat.model.load import load_dense
 from tests.tiny import TINY_MODELS, save_tiny, tiny_llama, tiny_tokenizer
 
+pytestmark = pytest.mark.recipe
+
 KEYS = {
     "checkpoint",
     "seconds",

@@ -5,6 +5,8 @@ import pytest
 from qat.cli.commands import main
 from tests.tiny import tiny_cache
 
+pytestmark = pytest.mark.recipe
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -34,6 +34,7 @@ def test_an_export_against_its_student(tmp_path, capsys):
     assert any(line.startswith("the cat sees ") for line in said.err.splitlines())
 
 
+@pytest.mark.recipe
 def test_a_cache_tells_the_distance_from_the_teacher(path, tmp_path, capsys):
     """What transformers makes of a plain folder is as far from the teacher as the student is."""
     export_to_hf(

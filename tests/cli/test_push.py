@@ -7,6 +7,8 @@ from qat.cli.commands import main
 from qat.storage.archive import extract_archive, sidecar
 from tests.tiny import save_tiny, tiny_cache, tiny_llama
 
+pytestmark = pytest.mark.recipe
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):

@@ -48,7 +48,7 @@ def model(request):
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ANY)
 @example("  two\t\ttabs  \n\n and   spaces ")
 def test_a_tokenizer_cuts_text_as_sentencepiece_does(model, text):

@@ -124,7 +124,7 @@ def test_tensors_lie_side_by_side(small_file, offset):
 
 
 @given(place=st.integers(0, 700), value=st.binary(min_size=1, max_size=9), cut=st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_a_damaged_file_is_read_or_refused(small_file, place, value, cut):
     """Whatever bytes are changed or cut off: no other error, no memory for what is not there."""
     data = bytearray(small_file.read_bytes())

@@ -69,7 +69,7 @@ TEXTS = st.lists(st.sampled_from([*WORDS, " ", "  ", "x", "\u00e9", "th", "\U000
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TEXTS)
 def test_merging_by_scores_is_merging_by_ranks(text):
     """Bytes where a character is no token."""
@@ -80,7 +80,7 @@ def test_merging_by_scores_is_merging_by_ranks(text):
     assert merged_pieces(escaped, ids, scores) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TEXTS)
 def test_the_best_sum_of_scores_is_the_tokenizers(text):
     """Neighbouring characters that are no tokens are one unknown token."""

@@ -13,7 +13,7 @@ from qat.export import to_hf
 from qat.export.to_hf import export_to_hf
 from qat.model.surgery import quantized_layers, thaw_indices
 from tests.tiny import (
-    TINY_MODELS,
+    FAMILY_TIED,
     save_student,
     save_tiny,
     tiny_llama,
@@ -24,18 +24,11 @@ from tests.tiny import (
 TOKEN_IDS = torch.arange(12).view(2, 6)
 
 
-@pytest.fixture
-def text_source(tmp_path):
-    """A folder with the files that travel along."""
-    return save_tiny(tmp_path / "base", tiny_llama())
-
-
 def export(student, tmp_path, text_source, dtype=torch.float32):
     return export_to_hf(student, tmp_path / "out", text_source=text_source, dtype=dtype)
 
 
-@pytest.mark.parametrize("family", TINY_MODELS)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "tied"), FAMILY_TIED)
 def test_logits_are_the_students(tmp_path, text_source, family, tied):
     """Plain transformers gives the student's logits to the bit; a tied head stays one tensor."""
     student = tiny_student(family, tied=tied)
@@ -109,8 +102,7 @@ def test_a_changed_bit_fails_the_export(tmp_path, text_source, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", TINY_MODELS)
+@pytest.mark.parametrize(("family", "tied"), FAMILY_TIED)
 def test_quantized_embeddings_become_dense_tables(tmp_path, text_source, family, tied):
     """Plain transformers computes the student's logits, tied heads stay tied."""
     student = tiny_student(family, "q2a4, embed=affine4-g64", tied=tied)
@@ -126,10 +118,11 @@ def write_native(folder, text_source):
     return save_student(folder, tiny_student(), text_source)
 
 
-def test_the_command_makes_a_folder_that_needs_nothing_else(tmp_path, text_source, capsys):
+def test_the_command_makes_a_folder_that_needs_nothing_else(tmp_path, capsys):
     """Tokenizer and chat template travel along, and still load when the source is gone."""
-    native = write_native(tmp_path / "student", text_source)
-    shutil.rmtree(text_source)
+    base = save_tiny(tmp_path / "base", tiny_llama())
+    native = write_native(tmp_path / "student", base)
+    shutil.rmtree(base)
     flags = ["--checkpoint", str(native), "--to", "hf", "--output", str(tmp_path / "out")]
     assert main("export", flags) == 0
     closing = json.loads(capsys.readouterr().out)

@@ -23,6 +23,7 @@ from qat.model.surgery import quantized_layers, thaw_indices
 from qat.quant.spec import make_spec
 from qat.storage.files import sha256_of_file
 from tests.tiny import (
+    FAMILY_TIED,
     TINY_MODELS,
     plan_of,
     save_student,
@@ -65,8 +66,7 @@ def files_of_at_most(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", TINY_MODELS)
+@pytest.mark.parametrize(("family", "tied"), FAMILY_TIED)
 def test_a_student_comes_back_to_the_bit(base, tmp_path, family, tied):
     """Same logits, same parts, same header; a tied head is stored once and tied again."""
     student = tiny_student(family, tied=tied)

@@ -8,7 +8,7 @@ from qat.model.layers import FakeQuantEmbedding, FakeQuantLinear, TiedHead
 from qat.model.surgery import current_indices, thaw_indices
 from qat.quant.fit import fit_weight
 from qat.quant.spec import make_spec
-from tests.tiny import TINY_MODELS, tiny_student
+from tests.tiny import FAMILY_TIED, TINY_MODELS, tiny_student
 
 SPECS = {
     "group": make_spec(bits=2, group_size=8),
@@ -115,8 +115,7 @@ def test_people_see_sizes_and_format():
 
 
 @pytest.mark.parametrize("spec", ["int4-g32", "lut3-g32", "affine4-g64", "lut4-r4"])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", TINY_MODELS)
+@pytest.mark.parametrize(("family", "tied"), FAMILY_TIED)
 def test_a_quantized_embedding_is_the_dense_one_of_its_table(family, tied, spec):
     """Logits to the bit of the model whose embedding holds the dequantized table, head included."""
     student = tiny_student(family, f"embed={spec}", tied=tied)

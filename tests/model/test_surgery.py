@@ -19,7 +19,7 @@ from qat.model.surgery import (
 from qat.quant.fit import fit_weight
 from qat.quant.plan import TensorInfo, parse_plan
 from qat.quant.spec import make_spec
-from tests.tiny import TINY_MODELS, plan_of, tiny_student
+from tests.tiny import FAMILY_TIED, TINY_MODELS, plan_of, tiny_student
 
 TOKEN_IDS = torch.arange(12).view(2, 6)
 
@@ -52,8 +52,7 @@ def test_more_bits_are_nearer_to_the_model(family):
     assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", TINY_MODELS)
+@pytest.mark.parametrize(("family", "tied"), FAMILY_TIED)
 def test_every_parameter_is_named_once(family, tied):
     """Tied ones under one name; a student has the tensors of its model, in the same order."""
     model = TINY_MODELS[family](tied=tied)

@@ -15,7 +15,7 @@ from qat.pipelines.fit_layers import (
 from qat.quant.drift import Correction, Moments, wanted_weight
 from qat.quant.fit import fit_weight
 from qat.quant.hessian import hessian_error
-from tests.tiny import plan_of, quantize_plainly, tiny_llama
+from tests.tiny import plan_of, quantize_plainly, quick_fits, tiny_llama
 
 
 def batches():
@@ -48,12 +48,14 @@ def test_every_linear_is_replaced_by_its_own_fit():
     importance = moments_of(base)
     student = tiny_llama(attention_bias=True)
     task = task_of(student)
-    fit_with_moments(student, task, importance)
+    with quick_fits():
+        fit_with_moments(student, task, importance)
     layers = quantized_layers(student)
     assert len(layers) == 14
     for name in list(layers)[::5]:
         linear = base.get_submodule(name)
-        expected = fit_weight(linear.weight, task.specs[name], importance=importance[name])
+        with quick_fits():
+            expected = fit_weight(linear.weight, task.specs[name], importance=importance[name])
         assert torch.equal(layers[name].fake_quantized_weight(), expected.dequantize())
         if linear.bias is not None:
             assert torch.equal(layers[name].bias, linear.bias)

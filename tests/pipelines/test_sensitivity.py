@@ -13,14 +13,13 @@ from qat.pipelines.sensitivity import coarse_probe, measure_costs, weight_info
 from qat.quant.fit import fit_weight
 from qat.quant.output_feedback import fit_in_turns
 from qat.quant.spec import TensorSpec
-from tests.tiny import TINY_MODELS
+from tests.tiny import FAMILY_TIED, TINY_MODELS
 
 PLACE = InitStudentConfig(model="none", output=Path("none"), dtype="fp32", device="cpu")
 FORMATS = [TensorSpec.from_name(name) for name in ("gguf:q4_0", "gguf:q8_0", "f16")]
 
 
-@pytest.mark.parametrize("family", TINY_MODELS)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "tied"), FAMILY_TIED)
 def test_every_tensor_has_a_cost_and_the_model_stays(family, tied):
     """Costs fall with bits for linears, embedding and head; nothing in the model changes."""
     model = TINY_MODELS[family](tied=tied).requires_grad_(False)

@@ -53,8 +53,7 @@ def take_step(trainer):
         trainer.ema.update()
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.9])
-@pytest.mark.parametrize("plan", ["q2a4", "q4_r4"])
+@pytest.mark.parametrize(("plan", "decay"), [("q2a4", 0.9), ("q4_r4", 0.0)])
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, plan, decay):
     """Two steps, a state, two more: the same bits in another process that read the state."""
     run = make_run(plan, decay)

@@ -256,8 +256,9 @@ def test_a_dead_row_trains(part):
         assert torch.isfinite(norm)
 
 
-@pytest.mark.parametrize("parts", [("weights", "scales"), ("norms",), PARTS])
-@pytest.mark.parametrize("family", TINY_MODELS)
+@pytest.mark.parametrize(
+    ("family", "parts"), zip(TINY_MODELS, [PARTS, ("weights", "scales"), ("norms",)], strict=True)
+)
 def test_steps_run_in_bfloat16(family, parts):
     """What trains is float32, norms too; the rest computes in 8 bits of precision."""
     student = tiny_student(family).to(torch.bfloat16)

@@ -10,7 +10,7 @@ from qat.distill.teacher import dense_signal
 from qat.model.surgery import layers_of_kind, quantized_layers
 from qat.train.step import Batch, Trainer, form_weights, pull_gradients
 from qat.train.trainable import choose_trainable, make_optimizer, trained_layers
-from tests.tiny import TINY_MODELS, VOCAB_SIZE, quantize_plainly
+from tests.tiny import FAMILY_TIED, TINY_MODELS, VOCAB_SIZE, quantize_plainly
 
 IDS = torch.arange(3 * 12).view(3, 12) * 7 % VOCAB_SIZE
 KINDS = ("embedding", "head")
@@ -57,8 +57,7 @@ def reference_gradients(model, signal):
     return dict(zip(names, torch.autograd.grad(loss, tensors), strict=True))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+@pytest.mark.parametrize(("family", "tied"), FAMILY_TIED)
 def test_gradients_of_both_uses_add_up(family, tied):
     """Through the chunked loss as through the model's own forward, embedding scale included."""
     plan = "q4a4, embed=int4-g32" if tied else "q4a4, embed=int4-g32, head=lut4-g32"
