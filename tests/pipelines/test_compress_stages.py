@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qat.pipelines import compress_stages
 from qat.pipelines.compress_stages import (
