@@ -51,7 +51,7 @@ class SourceConfig(PlaceConfig):
     """Blocks of a measurement."""
     minutes: float = 30.0
     """Time for a file; training takes what the other stages leave. On a CPU formats of vector grids
-    (IQ2, IQ3) are tried from 10 minutes on, and stay as they are fitted. 0 = no training."""
+    (IQ2, IQ3) are tried from 15 minutes on, and stay as they are fitted. 0 = no training."""
     fit: Fit = "hessian"
     """hessian: against all inputs, layer by layer, on much text. moments: by each input's mean
     square, an order quicker, for a look at sizes; `qat frontier` with --minutes 0 then measures

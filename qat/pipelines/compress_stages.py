@@ -48,13 +48,17 @@ from qat.tracking.messages import say
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
 CACHE_SHARE = 1 / 30  # of the minutes: as much text as training then reads about twice
-TEXT_SHARE = 2 / 15  # in which the teacher would read what a fit does, in three times as long
+FIT_SHARE = 0.7  # of the minutes: when the fit should end; what is left trains and measures
+FIT_PASSES = 3  # a fit goes over a token in what the teacher takes for so many
+# Costs and the search of every weight, whatever the text, take what the teacher takes to read so
+# many tokens (SmolLM2 on two cores): both are in proportion to the weights.
+FIXED_TOKENS, FIXED_TOKENS_SHORT = 368_000, 136_000
 MOST_CALIBRATION_TOKENS = 131072  # of a fit
 MEMORY_STEP = 8192  # tokens that memory decides by: a little more or less makes no other fit
 CALIBRATION_SHARE = 1 / 4  # of the memory: what their activations may take
 LEAST_TOKENS = 16384  # of a cache, and of a fit, however few the minutes
 LEAST_BLOCKS = 16  # of which two are for validation
-SHORT_MINUTES = 10  # below which there is no time for turns
+SHORT_MINUTES = 15  # below which there is no time for turns
 SWEEPS = 1  # of a fit after its first codes: what a second takes, training makes more of
 COST_TOKENS = 4096  # of the text that costs are measured on
 LATE_SHARE = 0.2  # of the time that training is left with, kept for what comes after it
@@ -223,8 +227,7 @@ def teacher_cache(source: Source) -> TeacherCache:
         if config.is_quick:
             tokens = [LEAST_TOKENS, LEAST_TOKENS]
         elif config.minutes:
-            seconds, rate = 60 * config.minutes, forward_tokens_per_second(source)
-            tokens = [int(share * seconds * rate) for share in (CACHE_SHARE, TEXT_SHARE)]
+            tokens = amount_of_text(config.minutes, forward_tokens_per_second(source))
         else:
             tokens = [CALIBRATION_TOKENS["hessian"], 2 * CALIBRATION_TOKENS["hessian"]]
         least = max(LEAST_BLOCKS, LEAST_TOKENS // config.seq_len)
@@ -233,7 +236,7 @@ def teacher_cache(source: Source) -> TeacherCache:
         read = min(read, num_blocks)
         return {"num_sequences": read, "text_sequences": num_blocks - read}
 
-    shares = [CACHE_SHARE, TEXT_SHARE]
+    shares = [CACHE_SHARE, FIT_SHARE, FIT_PASSES, FIXED_TOKENS, FIXED_TOKENS_SHORT]
     asked = [config.num_sequences, config.minutes, config.is_quick]
     key = [config.data, config.seq_len, *asked, shares]
     made = build_cache(
@@ -250,6 +253,19 @@ def teacher_cache(source: Source) -> TeacherCache:
         )
     )
     return open_cache(made.cache, source.folder, source.base["weights"])
+
+
+def amount_of_text(minutes: float, rate: float) -> list[int]:
+    """Return the tokens that the teacher reads for a cache, and how many a fit has time for.
+
+    Args:
+        minutes: Of the whole.
+        rate: Tokens a second that the teacher reads.
+    """
+    total = 60 * minutes * rate
+    read = CACHE_SHARE * total
+    fixed = FIXED_TOKENS_SHORT if is_short(minutes) else FIXED_TOKENS
+    return [int(read), max(0, int((FIT_SHARE * total - read - fixed) / FIT_PASSES))]
 
 
 def forward_tokens_per_second(source: Source) -> float:

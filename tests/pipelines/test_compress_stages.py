@@ -10,6 +10,7 @@ from qat.pipelines.compress_stages import (
     Clock,
     Measured,
     MeasuredCosts,
+    amount_of_text,
     calibration_tokens,
     grams_file,
     once,
@@ -79,6 +80,20 @@ def test_grams_are_read_as_they_were_written(tmp_path):
     for name, grams in runs.items():
         assert all(map(torch.equal, found.runs[name], grams))
     assert torch.equal(found.embedding, torch.eye(5))
+
+
+@pytest.mark.parametrize("rate", [50.0, 600.0, 1e6])
+def test_text_leaves_time_to_train(rate):
+    """More minutes read more; what all takes until the fit ends is within its share of them."""
+    former = [0, 0]
+    for minutes in (1, 5, 10, 20, 40, 80):
+        read, fitted = amount_of_text(minutes, rate)
+        fixed = compress_stages.FIXED_TOKENS_SHORT if minutes < 15 else compress_stages.FIXED_TOKENS
+        taken = (read + fixed + compress_stages.FIT_PASSES * fitted) / rate
+        assert taken <= compress_stages.FIT_SHARE * 60 * minutes or fitted == 0
+        assert read >= former[0]
+        assert fitted >= former[1] or minutes == 20  # from 15 on, fits take longer
+        former = [read, fitted]
 
 
 @pytest.mark.parametrize(
