@@ -1,7 +1,11 @@
 """A web server on loopback that behaves as real ones do, well or badly."""
 
+import contextlib
 import hashlib
+import itertools
 import re
+import socket
+import socketserver
 import threading
 import time
 from contextlib import contextmanager
@@ -9,6 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
+from urllib.request import Request, urlopen
 
 
 @dataclass
@@ -129,3 +134,78 @@ def file_server(folder, *, ranges=True, has_head=True, cut_after=None, cuts=0, s
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def bucket(monkeypatch, name="bucket"):
+    """Serve an empty S3 bucket on loopback and name it in the environment; give the port."""
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    port = server.get_host_and_port()[1]
+    name_server(monkeypatch, port)
+    urlopen(Request(f"http://127.0.0.1:{port}/moto-api/reset", method="POST")).close()
+    S3FileSystem().mkdir(name)
+    try:
+        yield port
+    finally:
+        server.stop()
+        S3FileSystem.clear_instance_cache()
+
+
+def name_server(monkeypatch, port):
+    """Have this process and those that it starts find S3 on a port of loopback."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
+@contextmanager
+def cutting_proxy(port, cut_after):
+    """Pass connections on to a port of loopback; every other one ends after so many bytes.
+
+    Gives its own port and the list of connections that it has cut.
+    """
+    cut, count = [], itertools.count()
+
+    def handle(handler):
+        budget = [cut_after if next(count) % 2 == 0 else None]
+        with socket.create_connection(("127.0.0.1", port)) as there:
+            ends = (handler.request, there)
+            back = threading.Thread(target=pass_on, args=(ends[::-1], budget, cut), daemon=True)
+            back.start()
+            pass_on(ends, budget, cut)
+            back.join()
+
+    kind = type("Cutting", (socketserver.BaseRequestHandler,), {"handle": handle})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), kind) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield server.server_address[1], cut
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def pass_on(ends, budget, cut):
+    """Send what comes from one end to the other, until either ends or the budget is spent."""
+    source, target = ends
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            if budget[0] is not None:
+                budget[0] -= len(data)
+                if budget[0] < 0:
+                    cut.append(len(data))
+                    break
+            target.sendall(data)
+    for end in ends:
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)

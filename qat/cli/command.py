@@ -18,6 +18,7 @@ from typing import TypeVar
 from safetensors import SafetensorError  # loads no torch
 
 from qat.runtime.launch import is_first, num_processes, rank
+from qat.storage.addresses import require_paths
 from qat.storage.decode import is_own_mistake
 from qat.storage.files import DISK_FULL, read_json
 from qat.tracking.messages import LOGGER, messages_on_standard_error
@@ -145,11 +146,13 @@ def parse_flags(
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(config_type, args=list(argv), prog=name, **settings)
+            config = tyro.cli(config_type, args=list(argv), prog=name, **settings)
     except SystemExit as stop:
         if not stop.code:  # --help has been printed
             raise
         raise ValueError(flag_error(printed.getvalue(), name)) from None
+    require_paths(config)
+    return config
 
 
 def flag_error(box: str, name: str) -> str:

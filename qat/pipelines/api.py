@@ -16,6 +16,7 @@ from qat.evaluate.config import EvaluateConfig
 from qat.export.config import ExportConfig, Target
 from qat.pipelines.compress_config import CompressConfig
 from qat.pipelines.quantize_config import InitStudentConfig
+from qat.storage.addresses import require_paths
 from qat.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -212,4 +213,6 @@ def make_config(config_type: type[Config], **settings: object) -> Config:
             settings[name] = Path(value)
         elif is_dataclass(types[name]) and isinstance(value, Mapping):
             settings[name] = make_config(types[name], **value)
-    return config_type(**settings)
+    config = config_type(**settings)
+    require_paths(config)
+    return config

@@ -4,7 +4,7 @@ What it leaves is a model folder, so that it is a teacher at once.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from qat.tracking.messages import say
 from qat.tracking.record import CONFIG
 from qat.tracking.sinks import Tracker, open_tracker
 from qat.train import run_folder
+from qat.train.copies import RunCopies
 from qat.train.loop import Hooks, train_end_to_end
 from qat.train.pretrain_config import PretrainConfig
 from qat.train.pretraining import make_pretrainer, token_batches
@@ -77,6 +78,7 @@ class Run:
     """Texts that are measured in addition to held-out documents."""
     shape: PreTrainedConfig
     identity: dict[str, Any]
+    copies: RunCopies
 
 
 def pretrain(config: PretrainConfig) -> PretrainResult:
@@ -88,18 +90,19 @@ def pretrain(config: PretrainConfig) -> PretrainResult:
         FileNotFoundError: If there are no such shards.
     """
     run = open_run(config)
-    folder = config.output_dir
+    config, copies, folder = run.config, run.copies, run.copies.folder
     run_folder.finished_run(folder, run.identity)  # refuse before the folder is touched
     with folder_lock(folder), seeded(run.place.device.torch_device, config.seed):
+        copies.bring()
         sweep_leftovers(folder)
         summary = run_folder.finished_run(folder, run.identity)
         if summary is None:
             summary = take_run(run)
         else:
             say(f"{folder} is already complete: nothing to do")
-        if config.tracking.copy_to:
-            copied = run_folder.copy_results(folder, config.tracking.copy_to)
-            say(f"copied to {config.tracking.copy_to}: {', '.join(copied)}")
+        copies.push()
+        if copies.places:
+            say(f"copied to {copies.places}")
     return PretrainResult(checkpoint=str(folder / BEST_NAME), **summary)
 
 
@@ -123,14 +126,16 @@ def open_run(config: PretrainConfig) -> Run:
         "model": fingerprint(shape_values(shape)),
         "tokens": tokens.fingerprint,
     }
+    copies = RunCopies(config.output_dir, config.tracking.copy_to)
     return Run(
-        config=config,
+        config=replace(config, output_dir=copies.folder),
         place=place,
         tokens=tokens,
         heldout=TokenBlocks(tokens, "heldout", length),
         domains=domains,
         shape=shape,
         identity=identity,
+        copies=copies,
     )
 
 
@@ -180,6 +185,7 @@ def take_run(run: Run) -> dict[str, Any]:
     )
     record = run_folder.record_of(config, run.identity, command=COMMAND)
     write_json(folder / CONFIG, record)  # before anything that the run may resume from
+    run.copies.push()  # a place that takes nothing is told before long work
     model = new_model(run.shape)
     device.place(model)
     trainer = make_pretrainer(config, model, run.place.dtype, sync=device.sync)
@@ -219,10 +225,11 @@ def make_hooks(run: Run, trainer: Trainer, track: Tracker, states: StateWriter) 
         return values
 
     def save(progress: Progress) -> None:
-        states.save(progress, trainer)
         if config.intervals.keep_checkpoints is not None:
             write_model(run, trainer, f"checkpoints/step_{progress.step:07d}")
             run_folder.rotate(folder / "checkpoints", config.intervals.keep_checkpoints)
+        states.wait()  # and for its copies, before a snapshot is taken for others
+        states.save(progress, trainer, then=run.copies.begin())
 
     def restore() -> Progress | None:
         states.wait()

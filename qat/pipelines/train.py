@@ -46,6 +46,7 @@ from qat.tracking.record import CONFIG, SUMMARY
 from qat.tracking.sinks import Tracker, open_tracker
 from qat.train import run_folder
 from qat.train.config import TrainConfig
+from qat.train.copies import RunCopies
 from qat.train.layerwise import layerwise_stage
 from qat.train.loop import DivergedError, Hooks, train_end_to_end
 from qat.train.state import Progress, StateWriter, has_state, read_state
@@ -88,6 +89,7 @@ class Run:
     cache: TeacherCache
     eval_cache: TeacherCache
     identity: dict[str, Any]
+    copies: RunCopies
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -99,6 +101,7 @@ def train(config: TrainConfig) -> TrainResult:
         FileNotFoundError: If student or cache is not there.
     """
     run = open_run(config)
+    config, copies = run.config, run.copies
     run_folder.finished_run(config.output_dir, run.identity)  # refuse before the folder is touched
     # Dropout of each process has draws of its own.
     seed = seeded(run.place.device.torch_device, config.seed + rank())
@@ -108,15 +111,16 @@ def train(config: TrainConfig) -> TrainResult:
             summary = take_run(run)
         else:
             say(f"{config.output_dir} is already complete: nothing to do")
-        if config.tracking.copy_to and is_first():
-            copied = run_folder.copy_results(config.output_dir, config.tracking.copy_to)
-            say(f"copied to {config.tracking.copy_to}: {', '.join(copied)}")
+        copies.push()
+        if copies.places and is_first():
+            say(f"copied to {copies.places}")
     values = {"checkpoint": str(config.output_dir / BEST_NAME), **summary}
     return as_type(values, TrainResult, config.output_dir / SUMMARY)
 
 
 def look_up(run: Run) -> dict[str, Any] | None:
     """Return the summary of a run that has ended, in its folder, freed of what a kill left."""
+    run.copies.bring()
     sweep_leftovers(run.config.output_dir)
     return run_folder.finished_run(run.config.output_dir, run.identity)
 
@@ -147,13 +151,15 @@ def open_run(config: TrainConfig) -> Run:
         device_kind=place.device.kind,
         dtype=dtype_name(place.dtype),
     )
+    copies = RunCopies(config.output_dir, config.tracking.copy_to)
     return Run(
-        config=config,
+        config=replace(config, output_dir=copies.folder),
         place=place,
         student=student,
         cache=cache,
         eval_cache=eval_cache,
         identity=identity,
+        copies=copies,
     )
 
 
@@ -169,6 +175,7 @@ def take_run(run: Run) -> dict[str, Any]:
     record = run_folder.record_of(config, run.identity, latent_start(config, model, weight_of))
     if is_first():
         write_json(folder / CONFIG, record)  # before anything that the run may resume from
+        run.copies.push()  # a place that takes nothing is told before long work
     progress, resumes = Progress(), from_first(partial(has_state, folder))
     if config.layerwise.sequences and not resumes:
         progress.seconds = train_layer_by_layer(run, model, base, weight_of)
@@ -322,11 +329,12 @@ def make_hooks(
             )
 
     def save(progress: Progress) -> None:
-        states.save(progress, trainer)
         if config.intervals.keep_checkpoints is not None:
             keep(f"checkpoints/step_{progress.step:07d}", progress.last_eval, progress.step)
             if is_first():
                 run_folder.rotate(folder / "checkpoints", config.intervals.keep_checkpoints)
+        states.wait()  # and for its copies, before a snapshot is taken for others
+        states.save(progress, trainer, then=run.copies.begin())
 
     def restore() -> Progress | None:
         states.wait()

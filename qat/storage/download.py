@@ -2,8 +2,10 @@
 
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,38 @@ LOGGER = logging.getLogger("qat")
 # What file systems tell of a file that changes when it does; each tells some of them.
 VERSION_FIELDS = ("size", "mtime", "created", "ETag", "Last-Modified", "LastModified")
 VERSION_FIELDS += ("Content-MD5", "etag", "md5Hash", "generation", "blob_id")
+# What file systems let through of the libraries that they stand on, none of it an OSError.
+LIBRARY_ERRORS = {
+    "aiohttp": "ClientError",
+    "botocore.exceptions": "BotoCoreError",
+    "gcsfs.retry": "HttpError",
+    "httpx": "HTTPError",
+}
+
+
+@contextmanager
+def reaching(address: str) -> Iterator[None]:
+    """Raise as OSError whatever a store's libraries raise inside the block.
+
+    Raises:
+        ConnectionError: In place of an error of a library.
+    """
+    try:
+        yield
+    except library_errors() as error:
+        if isinstance(error, OSError):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConnectionError(
+            f"{address} cannot be reached ({why}); check the address, the credentials and the "
+            "network"
+        ) from error
+
+
+def library_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of the libraries that are loaded by now."""
+    loaded = [(sys.modules.get(module), name) for module, name in LIBRARY_ERRORS.items()]
+    return tuple(getattr(module, name) for module, name in loaded if module)
 
 
 def open_files(address: str) -> tuple[Any, str]:
@@ -58,7 +92,8 @@ def file_info(address: str) -> dict[str, Any] | None:
     """
     files, path = open_files(address)
     try:
-        return files.info(path)
+        with reaching(address):
+            return files.info(path)
     except NotADirectoryError:
         return None
     except FileNotFoundError as error:
@@ -205,15 +240,16 @@ def copy_rest(source: str, part: Path, version: dict[str, str]) -> None:
 
 def read_from(source: str, offset: int, version: dict[str, str]) -> Iterator[bytes]:
     """Yield a file's bytes from an offset on."""
-    import aiohttp
-
     try:
-        file, skip = open_at(source, offset, version)
-        with file:
-            while data := file.read(CHUNK_BYTES):
-                yield data[skip:]
-                skip = max(skip - len(data), 0)
-    except (OSError, aiohttp.ClientError) as error:
+        with reaching(source):
+            file, skip = open_at(source, offset, version)
+            with file:
+                while data := file.read(CHUNK_BYTES):
+                    yield data[skip:]
+                    skip = max(skip - len(data), 0)
+    except ConnectionError:
+        raise
+    except OSError as error:
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qat.runtime.config import PlaceConfig, require_at_least
+from qat.storage.addresses import TAKES_ADDRESS
 
 KINDS = {
     "body": ("mlp", "attention", "other"),
@@ -186,8 +187,9 @@ class TrackingConfig:
     """Group at Weights & Biases: the experiment that the run belongs to."""
     tags: tuple[str, ...] = ()
     """Tags at Weights & Biases."""
-    copy_to: Path | None = None
-    """Folder that the results are copied to at the end, such as a mounted drive."""
+    copy_to: Path | None = field(default=None, metadata=TAKES_ADDRESS)
+    """Folder or address that the results are copied to with each state and at the end, such as a
+    mounted drive."""
 
     def sinks(self) -> dict[str, Any]:
         """Return what `open_tracker` is told of them."""
@@ -205,12 +207,15 @@ class TrainConfig(PlaceConfig):
 
     checkpoint: Path
     """The student to train: a native folder, a run, a `.pt` file with its config.json."""
-    cache_dir: Path
-    """Teacher cache to learn from; its held-out split measures."""
-    eval_cache_dir: Path | None = None
+    cache_dir: Path = field(metadata=TAKES_ADDRESS)
+    """Teacher cache to learn from; its held-out split measures. At an address it is read by way of
+    copies in caches, which take half of the free disk at most."""
+    eval_cache_dir: Path | None = field(default=None, metadata=TAKES_ADDRESS)
     """Another cache of the same teacher that measures in its place."""
-    output_dir: Path
-    """Folder of the run: record, best and final student, state to resume from."""
+    output_dir: Path = field(metadata=TAKES_ADDRESS)
+    """Folder of the run: record, best and final student, state to resume from. Or an address, such
+    as s3://bucket/run: the run works in a folder in runs, is copied there with each state, and
+    resumes from there where that folder is gone."""
     model_id: str | None = None
     """Full-precision model; latent weights start near its weights. The one the student names."""
     layers: Layers = "all"

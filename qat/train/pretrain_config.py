@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from qat.runtime.config import PlaceConfig, require_at_least
+from qat.storage.addresses import TAKES_ADDRESS
 from qat.train.config import IntervalsConfig, RateConfig, TrackingConfig
 
 # The first stage and the last three are those of Yxanul 197M's document; those between are filled
@@ -53,8 +54,9 @@ class PretrainConfig(PlaceConfig):
     eval_sets: tuple[str, ...] = ()
     """Texts that are measured as well, NAME=SOURCE or SOURCE each, as `qat evaluate --perplexity`
     takes them; windows are as long as the longest blocks."""
-    output_dir: Path
-    """Folder of the run: record, best and final model, state to resume from."""
+    output_dir: Path = field(metadata=TAKES_ADDRESS)
+    """Folder of the run: record, best and final model, state to resume from; or an address, such as
+    s3://bucket/run, as `qat train` takes it."""
     arch: str = "tiny-15m"
     """Shape of the model: tiny-15m, medium-200m, plan-1.5b, kisoku-3.2b, yxanul-197m, or a
     config.json of a causal model, or its folder."""

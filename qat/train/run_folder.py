@@ -23,7 +23,7 @@ from qat.train.config import OptimConfig, TrainConfig
 from qat.train.ema import MovingAverage
 from qat.train.pretrain_config import PretrainConfig
 from qat.train.schedule import rate_factor
-from qat.train.state import STATE, Progress
+from qat.train.state import Progress
 from qat.train.step import Batch, Trainer, loss_scaler
 
 COMMAND = "train"
@@ -300,10 +300,3 @@ def summary_of(progress: Progress) -> dict[str, Any]:
         "seconds": progress.seconds,
         "rollbacks": progress.rollbacks,
     }
-
-
-def copy_results(run: Path, target: Path) -> list[str]:
-    """Copy what a run leaves, but for the state to resume from; return the names copied."""
-    shutil.copytree(run, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(STATE, ".*"))
-    names = (path.name for path in run.iterdir())
-    return sorted(name for name in names if name != STATE and not name.startswith("."))

@@ -10,6 +10,7 @@ States are copied to the host and written while training goes on.
 """
 
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -73,8 +74,15 @@ class StateWriter:
             self.wait()
         self.executor.shutdown()
 
-    def save(self, progress: Progress, trainer: Trainer) -> None:
+    def save(
+        self, progress: Progress, trainer: Trainer, then: Callable[[], None] | None = None
+    ) -> None:
         """Begin to save a state: what it holds is copied before this returns.
+
+        Args:
+            progress: Where the run stands.
+            trainer: What it trains.
+            then: Called when the state is whole, while training goes on.
 
         Raises:
             OSError: If the one before could not be saved; the last whole one stays.
@@ -85,7 +93,7 @@ class StateWriter:
         saving = distributed.start_saving(own_tensors(trainer), folder)
         scaler = trainer.scaler.state_dict() if trainer.scaler else {}
         position = asdict(progress) | {"scaler": scaler}
-        self.saving = self.executor.submit(self.finish, saving, folder, position)
+        self.saving = self.executor.submit(self.finish, saving, folder, position, then)
 
     def wait(self) -> None:
         """Return when the state that was begun is whole.
@@ -97,7 +105,13 @@ class StateWriter:
         if saving is not None:
             saving.result()
 
-    def finish(self, saving: Future[object], folder: Path, position: dict[str, Any]) -> None:
+    def finish(
+        self,
+        saving: Future[object],
+        folder: Path,
+        position: dict[str, Any],
+        then: Callable[[], None] | None,
+    ) -> None:
         """Declare a state whole when all processes have written it."""
         try:
             distributed.saved(saving)
@@ -113,6 +127,8 @@ class StateWriter:
             else:
                 told = f"{run}: {what} could not be saved ({why}); the one before is whole:"
             raise OSError(f"{told} run the same command again") from error
+        if then is not None:
+            then()
 
     def remove_old(self) -> None:
         """Remove states but the last ones and those of every so many steps."""

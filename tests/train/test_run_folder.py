@@ -17,7 +17,6 @@ from qat.train.config import (
 from qat.train.run_folder import (
     check_content,
     check_lengths,
-    copy_results,
     finished_run,
     peak_rates,
     rate_at,
@@ -238,15 +237,3 @@ def test_old_students_make_room_for_the_last(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
     rotate(tmp_path, 2)
     assert {p.name for p in tmp_path.iterdir()} == {"step_0000010", "step_0000100", "notes"}
-
-
-def test_results_are_copied_without_the_state(tmp_path):
-    """Onto what a previous copy left; what a run resumes from stays where it is."""
-    run, target = tmp_path / "run", tmp_path / "drive" / "run"
-    for name in ("best/student", "state/state.pt", "config.json", ".hidden"):
-        (run / name).parent.mkdir(parents=True, exist_ok=True)
-        (run / name).write_text(name)
-    for _ in range(2):
-        assert copy_results(run, target) == ["best", "config.json"]
-    assert sorted(p.name for p in target.iterdir()) == ["best", "config.json"]
-    assert (target / "best" / "student").read_text() == "best/student"
