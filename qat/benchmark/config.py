@@ -1,10 +1,11 @@
 """Flags of `qat bench` and `qat benchmark`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from qat.runtime.config import PlaceConfig, require_at_least
+from qat.storage.addresses import TAKES_ADDRESS
 
 DEFAULT_MODEL = "models/smollm2-135m"
 DEFAULT_LENGTH = 64
@@ -59,7 +60,7 @@ class BenchmarkConfig(PlaceConfig):
     Measured batches are kept, so the same command resumes where it was stopped.
     """
 
-    cache_dir: Path | None = None
+    cache_dir: Path | None = field(default=None, metadata=TAKES_ADDRESS)
     """Teacher cache whose sequences are trained on; random tokens when not given."""
     find_max_batch: bool = False
     """Search the largest batch that fits, in place of --batch-sizes."""

@@ -1,6 +1,6 @@
 """Settings of the commands on caches; imports no torch, so that help is quick."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from qat.data.config import TextConfig
 from qat.runtime.config import require_at_least
+from qat.storage.addresses import TAKES_ADDRESS
 from qat.storage.files import require_plain_name
 
 Content = Literal["top-k", "sampled", "hidden"]
@@ -40,8 +41,9 @@ class BuildCacheConfig(TextConfig):
     teacher does not read them. Takes --num-sequences, which does not count them."""
     dtype: str = "auto"
     """The teacher's dtype: auto, fp32, bf16 or fp16; auto is bf16 where the device has it."""
-    output_dir: Path = Path("caches")
-    """Where the cache's folder is made."""
+    output_dir: Path = field(default=Path("caches"), metadata=TAKES_ADDRESS)
+    """Where the cache's folder is made; at an address, such as s3://bucket/caches, from one in
+    caches that is copied there while it grows."""
     name: str | None = None
     """The folder's name; made of the settings and the fingerprint when not given."""
 
@@ -74,8 +76,8 @@ class BuildCacheConfig(TextConfig):
 class InspectCacheConfig:
     """Show what a cache holds; its shards are checked on the way."""
 
-    cache: Positional[Path]
-    """The cache's folder, native or of the form meta.json and shard_*.pt."""
+    cache: Positional[Path] = field(metadata=TAKES_ADDRESS)
+    """The cache's folder, native or of the form meta.json and shard_*.pt, or its address."""
     teacher: str | None = None
     """Folder or hub name whose tokenizer decodes the sample; ids are shown without it."""
     sequence: int = 0

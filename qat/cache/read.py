@@ -3,6 +3,7 @@
 Shape legend: N sequences of a cache, B of a batch, L tokens of a block, T = L - 1 positions.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -22,6 +23,7 @@ from qat.cache.manifest import (
     MANIFEST_FILE,
     CacheManifest,
     CacheMismatch,
+    FileEntry,
     read_manifest,
     require_equal,
     template_sha256,
@@ -30,10 +32,13 @@ from qat.cache.manifest import (
 from qat.cache.shard import check_sha256, check_size, read_fields
 from qat.distill.teacher import TeacherSignal, dense_signal
 from qat.model.head import scale_logits
+from qat.storage.addresses import as_address
+from qat.storage.read_through import ReadThrough
 
 Split = Literal["train", "heldout", "all"]
 # Stored with the content for whoever asks `fields` for them; no loss does.
 UNUSED_FIELDS = ("negative_ids", "negative_log_probs", "negative_logits")
+MAPPED_BYTES = 1 << 30  # of shards at once: mapped pages that were read count as memory
 
 
 @dataclass(frozen=True)
@@ -81,25 +86,38 @@ class TeacherCache:
     """A whole cache: what it is, and batches of any of its sequences."""
 
     def __init__(
-        self, folder: Path, manifest: CacheManifest, load_shard: Callable[[Path], Fields]
+        self,
+        folder: Path,
+        manifest: CacheManifest,
+        load_shard: Callable[[Path], Fields],
+        source: ReadThrough | None = None,
     ) -> None:
-        """Join a manifest and the function that maps one of its shards."""
-        self.folder = folder
+        """Join a manifest and the function that maps one of its shards.
+
+        Where the cache lies at an address, `source` brings its files into the folder.
+        """
+        self.folder, self.source = folder, source
         self.manifest = manifest
         self._load_shard = load_shard
         self._head_fields: dict[torch.device, Fields] = {}
-        self._shards: dict[int, dict[str, np.ndarray]] = {}
+        self._shards: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+        self._whole: set[str] = set()  # files whose bytes and content were checked
+        self._names: set[str] = set()
         self._id_limit = manifest.vocab_size
         self._ends = np.cumsum([shard.num_sequences for shard in manifest.shards])
 
     @classmethod
     def open(cls, path: str | Path) -> "TeacherCache":
-        """Open a native cache, also where it is nested in a folder.
+        """Open a native cache, also where it is nested in a folder, or lies at an address.
 
         Raises:
             FileNotFoundError: If there is no whole cache.
             CacheMismatch: If its manifest was altered or a shard has another size.
         """
+        if address := as_address(path):
+            source = ReadThrough(address)
+            source.path(MANIFEST_FILE)
+            return cls(source.folder, read_manifest(source.folder), read_fields, source)
         folder = find_cache_folder(Path(path))
         manifest = read_manifest(folder)
         for entry in manifest.shards:
@@ -158,8 +176,7 @@ class TeacherCache:
         chosen = np.arange(count) * self.num_text // count
         parts = [self.fields(chosen[chosen < num_read])]
         if self.manifest.text:
-            check_sha256(self.folder, self.manifest.text)
-            path = self.folder / self.manifest.text.file
+            path = self._path(self.manifest.text)
             text = read_fields(path)
             check_text(path, text, self.manifest)
             rows = chosen[chosen >= num_read] - num_read
@@ -228,28 +245,46 @@ class TeacherCache:
         return {name: column.nbytes for name, column in self._shard(0).items()}
 
     def _shard(self, index: int) -> dict[str, np.ndarray]:
-        """Map a shard, once, after checking its bytes and what they stand for."""
+        """Map a shard, after checking its bytes and what they stand for; old maps make room."""
         if index not in self._shards:
             entry = self.manifest.shards[index]
-            check_sha256(self.folder, entry)
-            path = self.folder / entry.file
+            is_known, path = entry.file in self._whole, self._path(entry)
             fields = self._load_shard(path)
-            check_shard(path, fields, entry, self.manifest, self._id_limit)
-            first = next(iter(self._shards.values()), fields)
-            if fields.keys() != first.keys():
-                raise CacheMismatch(
-                    f"{path} has the fields {', '.join(sorted(fields))}, other shards "
-                    f"{', '.join(sorted(first))}; fetch or build the cache again"
-                )
+            if not is_known:
+                self._check(path, fields, entry)
             self._shards[index] = {name: field.numpy() for name, field in fields.items()}
+            mapped = sum(self.manifest.shards[one].num_bytes for one in self._shards)
+            while mapped > MAPPED_BYTES and len(self._shards) > 1:
+                mapped -= self.manifest.shards[self._shards.popitem(last=False)[0]].num_bytes
+        self._shards.move_to_end(index)
         return self._shards[index]
+
+    def _check(self, path: Path, fields: Fields, entry: FileEntry) -> None:
+        """Refuse a shard that contradicts the manifest, or has other fields than the first."""
+        check_shard(path, fields, entry, self.manifest, self._id_limit)
+        self._names = self._names or set(fields)
+        if fields.keys() != self._names:
+            raise CacheMismatch(
+                f"{path} has the fields {', '.join(sorted(fields))}, other shards "
+                f"{', '.join(sorted(self._names))}; fetch or build the cache again"
+            )
+
+    def _path(self, entry: FileEntry) -> Path:
+        """Return where a file is, whose bytes are those that were written."""
+        if self.source:
+            path = self.source.path(entry.file, entry.sha256)
+        else:
+            path = self.folder / entry.file
+            if entry.file not in self._whole:
+                check_sha256(self.folder, entry)
+        self._whole.add(entry.file)
+        return path
 
     def _logits(self, fields: Fields) -> Tensor:
         """Return the logits, (B, T, V), that stored hidden states lead to, where they are."""
         device = fields["hidden"].device
         if device not in self._head_fields:
-            check_sha256(self.folder, self.manifest.head)
-            path = self.folder / self.manifest.head.file
+            path = self._path(self.manifest.head)
             head = read_fields(path)
             check_head(path, head, self.vocab_size, fields["hidden"].shape[-1])
             self._head_fields[device] = {n: field.to(device).float() for n, field in head.items()}

@@ -1,9 +1,10 @@
 """Flags of `qat evaluate`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qat.runtime.config import PlaceConfig, require_at_least
+from qat.storage.addresses import TAKES_ADDRESS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +17,7 @@ class EvaluateConfig(PlaceConfig):
     model_id: str | None = None
     """Full-precision model of a `.pt` checkpoint: folder or hub name; the one its config names. A
     `.gguf` file needs it."""
-    cache_dir: Path | None = None
+    cache_dir: Path | None = field(default=None, metadata=TAKES_ADDRESS)
     """Teacher cache to measure on: its held-out split."""
     teacher: str | None = None
     """Full-precision model to compare with: kl_nats is then over its whole vocabulary, also on a

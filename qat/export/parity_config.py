@@ -1,9 +1,10 @@
 """What `qat parity` can be told."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qat.runtime.config import require_at_least
+from qat.storage.addresses import TAKES_ADDRESS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +23,7 @@ class ParityConfig:
     """Prompts compared."""
     num_new_tokens: int = 16
     """Tokens of each greedy answer."""
-    cache_dir: Path | None = None
+    cache_dir: Path | None = field(default=None, metadata=TAKES_ADDRESS)
     """Teacher cache: held-out numbers of the runtime next to those of the student."""
     num_sequences: int = 64
     """Held-out sequences measured; those of PyTorch are in float32."""

@@ -1,5 +1,7 @@
 """A teacher and a data set to a cache, which is found again where it exists."""
 
+from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -7,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qat.cache.build import BuildRates, default_batch_size, find_built, write_cache
 from qat.cache.config import BuildCacheConfig
-from qat.cache.manifest import CacheIdentity, default_name, expected_identity
+from qat.cache.manifest import MANIFEST_FILE, CacheIdentity, default_name, expected_identity
 from qat.data.blocks import Blocks
 from qat.data.chat import ignores_thinking
 from qat.data.records import source_name
@@ -16,6 +18,10 @@ from qat.model.load import load_dense, load_tokenizer, model_identity, vocabular
 from qat.pipelines.place import Place
 from qat.runtime.device import dtype_name
 from qat.runtime.distributed import joined
+from qat.runtime.launch import num_processes
+from qat.storage.addresses import as_address, working_folder
+from qat.storage.files import folder_lock
+from qat.storage.mirror import Mirror, files_of, pushing
 from qat.tracking.messages import say
 
 
@@ -49,7 +55,10 @@ def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
     identity = expected_identity(
         config, tokenizer=tokenizer, teacher_weights=named["weights"], dtype=dtype_name(dtype)
     )
-    folder = config.output_dir / (config.name or default_name(identity, data_name))
+    name = config.name or default_name(identity, data_name)
+    folder, mirror = place_of(config, name)
+    if mirror:
+        take_up(mirror)
     manifest, rates = find_built(folder, identity), BuildRates(None, None)
     if manifest:
         say(f"{folder} is already complete: nothing to do")
@@ -63,7 +72,7 @@ def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
         teacher = load_dense(config.teacher, dtype=dtype)
         device.place(teacher)
         batch_size = config.batch_size or default_batch_size(device, config.seq_len)
-        with joined(device):
+        with joined(device), pushing(mirror) if mirror else nullcontext():
             manifest, rates = write_cache(
                 teacher,
                 blocks,
@@ -74,6 +83,9 @@ def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
                 batch_size=batch_size,
                 device=device,
             )
+    if mirror:
+        mirror.push(files_of(folder))
+        say(f"copied to {mirror.address}")
     return BuildCacheResult(
         cache=folder,
         tokens=manifest.num_tokens,
@@ -82,6 +94,33 @@ def build_cache(config: BuildCacheConfig) -> BuildCacheResult:
         fingerprint=manifest.fingerprint,
         **asdict(rates),
     )
+
+
+def place_of(config: BuildCacheConfig, name: str) -> tuple[Path, Mirror | None]:
+    """Return the folder of a cache here, and its copy where the output is an address.
+
+    Raises:
+        ValueError: If several processes write to an address.
+    """
+    address = as_address(config.output_dir)
+    if address is None:
+        return config.output_dir / name, None
+    if num_processes() > 1:
+        raise ValueError(
+            f"--output-dir {address} with torchrun: build the cache in a folder, then `qat push` it"
+        )
+    folder = working_folder(f"{address}/{name}", "caches")
+    return folder, Mirror(folder, f"{address}/{name}")
+
+
+def take_up(mirror: Mirror) -> None:
+    """Bring what lies at an address where it is further than the folder here, or that is gone."""
+
+    def how_far(names: Collection[str]) -> tuple[bool, int]:
+        return MANIFEST_FILE in names, sum(name.startswith("shard_") for name in names)
+
+    with folder_lock(mirror.folder):
+        mirror.bring(lambda there, here: how_far(there) > how_far(here))
 
 
 def read_all(config: BuildCacheConfig, tokenizer: PreTrainedTokenizerBase) -> Blocks:

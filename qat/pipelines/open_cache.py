@@ -5,15 +5,18 @@ from pathlib import Path
 from qat.cache.read import TeacherCache, find_cache_folder, is_native
 from qat.legacy.cache import is_seed_cache, open_seed_cache
 from qat.model.load import load_tokenizer, vocabulary_size
+from qat.storage.addresses import as_address
 
 
 def open_teacher_cache(path: str | Path) -> TeacherCache:
-    """Open a cache of either form, also where it is nested in a folder.
+    """Open a cache of either form, also where it is nested in a folder, or ours at an address.
 
     Raises:
         FileNotFoundError: If there is no whole cache.
         CacheMismatch: If its manifest was altered or a shard has another size.
     """
+    if as_address(path):
+        return TeacherCache.open(path)
     folder = find_cache_folder(Path(path), lambda found: is_native(found) or is_seed_cache(found))
     if is_native(folder):
         return TeacherCache.open(folder)

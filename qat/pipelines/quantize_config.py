@@ -1,12 +1,13 @@
 """Flags of the commands that plan and make students."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from qat.runtime.config import PlaceConfig, require_at_least
+from qat.storage.addresses import TAKES_ADDRESS
 
 CodebookKind = Literal["learned", "uniform", "balanced", "int", "iq4_nl"]
 Fit = Literal["hessian", "moments"]
@@ -23,7 +24,7 @@ class FitConfig(PlaceConfig):
 
     output: Path
     """Folder of the student."""
-    cache_dir: Path | None = None
+    cache_dir: Path | None = field(default=None, metadata=TAKES_ADDRESS)
     """Teacher cache: calibrates the fit, measures the student. Without one every weight counts
     alike."""
     fit: Fit = "hessian"
@@ -152,7 +153,7 @@ class ExactConfig(PlaceConfig):
     """Folder of the student; a name ending in .pt is written in the seeds' form."""
     model_id: str | None = None
     """Full-precision model of a `.pt` checkpoint; the one that config.json names when not given."""
-    cache_dir: Path | None = None
+    cache_dir: Path | None = field(default=None, metadata=TAKES_ADDRESS)
     """Teacher cache: measures the student before and after."""
     dtype: str = "fp32"
     """Compute dtype of measuring: fp32, bf16, fp16 or auto; others than fp32 hide the cost."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qat.cache import shard
+from qat.cache import read, shard
 from qat.cache.build import rewrite_cache
 from qat.cache.manifest import ADDED_FIELDS, CacheMismatch
 from qat.cache.read import TeacherCache, shuffled_batches
@@ -272,3 +272,20 @@ def test_seen_tokens_are_those_of_the_training_sequences(tmp_path):
     token_ids = cache.batch(cache.sequence_ids("train")).input_ids
     seen = cache.seen_tokens(VOCAB_SIZE)
     assert seen.nonzero().squeeze(1).tolist() == token_ids.unique().tolist()
+
+
+def test_maps_make_room_and_shards_are_checked_once(tmp_path, monkeypatch):
+    """Of more shards than may be mapped, all are read right, by a few maps and one check each."""
+    monkeypatch.setattr(shard, "TOKENS_A_SHARD", 64)
+    folder = tiny_cache(tmp_path, num_sequences=40)
+    plain, cache = TeacherCache.open(folder), TeacherCache.open(folder)
+    checked = []
+    check = read.check_sha256
+    expected = plain.fields(plain.sequence_ids())
+    monkeypatch.setattr(read, "check_sha256", lambda *one: checked.append(one) or check(*one))
+    monkeypatch.setattr(read, "MAPPED_BYTES", 3 * cache.manifest.shards[0].num_bytes)
+    for _ in range(2):
+        found = cache.fields(cache.sequence_ids())
+        assert all(found[name].equal(field) for name, field in expected.items())
+    assert len(cache.manifest.shards) == len(checked) > 3
+    assert len(cache._shards) <= 3
