@@ -7,11 +7,12 @@ predicted once.
 Shape legend: B blocks of a batch, L tokens of a block, T = L - 1 positions.
 """
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,12 @@ from qat.data.token_shards import (
     map_shard,
     read_manifest,
 )
+from qat.storage.receipt import Verified
 
 Split = Literal["train", "heldout"]
+MAPPED_BYTES = 1 << 30  # of shards at once: mapped pages that were read count as memory
+CHUNK_ITEMS = 1 << 10  # neighbours that stay in one window
+WINDOW_ITEMS = 1 << 18  # 256 chunks from anywhere: 2 MB of indices
 
 
 class TokenBatch(NamedTuple):
@@ -46,7 +51,9 @@ class TokenDataset:
         """Join a folder and its manifest."""
         self.folder = folder
         self.manifest = manifest
-        self._shards: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._shards: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._verified = Verified(folder)
+        self._first_documents = np.cumsum([0, *(one.num_documents for one in manifest.shards)])
         sizes = [(shard.num_tokens, shard.num_heldout_tokens) for shard in manifest.shards]
         self._ends = dict(zip(("train", "heldout"), np.cumsum(sizes, axis=0).T, strict=True))
 
@@ -97,16 +104,26 @@ class TokenDataset:
             inside += 0 if split == "train" else shard.num_tokens
             stored, document_ends = self._shard(int(owner))
             token_ids[chosen] = stored[inside]
-            first = sum(one.num_documents for one in self.manifest.shards[:owner])
-            document_ids[chosen] = first + np.searchsorted(document_ends, inside, side="right")
+            found = np.searchsorted(document_ends, inside, side="right")
+            document_ids[chosen] = self._first_documents[owner] + found
         return token_ids, document_ids
 
     def _shard(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Map a shard, once, after checking its bytes."""
+        """Map a shard, after checking its bytes; those that were read longest ago make room."""
         if index not in self._shards:
-            shard = self.manifest.shards[index]
-            self._shards[index] = map_shard(self.folder, shard, self.manifest.vocab_size)
+            shards = self.manifest.shards
+            self._shards[index] = map_shard(
+                self.folder, shards[index], self.manifest.vocab_size, self._verified
+            )
+            mapped = sum(shards[one].num_bytes for one in self._shards)
+            while mapped > MAPPED_BYTES and len(self._shards) > 1:
+                mapped -= shards[self._shards.popitem(last=False)[0]].num_bytes
+        self._shards.move_to_end(index)
         return self._shards[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process needs, which maps shards of its own."""
+        return {**self.__dict__, "_shards": OrderedDict()}
 
 
 class TokenBlocks(torch.utils.data.Dataset[TokenBatch]):
@@ -132,6 +149,10 @@ class TokenBlocks(torch.utils.data.Dataset[TokenBatch]):
         """Return one block as a batch of one."""
         return self.batch(np.array([range(len(self))[index]]))
 
+    def __getitems__(self, indices: Sequence[int]) -> TokenBatch:
+        """Return several blocks, as a `DataLoader` asks for a batch of them."""
+        return self.batch(np.asarray(indices))
+
     def batch(self, indices: np.ndarray) -> TokenBatch:
         """Return the blocks of some indices, (B,), in their order."""
         places = indices[:, None] * (self.seq_len - 1) + np.arange(self.seq_len)  # (B, L)
@@ -144,6 +165,9 @@ def shuffled_indices(
 ) -> Iterator[np.ndarray]:
     """Yield batches of indices without end: epochs in an order of their own, one after the other.
 
+    An epoch of many items is shuffled twice, first its chunks, then the items of each window of
+    chunks: what lies near in time lies in few places, and no list is as long as the epoch.
+
     Batch b holds the places b * B to (b + 1) * B of the endless row of shuffled epochs, so any
     batch follows from its number and every item is seen equally often.
 
@@ -155,10 +179,20 @@ def shuffled_indices(
     """
 
     @lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng([*seed, epoch]).permutation(num_items)
+    def chunks(epoch: int) -> np.ndarray:
+        order = np.random.default_rng([*seed, epoch]).permutation(num_items // CHUNK_ITEMS)
+        return np.append(order, len(order))  # the last one may be shorter than the others
+
+    @lru_cache(maxsize=2)
+    def window(epoch: int, number: int) -> np.ndarray:
+        if num_items <= WINDOW_ITEMS:
+            return np.random.default_rng([*seed, epoch]).permutation(num_items)
+        places = np.arange(number * WINDOW_ITEMS, min((number + 1) * WINDOW_ITEMS, num_items))
+        items = chunks(epoch)[places // CHUNK_ITEMS] * CHUNK_ITEMS + places % CHUNK_ITEMS
+        return np.random.default_rng([*seed, epoch, number]).permutation(items)
 
     for batch in count(start_batch):
         places = range(batch * batch_size, (batch + 1) * batch_size)
         epochs = (divmod(place, num_items) for place in places)
-        yield np.array([order(epoch)[inside] for epoch, inside in epochs])
+        found = ((epoch, *divmod(inside, WINDOW_ITEMS)) for epoch, inside in epochs)
+        yield np.array([window(epoch, number)[place] for epoch, number, place in found])

@@ -37,6 +37,7 @@ OUT_OF_MEMORY = re.compile(
 )
 # The same said of a kernel's scratch memory: a smaller batch does not help.
 KERNEL_MEMORY = re.compile(r"\bvmem\b", re.IGNORECASE)
+LOADERS, PREFETCHED = 2, 4  # processes that read batches, and batches that each reads ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +236,16 @@ def as_operand(value: float, device: torch.device) -> float | Tensor:
 def optimizer_settings(device: torch.device) -> dict[str, bool]:
     """Return how an optimizer does its work: fused where torch has that, traced where it must."""
     return {"fused": device.type in ("cpu", "cuda"), "capturable": is_traced(device)}
+
+
+def loader_settings(device: torch.device) -> dict[str, Any]:
+    """Return how a `DataLoader` feeds a device: next to a GPU's work, from memory that it copies.
+
+    A CPU's cores have work of their own, and processes that use XLA must not be copied.
+    """
+    if device.type != "cuda":
+        return {}
+    return {"num_workers": LOADERS, "prefetch_factor": PREFETCHED, "pin_memory": True}
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

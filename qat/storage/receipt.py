@@ -1,5 +1,6 @@
 """Receipts: what a folder was extracted or fetched from, and whether it is unchanged since."""
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +32,41 @@ def stamp(path: Path) -> Stamp:
     """Return a file's size and time, which change when it does."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
+
+
+class Verified:
+    """Of which files of a folder something was found, such as a checksum, and are unchanged since.
+
+    It is written into the folder, so that one process after another need not read all of them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read what earlier processes found, if they did."""
+        self.folder = Path(folder).absolute()
+        self.path = self.folder / ".verified.json"
+        self.known = self.read()
+
+    def read(self) -> dict[str, list[str | int]]:
+        """Return what is written; nothing of a file that is no such receipt."""
+        try:
+            return as_type(read_json(self.path), dict[str, list[str | int]], self.path)
+        except (OSError, ValueError):
+            return {}
+
+    def holds(self, name: str, *found: str | int) -> bool:
+        """Return whether this was found of a file."""
+        return self.known.get(name) == self.entry(name, found)
+
+    def add(self, name: str, *found: str | int) -> None:
+        """Write down what was found of a file; where nobody may write, it is found again."""
+        self.known = {**self.read(), **self.known, name: self.entry(name, found)}
+        with suppress(OSError):
+            write_json(self.path, self.known)
+
+    def entry(self, name: str, found: tuple[str | int, ...]) -> list[str | int]:
+        """Return what was found with what changes with a file; a copy of it is another one."""
+        path = self.folder / name
+        return [*found, *stamp(path), path.stat().st_ino]
 
 
 def write_receipt(

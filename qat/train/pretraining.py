@@ -6,10 +6,12 @@ from itertools import islice
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from qat.data.token_dataset import TokenBlocks, TokenDataset, shuffled_indices
+from qat.data.token_dataset import TokenBatch, TokenBlocks, TokenDataset, shuffled_indices
 from qat.distill.objective import TEXT_LOSS, make_divergence
 from qat.distill.teacher import text_signal
+from qat.runtime.device import loader_settings
 from qat.train.config import RateConfig
 from qat.train.ema import MovingAverage
 from qat.train.pretrain_config import PretrainConfig
@@ -46,6 +48,11 @@ def moving_average(optim: RateConfig, parameters: list[nn.Parameter]) -> MovingA
     return MovingAverage(parameters, optim.ema_decay) if optim.ema_decay else None
 
 
+def as_it_is(batch: TokenBatch) -> TokenBatch:
+    """Return a batch that was read as one."""
+    return batch
+
+
 def token_batches(
     tokens: TokenDataset, config: PretrainConfig, device: torch.device, start_step: int
 ) -> Iterator[Batch]:
@@ -67,10 +74,15 @@ def token_batches(
             start_batch=(first - stage.first_step) * count,
         )
         number = None if end is None else (end - first) * count
-        for chosen in islice(indices, number):
-            token_ids, document_ids, mask = (
-                ids.to(device, non_blocking=True) for ids in blocks.batch(chosen)
-            )
+        loader: DataLoader[TokenBatch] = DataLoader(
+            blocks,
+            batch_sampler=islice(indices, number),
+            collate_fn=as_it_is,
+            generator=torch.Generator(),  # of its own: the draws of a run stay those of its steps
+            **loader_settings(device),
+        )
+        for batch in loader:
+            token_ids, document_ids, mask = (ids.to(device, non_blocking=True) for ids in batch)
             yield Batch(
                 token_ids=token_ids,
                 mask=mask,

@@ -1,9 +1,11 @@
+import pickle
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
+from qat.data import token_dataset, token_shards
 from qat.data.token_dataset import TokenBlocks, TokenDataset, shuffled_indices
 from qat.data.token_shards import DamagedShards, TokenManifest, write_manifest, write_shard
 from tests.data.test_token_shards import IDENTITY
@@ -91,3 +93,53 @@ def test_shuffled_batches_follow_from_their_number():
     again = list(islice(shuffled_indices(10, 4, [3], start_batch=2), 3))
     assert np.array_equal(again, row[2:])
     assert not np.array_equal(row[0], next(shuffled_indices(10, 4, [4])))
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Chunks of 4 items, windows of 3 chunks."""
+    monkeypatch.setattr(token_dataset, "CHUNK_ITEMS", 4)
+    monkeypatch.setattr(token_dataset, "WINDOW_ITEMS", 12)
+
+
+@pytest.mark.parametrize("num_items", [12, 13, 40, 47])
+def test_an_epoch_in_windows_holds_all_items_once(small_windows, num_items):
+    """From any batch on it is the same row; a window holds whole chunks from anywhere."""
+    row = np.concatenate(list(islice(shuffled_indices(num_items, num_items, [3]), 4)))
+    for epoch in (row[:num_items], row[num_items : 2 * num_items]):
+        assert sorted(epoch) == list(range(num_items))
+    for start in range(5):
+        rest = np.concatenate(list(islice(shuffled_indices(num_items, 5, [3], start), 4)))
+        assert rest.tolist() == row[start * 5 : start * 5 + 20].tolist()
+    chunks = [len(set(row[first : first + 12] // 4)) for first in range(0, num_items - 11, 12)]
+    assert set(chunks) == {3}
+    if num_items == 47:
+        assert max(row[:12]) - min(row[:12]) >= 12
+
+
+def test_maps_make_room_and_shards_are_verified_once(folder, monkeypatch):
+    """All places are read right with one map at a time; another process hashes nothing again."""
+    hashed = []
+    real = token_shards.sha256_of_file
+    monkeypatch.setattr(token_shards, "sha256_of_file", lambda p: hashed.append(p) or real(p))
+    monkeypatch.setattr(token_dataset, "MAPPED_BYTES", 1)
+    for _ in range(2):
+        tokens = TokenDataset.open(folder)
+        for place in np.random.default_rng(0).permutation(len(TRAIN)):
+            assert tokens.read("train", np.array([place]))[0].tolist() == [TRAIN[place]]
+        assert len(tokens._shards) == 1
+    assert sorted(path.name for path in hashed) == ["tokens_0", "tokens_1", "tokens_2"]
+    path = folder / "tokens_1"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(DamagedShards, match="tokens_1 has sha256"):
+        TokenDataset.open(folder).read("train", np.array([11]))
+
+
+def test_a_dataset_travels_without_its_maps(folder):
+    """A process that reads batches maps the shards itself."""
+    tokens = TokenDataset.open(folder)
+    tokens.read("train", np.arange(28))
+    copy = pickle.loads(pickle.dumps(tokens))
+    assert len(tokens._shards) == 3
+    assert not copy._shards
+    assert copy.read("train", np.arange(28))[0].tolist() == TRAIN

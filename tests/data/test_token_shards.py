@@ -19,6 +19,7 @@ from qat.data.token_shards import (
     write_shard,
 )
 from qat.storage.files import read_json, write_json
+from qat.storage.receipt import Verified
 
 VOCAB = 9
 IDENTITY = TokenIdentity(
@@ -40,7 +41,7 @@ def test_documents_come_back_as_they_went_in(tmp_path, vocab_size, width):
     shard = write_shard(
         tmp_path / "a", train, heldout, vocab_size=vocab_size, source=0, num_records=4
     )
-    ids, ends = map_shard(tmp_path, shard, vocab_size)
+    ids, ends = map_shard(tmp_path, shard, vocab_size, Verified(tmp_path))
     assert ids.astype(int).tolist() == [5, vocab_size - 1, 2, 7, 2, 9, 9, 9, 2]
     assert ids.itemsize == width
     assert ends.tolist() == [3, 5, 9]
@@ -53,10 +54,10 @@ def test_a_damaged_shard_is_refused(tmp_path):
     data = (tmp_path / "a").read_bytes()
     (tmp_path / "a").write_bytes(data[:-1] + b"\x07")
     with pytest.raises(DamagedShards, match="a has sha256 .* run `qat tokenize` again"):
-        map_shard(tmp_path, shard, VOCAB)
+        map_shard(tmp_path, shard, VOCAB, Verified(tmp_path))
     (tmp_path / "a").write_bytes(data[:-1])
     with pytest.raises(DamagedShards, match=f"a has {len(data) - 1} bytes"):
-        map_shard(tmp_path, shard, VOCAB)
+        map_shard(tmp_path, shard, VOCAB, Verified(tmp_path))
 
 
 def test_a_shard_of_other_tokens_than_the_manifest_says_is_refused(tmp_path):
@@ -64,9 +65,9 @@ def test_a_shard_of_other_tokens_than_the_manifest_says_is_refused(tmp_path):
     shard = write_shard(tmp_path / "a", [np.arange(9)], [], vocab_size=9, source=0, num_records=1)
     for changes in ({"num_tokens": 8}, {"num_documents": 2}):
         with pytest.raises(DamagedShards, match="a holds other tokens than the manifest says"):
-            map_shard(tmp_path, replace(shard, **changes), VOCAB)
+            map_shard(tmp_path, replace(shard, **changes), VOCAB, Verified(tmp_path))
     with pytest.raises(DamagedShards, match="a holds ids or documents that cannot be"):
-        map_shard(tmp_path, shard, VOCAB - 1)
+        map_shard(tmp_path, shard, VOCAB - 1, Verified(tmp_path))
 
 
 @pytest.mark.parametrize(

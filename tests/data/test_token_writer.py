@@ -6,6 +6,7 @@ import pytest
 from qat.data.token_shards import TokenIdentity, map_shard
 from qat.data.token_writer import Source, tokenize_source
 from qat.storage.files import read_json, write_json
+from qat.storage.receipt import Verified
 from tests.tiny import tiny_tokenizer, with_bos, write_jsonl
 
 TEXTS = [*(f"word {number} of a text" * (number % 5) for number in range(40)), "last"]
@@ -34,7 +35,7 @@ def documents_of(source, shards):
     """Return the texts of all documents, by hand."""
     found = []
     for shard in shards:
-        ids, ends = map_shard(source.folder, shard, 261)
+        ids, ends = map_shard(source.folder, shard, 261, Verified(source.folder))
         starts = [0, *ends[:-1]]
         found += [ids[a:b].tolist() for a, b in zip(starts, ends, strict=True)]
     return found

@@ -1,8 +1,9 @@
 import json
+import shutil
 
 import pytest
 
-from qat.storage.receipt import read_receipt, receipt_path, write_receipt
+from qat.storage.receipt import Verified, read_receipt, receipt_path, write_receipt
 
 
 @pytest.fixture
@@ -45,3 +46,19 @@ def test_a_receipt_of_another_version_is_none(folder):
     receipt_path(folder).write_text("{")
     with pytest.raises(ValueError, match=r"fetched\.json is not JSON"):
         read_receipt(folder)
+
+
+def test_what_was_found_of_a_file_holds_until_it_changes(folder):
+    """In another process as well; another finding, content or file is not known."""
+    Verified(folder).add("a.bin", "sum", 9)
+    assert Verified(folder).holds("a.bin", "sum", 9)
+    assert not Verified(folder).holds("a.bin", "sum", 8)
+    assert not Verified(folder).holds("inner/b.txt", "sum", 9)
+    path, status = folder / "a.bin", (folder / "a.bin").stat()
+    copy = path.with_name("copy")
+    shutil.copy2(path, copy)
+    copy.replace(path)
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    assert not Verified(folder).holds("a.bin", "sum", 9)
+    Verified(folder).path.write_text("[]")
+    assert Verified(folder).known == {}

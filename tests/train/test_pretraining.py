@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qat.data.token_dataset import TokenBlocks, TokenDataset
+from qat.train import pretraining
 from qat.train.config import RateConfig
 from qat.train.pretrain_config import PretrainConfig, PretrainOptimConfig
 from qat.train.pretraining import make_pretrainer, moving_average, token_batches
@@ -170,3 +171,16 @@ def test_warm_up_is_steps_or_a_share():
     """The share wins where it is given."""
     assert RateConfig(warmup_steps=7).warmup_of(1000) == 7
     assert RateConfig(warmup_steps=7, warmup_ratio=0.02).warmup_of(1000) == 20
+
+
+def test_processes_that_read_ahead_change_nothing(tokens, monkeypatch):
+    """Batches are those of one process, also from a step in the middle; no draw is taken."""
+    plain = list(islice(token_batches(tokens, settings(), CPU, 3), 5))
+    read_ahead = {"num_workers": 2, "prefetch_factor": 2}
+    monkeypatch.setattr(pretraining, "loader_settings", lambda _device: read_ahead)
+    state = torch.get_rng_state()
+    found = list(islice(token_batches(tokens, settings(), CPU, 3), 5))
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, other in zip(plain, found, strict=True):
+        assert torch.equal(one.token_ids, other.token_ids)
+        assert torch.equal(one.mask, other.mask)
