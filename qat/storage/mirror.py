@@ -22,7 +22,7 @@ import fsspec
 
 from qat.storage import download
 from qat.storage.addresses import as_address
-from qat.storage.decode import as_type, read_as
+from qat.storage.decode import as_type, naming, read_as
 from qat.storage.files import canonical_json, fingerprint, parse_json, write_json
 from qat.storage.receipt import Stamp, stamp
 from qat.storage.stores import copy_files, place_folder
@@ -145,9 +145,9 @@ class Mirror:
         system, root = self.open()
         staged = self.names(system, f"{root}/{PUSHING}")
         if system.exists(f"{root}/{JOURNAL}"):
-            where = f"{self.address}/{JOURNAL}"
-            values = parse_json(system.cat_file(f"{root}/{JOURNAL}"))
-            push = as_type(values, Push, where, remedy="remove it")
+            where, text = f"{self.address}/{JOURNAL}", system.cat_file(f"{root}/{JOURNAL}")
+            with naming(where):
+                push = as_type(parse_json(text), Push, where, remedy="remove it")
             for name in push.put:
                 if name in staged:  # else an earlier call has moved it
                     system.mv(f"{root}/{PUSHING}/{name}", f"{root}/{name}")

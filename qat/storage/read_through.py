@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from qat.storage import download
@@ -23,7 +24,7 @@ class ReadThrough:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.whole: set[str] = set()
         if most_bytes is None:
-            room = shutil.disk_usage(self.folder).free + sum(map(size_of, self.kept()))
+            room = shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self.kept())
             most_bytes = int(SHARE_OF_DISK * room)
         self.most_bytes = most_bytes
 
@@ -55,24 +56,21 @@ class ReadThrough:
         info = download.file_info(source)
         if info is None:
             raise FileNotFoundError(f"{source} does not exist; check the address")
-        used = sum(map(size_of, self.kept())) + int(info["size"] or 0)
-        for path in sorted(self.kept(), key=lambda path: path.stat().st_mtime_ns):
+        others = [(size, path) for _, size, path in self.kept() if path != target]
+        used = sum(size for size, _ in others) + int(info["size"] or 0)
+        for size, path in others:
             if used <= self.most_bytes:
                 break
-            if path != target:
-                used -= size_of(path)
-                download.discard(path)
+            used -= size
+            download.discard(path)
         download.download(source, target, sha256=sha256)
 
-    def kept(self) -> list[Path]:
-        """Return the copies of all addresses."""
-        found = self.copies.glob("*/*")
-        return [path for path in found if path.is_file() and not path.name.startswith(".")]
-
-
-def size_of(path: Path) -> int:
-    """Return a file's bytes, 0 where another process has just removed it."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+    def kept(self) -> list[tuple[int, int, Path]]:
+        """Return when each copy of any address was last asked for, its bytes and path, by age."""
+        found = []
+        for path in self.copies.glob("*/*"):
+            with suppress(FileNotFoundError):  # another process has just removed it
+                status = path.stat()
+                if path.is_file() and not path.name.startswith("."):
+                    found.append((status.st_mtime_ns, status.st_size, path))
+        return sorted(found)

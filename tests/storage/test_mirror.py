@@ -141,6 +141,17 @@ def test_names_of_a_journal_reach_nothing_else(made, address, tmp_path):
     assert sorted(content(address)) == ["best/weights", "config.json"]
 
 
+def test_a_damaged_journal_is_named(made, address):
+    """It is of others; nothing is moved by it."""
+    mirror = Mirror(made, address)
+    mirror.push(files_of(made))
+    system, root = mirror.open()
+    for text in (b"{", b"[]", b"\xff", b'{"put": [1], "removed": []}', b'{"put": []}'):
+        system.pipe_file(f"{root}/{JOURNAL}", text)
+        with pytest.raises(ValueError, match=r"\.pushing\.json"):
+            mirror.push(files_of(made))
+
+
 def test_the_web_takes_nothing(tmp_path):
     """It is told before anything is trained."""
     with pytest.raises(ValueError, match="can only be read"):
