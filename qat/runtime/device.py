@@ -238,12 +238,20 @@ def optimizer_settings(device: torch.device) -> dict[str, bool]:
     return {"fused": device.type in ("cpu", "cuda"), "capturable": is_traced(device)}
 
 
+def copies_from_pinned(device: torch.device) -> bool:
+    """Whether copies between a device and the host are quicker where the host's memory is pinned.
+
+    A GPU copies by itself there; elsewhere the system has to be asked for the memory for nothing.
+    """
+    return device.type == "cuda"
+
+
 def loader_settings(device: torch.device) -> dict[str, Any]:
     """Return how a `DataLoader` feeds a device: next to a GPU's work, from memory that it copies.
 
     A CPU's cores have work of their own, and processes that use XLA must not be copied.
     """
-    if device.type != "cuda":
+    if not copies_from_pinned(device):
         return {}
     return {"num_workers": LOADERS, "prefetch_factor": PREFETCHED, "pin_memory": True}
 

@@ -6,12 +6,14 @@ state/step_N/index.json   which tensor is where
 state/step_N/state.json   the position and the sha256 of the files; comes last, so that a folder
                           with it is whole
 
-States are copied to the host and written while training goes on.
+Until the next update changes what a state holds, it is copied to memory of the host that is kept
+for the next one; from there it is written while training goes on.
 """
 
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as futures_wait
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -63,6 +65,8 @@ class StateWriter:
         self.folder, self.keep, self.keep_every = Path(run) / STATE, keep, keep_every
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="state")
         self.saving: Future[None] | None = None
+        self.copying: Future[None] | None = None
+        self.stager: distributed.DefaultStager | None = None
 
     def __enter__(self) -> "StateWriter":
         """Return itself."""
@@ -73,11 +77,15 @@ class StateWriter:
         with suppress(OSError, RuntimeError) if kind else nullcontext():
             self.wait()
         self.executor.shutdown()
+        if self.stager:
+            self.stager.close()
 
     def save(
         self, progress: Progress, trainer: Trainer, then: Callable[[], None] | None = None
     ) -> None:
-        """Begin to save a state: what it holds is copied before this returns.
+        """Begin to save a state: what trains may change again after `wait_for_copy`.
+
+        `Trainer.step` calls that before its update.
 
         Args:
             progress: Where the run stands.
@@ -90,10 +98,18 @@ class StateWriter:
         self.wait()
         folder = self.folder / f"step_{progress.step:07d}"
         distributed.from_first(partial(remove_broken, self.folder, folder))
-        saving = distributed.start_saving(own_tensors(trainer), folder)
+        self.stager = self.stager or distributed.open_stager(trainer.device)
+        self.copying, saving = distributed.start_saving(own_tensors(trainer), folder, self.stager)
+        trainer.before_update = self.wait_for_copy
         scaler = trainer.scaler.state_dict() if trainer.scaler else {}
         position = asdict(progress) | {"scaler": scaler}
         self.saving = self.executor.submit(self.finish, saving, folder, position, then)
+
+    def wait_for_copy(self) -> None:
+        """Return when the state that was begun is copied; whether it could be, `wait` tells."""
+        copying, self.copying = self.copying, None
+        if copying is not None:
+            futures_wait([copying])
 
     def wait(self) -> None:
         """Return when the state that was begun is whole.

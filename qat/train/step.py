@@ -208,6 +208,8 @@ class Trainer:
     """What float32 weights are multiplied in; None where layers hold weights of the dtype."""
     split: dict[Tensor, int] = field(default_factory=dict)
     """Parameters of which this process has some rows, and how many all have."""
+    before_update: Callable[[], None] = lambda: None
+    """Waits for who still reads what an update changes, such as a state that is being copied."""
     sums: Gradients = field(default_factory=dict)
     """Float32 gradients of held weights while a step has several micro-batches."""
 
@@ -231,6 +233,7 @@ class Trainer:
         with mode(self.model, is_training=True):
             loss = self.accumulate(batches, hard_weight)
         self.pull()
+        self.before_update()
         norm = optimizer_step(
             self.optimizer, self.scaler, self.clip_grad_norm, rate, self.split.keys()
         )

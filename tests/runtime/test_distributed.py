@@ -56,7 +56,9 @@ def test_one_process_is_left_as_it_is():
 def test_saved_tensors_are_found_by_a_plain_index(tmp_path):
     """It goes through JSON, and no pickle stays in the folder."""
     saved = {"a.b": torch.arange(6.0).view(2, 3), "step": torch.tensor(3), "none": torch.ones(0, 2)}
-    distributed.start_saving(saved, tmp_path).result()
+    stager = distributed.open_stager(torch.device("cpu"))
+    for done in distributed.start_saving(saved, tmp_path, stager):
+        done.result()
     index = json.loads(json.dumps(distributed.take_index(tmp_path)))
     assert [path.suffix for path in tmp_path.iterdir()] == [".distcp"]
     sizes = distributed.saved_sizes(index)
@@ -64,6 +66,17 @@ def test_saved_tensors_are_found_by_a_plain_index(tmp_path):
     read = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in sizes.items()}
     distributed.load_saved(read, tmp_path, index)
     assert all(torch.equal(read[name], saved[name]) for name in saved)
+
+
+def test_tensors_are_copied_into_the_same_memory_again():
+    """A save touches no fresh memory after the first; the copy is of the moment."""
+    stager, tensor = distributed.open_stager(torch.device("cpu")), torch.arange(6.0)
+    first = stager.stage({"a": tensor}).result()["a"]
+    tensor += 1
+    assert first.tolist() == list(range(6))
+    again = stager.stage({"a": tensor}).result()["a"]
+    assert again.data_ptr() == first.data_ptr() != tensor.data_ptr()
+    assert torch.equal(again, tensor)
 
 
 def test_an_error_of_gloo_tells_of_a_lost_process():

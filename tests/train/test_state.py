@@ -47,6 +47,7 @@ def make_run(plan="q2a4", decay=0.0):
 
 def take_step(trainer):
     trainer.model(TOKEN_IDS, use_cache=False).logits.square().mean().backward()
+    trainer.before_update()
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     if trainer.ema:
