@@ -87,7 +87,7 @@ def test_a_shard_of_other_fields_is_refused(tmp_path, changes):
     entry["num_tokens"] = len(fields["token_ids"])
     shard = write_shard(tmp_path / "b", [np.arange(9)], [], vocab_size=9, source=0, num_records=1)
     with pytest.raises(DamagedShards, match="a (holds|has) .* run `qat tokenize` again"):
-        map_shard(tmp_path, replace(shard, file="a", **entry), VOCAB)
+        map_shard(tmp_path, replace(shard, file="a", **entry), VOCAB, Verified(tmp_path))
 
 
 def test_a_manifest_comes_back_and_an_altered_one_is_refused(tmp_path):
