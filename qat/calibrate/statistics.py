@@ -3,7 +3,7 @@
 Shape legend: B batch, T tokens, I in.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
@@ -40,37 +40,50 @@ def collect_second_moments(
     Raises:
         ValueError: If there is no batch, or a statistic is not finite.
     """
-    sums: dict[str, Tensor] = {}
-    last: list[Tensor] = []  # an input and its sum: q, k and v read one input, summed once
+    sums = SquareSums()
     num_tokens = 0
-
-    def watch(name: str):
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            add(name, inputs[0])
-
-        return hook
-
-    def add(name: str, x: Tensor) -> None:
-        if not last or last[0] is not x:
-            last[:] = [x, x.flatten(0, -2).float().square().sum(0)]
-        sums[name] = sums[name] + last[1] if name in sums else last[1]
-
     with ExitStack() as hooks:
         for name, module in linears.items():
-            hooks.enter_context(module.register_forward_pre_hook(watch(name)))
+            hooks.enter_context(module.register_forward_pre_hook(sums.watch(name)))
         if head is not None:
             norm = model.get_decoder().norm
-            hook = norm.register_forward_hook(lambda _norm, _inputs, out: add(head, out))
+            hook = norm.register_forward_hook(lambda _norm, _inputs, out: sums.add(head, out))
             hooks.enter_context(hook)
         for batch in map(Tokens.of, tqdm(batches, desc="calibrate", unit="batch", leave=False)):
-            last.clear()
+            sums.forget()
             # Not the head: a few rows of it take 5 GB of scratch memory at 150,000 tokens (oneDNN).
             hidden_states(model, *batch)
             num_tokens += batch.token_ids.numel()
             run_recorded(batch.token_ids.device)
     if not num_tokens:
         raise ValueError("calibration has no tokens; give a cache with at least one sequence")
-    return {name: finite_mean(name, total, num_tokens) for name, total in sums.items()}
+    return sums.means(num_tokens)
+
+
+class SquareSums:
+    """Sums of the squares of modules' inputs, (I,) float32 by name, over all tokens."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.last: list[Tensor] = []  # an input and its sum: q, k and v read one input, summed once
+
+    def watch(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """Return the hook that adds a module's inputs before its forward."""
+        return lambda _module, inputs: self.add(name, inputs[0])
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Add inputs, (..., I)."""
+        if not self.last or self.last[0] is not x:
+            self.last[:] = [x, x.flatten(0, -2).float().square().sum(0)]
+        self.sums[name] = self.sums[name] + self.last[1] if name in self.sums else self.last[1]
+
+    def forget(self) -> None:
+        """Let go of the last input."""
+        self.last.clear()
+
+    def means(self, num_tokens: int) -> dict[str, Tensor]:
+        """Return the mean squares, refused where not finite."""
+        return {name: finite_mean(name, total, num_tokens) for name, total in self.sums.items()}
 
 
 def finite_mean(name: str, total: Tensor, count: int | Tensor) -> Tensor:

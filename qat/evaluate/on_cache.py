@@ -9,9 +9,11 @@ from torch import nn
 from qat.cache.read import CacheBatch, TeacherCache
 from qat.distill.teacher import TeacherSignal
 from qat.evaluate.kl import LazyTeacher, Numbers, evaluate_batches, live_teacher
-from qat.model.surgery import hold_weights
+from qat.model.surgery import hold_weights, quantized_layers
+from qat.runtime.device import Device
 from qat.runtime.distributed import share
 
+HELD_SHARE = 0.3  # of a device's memory: what held weights may take
 KD_SEQUENCES = 40  # the Speedrun Log's kd_loss is the mean over the first 40
 
 
@@ -33,7 +35,8 @@ def evaluate_on_cache(
     out.
 
     Args:
-        model: On the device; quantized weights are formed once, and stay held.
+        model: On the device; quantized weights are formed once, and stay held, where the memory
+            has room for them.
         cache: Teacher outputs; a cache without a held-out split is measured as a whole.
         device: Where the batches go.
         dtype: Compute dtype.
@@ -46,7 +49,8 @@ def evaluate_on_cache(
     """
     split = "heldout" if cache.manifest.num_heldout else "all"
     sequence_ids = cache.sequence_ids(split)[:num_sequences]
-    hold_weights(model, dtype)
+    if has_room(model, device, dtype):
+        hold_weights(model, dtype)
 
     def batches(chosen: np.ndarray, teacher: nn.Module | None) -> Iterator[tuple]:
         starts = range(0, len(chosen), batch_size)
@@ -73,6 +77,17 @@ def evaluate_on_cache(
         )
         values["kd_loss"] = measured["kd_loss"]
     return values
+
+
+def has_room(model: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights formed once leave most of a device's memory free.
+
+    Otherwise every forward forms them, one at a time: the same numbers, a little later.
+    """
+    total = Device.detect(str(device)).total_bytes()
+    layers = quantized_layers(model).values()
+    held = dtype.itemsize * sum(layer.out_features * layer.in_features for layer in layers)
+    return total is None or held <= HELD_SHARE * total
 
 
 def teacher_of_batch(batch: CacheBatch) -> TeacherSignal | LazyTeacher:

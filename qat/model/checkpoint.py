@@ -102,12 +102,18 @@ def student_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for name, layer in surgery.quantized_layers(model).items():
-        indices = all_rows(layer, "indices", surgery.current_indices(layer))
-        tensors[f"{name}.indices"] = layer.spec.grid.pack(indices.cpu())
-        for part, values in surgery.stored_parts(layer).items():
-            values = all_rows(layer, part, values)
-            tensors[f"{name}.{part}"] = as_stored(values, layer.spec, name, part)
+        tensors |= layer_tensors(name, layer)
     return tensors | dense_tensors(model)
+
+
+def layer_tensors(name: str, layer: FakeQuantWeight) -> dict[str, Tensor]:
+    """Return what a checkpoint file holds of a quantized weight, by name."""
+    indices = all_rows(layer, "indices", surgery.current_indices(layer))
+    tensors = {f"{name}.indices": layer.spec.grid.pack(indices.cpu())}
+    for part, values in surgery.stored_parts(layer).items():
+        values = all_rows(layer, part, values)
+        tensors[f"{name}.{part}"] = as_stored(values, layer.spec, name, part)
+    return tensors
 
 
 def as_stored(values: Tensor, spec: TensorSpec, name: str, part: str) -> Tensor:
@@ -263,9 +269,17 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
+class HeldTensors(dict[str, Tensor]):
+    """Tensors in memory, asked for as those of an open safetensors file are."""
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Return a tensor, which stays the holder's own."""
+        return self[name].clone()
+
+
 @torch.no_grad()
-def fill(model: nn.Module, file: safe_open, dtype: torch.dtype) -> None:
-    """Put the tensors of an open safetensors file into an empty student.
+def fill(model: nn.Module, file: safe_open | HeldTensors, dtype: torch.dtype) -> None:
+    """Put the tensors of an open safetensors file, or held ones, into an empty student.
 
     One tensor is read at a time, and takes the place of the empty one: no second copy is held.
     """

@@ -94,11 +94,7 @@ def load_dense(name: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Mo
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    folder = model_folder(name)
-    if is_checkpoint(folder):
-        raise ValueError(f"{name} is a student; give the full-precision model it was made from")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{name} holds no config.json; {WHAT_TO_GIVE}")
+    folder = dense_folder(name)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it would warn of is an error below
@@ -125,6 +121,16 @@ def load_dense(name: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Mo
             require_finite(tensor, key)
     widen_attention(model)
     return model.eval().requires_grad_(False)
+
+
+def dense_folder(name: str | Path) -> Path:
+    """Return the folder of a full-precision model; refuse one of a student, or of no model."""
+    folder = model_folder(name)
+    if is_checkpoint(folder):
+        raise ValueError(f"{name} is a student; give the full-precision model it was made from")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{name} holds no config.json; {WHAT_TO_GIVE}")
+    return folder
 
 
 def require_own_files(folder: Path) -> None:

@@ -2,30 +2,39 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from qat.cache.read import TeacherCache
 from qat.calibrate.fisher import Grams
 from qat.calibrate.statistics import collect_second_moments
-from qat.model.checkpoint import CheckpointHeader
+from qat.model.checkpoint import CheckpointHeader, HeldTensors, empty_student, fill
 from qat.model.head import Tokens
+from qat.model.layered import NeedsWhole, open_layered
 from qat.model.layers import FakeQuantLinear
 from qat.model.load import base_weights, load_dense, model_folder, model_identity
 from qat.model.surgery import dense_weights, model_tensors
 from qat.pipelines import fit_layers, students
 from qat.pipelines.open_cache import open_cache
 from qat.pipelines.place import Place
-from qat.pipelines.quantize_config import CALIBRATION_BATCH, FitConfig, InitStudentConfig
+from qat.pipelines.quantize_config import (
+    CALIBRATION_BATCH,
+    SEED_SUFFIX,
+    FitConfig,
+    InitStudentConfig,
+)
+from qat.pipelines.quantize_layered import fit_layered
 from qat.quant.hessian import NUM_SWEEPS
 from qat.quant.plan import QuantPlan, read_plan
-from qat.runtime.device import Device
+from qat.runtime.device import Device, is_traced
 from qat.tracking.messages import say
 
 LINEARS = (nn.Linear, FakeQuantLinear)
 GRAM_TOKENS = 12288  # that gradients are taken on, or a quarter of the text
+NO_CACHE = "no --cache-dir: every weight counts alike, which costs most of a 2-bit student"
 
 
 def quantize(
@@ -43,26 +52,83 @@ def quantize(
     made_by = students.recipe("init-student", config, base=base["weights"], cache=fingerprint)
     if done := students.finished(config.output, made_by):
         return done
-    model = load_dense(config.model, dtype=place.dtype)
-    plan = read_plan(config.plan, model_tensors(model))
-    known = grams() if grams and config.fit == "hessian" else None
-    quantize_model(model, plan, config, cache, place, num_sweeps=config.sweeps, grams=known)
+    fitted = fit_student(config, cache, place, grams)
     header = CheckpointHeader(
-        plan=plan.to_dict(),
+        plan=fitted.plan.to_dict(),
         base_model={"path": config.model, **base},
         cache_fingerprint=fingerprint,
         made_by=made_by,
     )
-    weight_of = base_weights(config.model, base)
+    cache = cache if config.eval else None
+    needs_values = cache is not None or config.output.suffix == SEED_SUFFIX
     return students.measure_and_write(
-        model,
+        fitted.with_values(folder, place) if needs_values else fitted.model,
         header,
         config.output,
-        cache=cache if config.eval else None,
-        write=partial(students.write_student, text_source=folder, weight_of=weight_of),
+        cache=cache,
+        write=partial(
+            students.write_student,
+            text_source=folder,
+            weight_of=base_weights(config.model, base),
+            tensors=fitted.tensors,
+        ),
         started=started,
         place=place,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A student that was made."""
+
+    plan: QuantPlan
+    model: nn.Module
+    tensors: dict[str, Tensor] | None = None
+    """What its file holds, where its quantized weights in `model` have sizes only."""
+
+    def with_values(self, folder: Path, place: Place) -> nn.Module:
+        """Return the student, of the model in a folder, with values of all weights."""
+        if self.tensors is None:
+            return self.model
+        student = empty_student(folder, lambda _tensors: self.plan, place.dtype)
+        fill(student, HeldTensors(self.tensors), place.dtype)
+        return student.eval().requires_grad_(False)
+
+
+def fit_student(
+    config: InitStudentConfig,
+    cache: TeacherCache | None,
+    place: Place,
+    grams: Callable[[], fit_layers.OutputGrams] | None,
+) -> Fitted:
+    """Fit a model to the plan: layer by layer where the fit lets that, else in memory as a whole.
+
+    Second moments come from one pass over the text, in which no layer waits for another one's fit;
+    a fit against all inputs goes to and fro.
+    """
+    if (config.fit == "moments" or cache is None) and not is_traced(place.device.torch_device):
+        try:
+            return fit_from_files(config, cache, place)
+        except NeedsWhole as why:
+            say(f"{why}: the model is loaded as a whole")
+    model = load_dense(config.model, dtype=place.dtype)
+    plan = read_plan(config.plan, model_tensors(model))
+    known = grams() if grams and config.fit == "hessian" else None
+    quantize_model(model, plan, config, cache, place, num_sweeps=config.sweeps, grams=known)
+    return Fitted(plan, model)
+
+
+def fit_from_files(config: InitStudentConfig, cache: TeacherCache | None, place: Place) -> Fitted:
+    """Fit a model by second moments with one decoder layer in memory at a time."""
+    layered = open_layered(config.model, place.dtype)
+    plan = read_plan(config.plan, model_tensors(layered.model))
+    dense_weights(layered.model, plan)  # refuses a plan that quantizes nothing
+    batches = calibration_batches(cache, config)
+    if not batches:
+        say(NO_CACHE)
+    rows = row_weights(layered.model, plan, batches)
+    tensors = fit_layered(layered, plan, batches, rows, place.device)
+    return Fitted(plan, layered.model, tensors)
 
 
 def quantize_model(
@@ -149,7 +215,7 @@ def second_moments(
 ) -> dict[str, Tensor] | None:
     """Return the second moments of each weight's inputs on a text; None without one."""
     if not batches:
-        say("no --cache-dir: every weight counts alike, which costs most of a 2-bit student")
+        say(NO_CACHE)
         return None
     head = fit_layers.head_weight(model, task.specs)
     linears = {

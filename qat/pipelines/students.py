@@ -169,10 +169,12 @@ def write_student(
     text_source: Path,
     weight_of: Callable[[str], Tensor | None] | None = None,
     is_float16: bool = False,
+    tensors: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a student as its output's name asks: the seeds' form for .pt, else a native folder.
 
-    `weight_of` gives the weight that a layer was fitted to, for a form that keeps it.
+    `weight_of` gives the weight that a layer was fitted to, for a form that keeps it; `tensors` are
+    what the native file holds, where they are at hand.
     """
     if output.suffix == SEED_SUFFIX:
         names = ("base_model", "cache_fingerprint", "made_by", "metrics")
@@ -185,7 +187,7 @@ def write_student(
             is_float16=is_float16,
         )
         return
-    write_checkpoint(model, header, output, text_source=text_source)
+    write_checkpoint(model, header, output, text_source=text_source, tensors=tensors)
     write_json(output / SUMMARY, header.metrics)  # so that `qat compare` shows it among the runs
 
 

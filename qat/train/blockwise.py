@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qat.model.head import Tokens, hidden_states
+from qat.calibrate.layered import layer_calls
+from qat.model.head import Tokens
 from qat.model.layers import FakeQuantWeight
 from qat.runtime.device import run_recorded
 from qat.train.step import form_weights, loss_scaler, optimizer_step, pull_gradients
@@ -52,43 +53,18 @@ class BlockPlan:
     """Folder for hidden states."""
 
 
-def block_calls(model: nn.Module, batch: Tokens) -> tuple[Tensor, list[Call]]:
-    """Return what the first block reads, (B, L, H), and the keyword arguments of every block.
-
-    They follow from a batch alone, so no block runs.
-    """
-    read: list[Tensor] = []
-    calls: list[Call] = []
-
-    def record(hidden_states: Tensor, **kwargs: object) -> Tensor:
-        read.append(hidden_states)
-        calls.append(kwargs)
-        return hidden_states
-
-    blocks = model.get_decoder().layers
-    for block in blocks:
-        block.forward = record
-    try:
-        with torch.no_grad():
-            hidden_states(model, *batch)
-    finally:
-        for block in blocks:
-            del block.forward
-    return read[0], calls
-
-
 def calls_of(model: nn.Module, number: int, first: Tensor, documents: Tensor | None) -> CallOf:
     """Return the function from sequences to the keyword arguments of a block on them.
 
     `first` is a batch of the largest size, (B, L), and `documents` are all sequences', (N, L).
     """
     if documents is None:
-        call = block_calls(model, Tokens(first))[1][number]
+        call = layer_calls(model, Tokens(first))[1][number]
         return lambda rows: sized(call, len(rows))
 
     def call_on(rows: Tensor) -> Call:
         found = documents[rows].to(first.device)
-        return block_calls(model, Tokens(torch.zeros_like(found), found))[1][number]
+        return layer_calls(model, Tokens(torch.zeros_like(found), found))[1][number]
 
     return call_on
 
@@ -200,7 +176,7 @@ def start_states(
     """Write what the first block reads for every sequence to a file of a dtype, (N, L, H)."""
     states, start = None, 0
     for batch in batches:
-        hidden, _calls = block_calls(model, Tokens.of(batch))
+        hidden, _calls = layer_calls(model, Tokens.of(batch))
         if states is None:
             states = HiddenStates(path, (num_sequences, *hidden.shape[1:]), dtype)
         states.values[start : start + len(hidden)] = hidden

@@ -1,0 +1,123 @@
+"""Second moments of a model's inputs, with one decoder layer in memory at a time.
+
+Shape legend: B batch, T tokens, D hidden size, I in.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.calibrate.decoder_layers import Stream
+from qat.calibrate.statistics import Batch, SquareSums
+from qat.model.head import Tokens, hidden_states
+from qat.model.layered import LayeredModel, NeedsWhole
+from qat.runtime.device import Device
+
+
+@torch.no_grad()
+def walk_second_moments(
+    layered: LayeredModel,
+    linears: Collection[str],
+    batches: Sequence[Batch],
+    *,
+    head: str | None = None,
+    device: Device,
+) -> Iterator[tuple[str | None, dict[str, Tensor]]]:
+    """Yield each decoder layer's name with the mean squares of its linears' inputs, (I,) float32.
+
+    They are those of `collect_second_moments` to the bit; no weight is in memory meanwhile.
+
+    Args:
+        layered: The model.
+        linears: Names of the linears to watch, all in decoder layers.
+        batches: Token ids, (B, T) each; `Tokens` where documents are packed.
+        head: Name under which the head's inputs are yielded last, with None for the layer.
+        device: Where the layers compute.
+
+    Raises:
+        NeedsWhole: If the model does more between decoder layers than pass hidden states on.
+        ValueError: If a statistic is not finite.
+    """
+    placed = [Tokens.of(batch).to(device.torch_device) for batch in batches]
+    num_tokens = sum(batch.token_ids.numel() for batch in placed)
+    stream = begin_stream(layered, placed, device)
+    for name in layered.layers:
+        layer, sums = layered.model.get_submodule(name), SquareSums()
+        watched = [linear for linear in linears if linear.startswith(f"{name}.")]
+        with layered.loaded(keys_in(layered, layer)), ExitStack() as hooks:
+            hooks.enter_context(device.hosting(layer))
+            for linear in watched:
+                module = layered.model.get_submodule(linear)
+                hooks.enter_context(module.register_forward_pre_hook(sums.watch(linear)))
+            stream.advance(name, layer)
+            sums.forget()
+        yield name, on_cpu(sums.means(num_tokens))
+    if head is not None:
+        norm, sums = layered.model.get_decoder().norm, SquareSums()
+        with layered.loaded(keys_in(layered, norm)), device.hosting(norm):
+            for hidden in stream.hidden:
+                sums.add(head, norm(hidden))
+        yield None, on_cpu(sums.means(num_tokens))
+
+
+def keys_in(layered: LayeredModel, module: nn.Module) -> list[str]:
+    """Return the names of a module's tensors in the model, tied ones once."""
+    inside = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+    return [key for key, tensor in layered.tensors().items() if id(tensor) in inside]
+
+
+def on_cpu(moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return moments in the host's memory."""
+    return {name: moment.cpu() for name, moment in moments.items()}
+
+
+def begin_stream(layered: LayeredModel, batches: Sequence[Tokens], device: Device) -> Stream:
+    """Return hidden states before the first decoder layer, and each layer's other arguments."""
+    model, decoder = layered.model, layered.model.get_decoder()
+    around = [child for child in decoder.children() if child is not decoder.layers]
+    keys = [key for child in around for key in keys_in(layered, child)]
+    stream = Stream([], [])
+    with layered.loaded(keys), ExitStack() as stack:
+        for child in around:
+            stack.enter_context(device.hosting(child))
+        for batch in batches:
+            hidden, calls = layer_calls(model, batch)
+            stream.hidden.append(hidden)
+            stream.arguments.append(dict(zip(layered.layers, calls, strict=True)))
+    return stream
+
+
+@torch.no_grad()
+def layer_calls(model: nn.Module, batch: Tokens) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Return what the first decoder layer reads, (B, T, D), and each one's keyword arguments.
+
+    They follow from a batch alone: the model runs without its layers, each of which hands on what
+    it gets.
+
+    Raises:
+        NeedsWhole: If the model does more between decoder layers than pass hidden states on.
+    """
+    read: list[Tensor] = []
+    calls: list[dict[str, Any]] = []
+
+    def hand_on(hidden_states: Tensor, **kwargs: object) -> Tensor:
+        read.append(hidden_states)
+        calls.append(kwargs)
+        return hidden_states
+
+    layers = model.get_decoder().layers
+    for layer in layers:
+        layer.forward = hand_on
+    try:
+        hidden_states(model, *batch)
+    finally:
+        for layer in layers:
+            del layer.forward
+    if len(calls) != len(layers) or any(one is not read[0] for one in read):
+        raise NeedsWhole(
+            f"{type(model).__name__} does more between decoder layers than pass hidden states on"
+        )
+    return read[0], calls

@@ -1,0 +1,170 @@
+"""Random weights of a large model's shape to students: peak memory and seconds of `init-student`.
+
+The model is made decoder layer by decoder layer, so that it need not fit the memory either. Random
+weights cost and weigh what trained ones do; how good a student of them is says nothing.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat.cli.command import run_command
+from qat.runtime.config import PlaceConfig, require_at_least
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+DATA = Path(__file__).parent / "data" / "instructions.jsonl"
+SPREAD = 0.02  # of random weights, as new models have it
+READ_SEQUENCES = 1  # by the teacher: a fit by moments asks for text alone
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LargeConfig(PlaceConfig):
+    """Quantize random weights of a large model's shape in processes of their own, and weigh them.
+
+    Model and cache stay for the next call, students do not.
+    """
+
+    output_dir: Path = Path("runs/large")
+    """Where everything goes."""
+    arch: str = "kisoku-3.2b"
+    """As in `qat pretrain`."""
+    layers: int | None = None
+    """Decoder layers, for a smaller model of the same layers; those of the shape when not given."""
+    plans: tuple[str, ...] = ("q4a4", "q2a4")
+    """Of the students."""
+    seq_len: int = 64
+    """Tokens of a block of the text that calibrates."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        require_at_least(1, self, "layers")
+        require_at_least(2, self, "seq_len")
+
+
+def run_large(config: LargeConfig) -> dict[str, Any]:
+    """Make model, cache and students; return their numbers."""
+    from qat.pipelines.quantize_config import CALIBRATION_TOKENS
+
+    model = config.output_dir / "model"
+    if not (model / "config.json").is_file():
+        make_model(config, model)
+    place = ["--device", config.device, "--dtype", config.dtype]
+    text_sequences = max(1, CALIBRATION_TOKENS["moments"] // config.seq_len - READ_SEQUENCES)
+    cache = run_qat(
+        "build-cache",
+        *("--teacher", model, "--data", DATA, "--format", "alpaca", "--thinking", "none"),
+        *("--seq-len", config.seq_len, "--num-sequences", READ_SEQUENCES, "--batch-size", 1),
+        *("--heldout-ratio", 0, "--text-sequences", text_sequences, "--top-k", 8),
+        *("--output-dir", config.output_dir / "caches", "--device", config.device),
+        *("--dtype", "bf16"),  # half the memory; the few blocks may take their time
+    )
+    students = {}
+    for plan in config.plans:
+        output = config.output_dir / "students" / plan
+        made = run_qat(
+            "init-student",
+            *("--model", model, "--plan", plan, "--fit", "moments", "--no-eval"),
+            *("--cache-dir", cache["cache"], "--output", output, *place),
+        )
+        students[plan] = made | {"file_bytes": (output / "student.safetensors").stat().st_size}
+        for file in output.iterdir():
+            file.unlink()
+        output.rmdir()
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    return {"model_bytes": weights, "build_cache": cache, "students": students}
+
+
+def make_model(config: LargeConfig, folder: Path) -> None:
+    """Write a folder of random bfloat16 weights, a file for each decoder layer and one for else."""
+    from qat.model.architectures import read_architecture
+    from qat.model.checkpoint import empty_model_of
+    from qat.storage.files import atomic_folder
+
+    shape = read_architecture(config.arch)
+    if config.layers is not None:
+        shape.num_hidden_layers = config.layers
+    model = empty_model_of(shape, device="meta")
+    layers = model.get_decoder().layers
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    units = [[names.pop(id(one)) for one in layer.parameters()] for layer in layers]
+    sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    with atomic_folder(folder) as made:
+        write_units(made, [*units, list(names.values())], sizes)
+        write_tokenizer(made)
+        write_config(made, shape)
+
+
+def write_units(folder: Path, units: list[list[str]], sizes: dict[str, tuple[int, ...]]) -> None:
+    """Write a weight file for each unit's tensors, and their index."""
+    import torch
+    from safetensors.torch import save_file
+
+    from qat.storage.files import write_json
+
+    where = {}
+    for number, names in enumerate(units):
+        file = f"model-{number + 1:05d}-of-{len(units):05d}.safetensors"
+        generator = torch.Generator().manual_seed(number)
+        tensors = {}
+        for name in names:
+            tensor = torch.empty(sizes[name], dtype=torch.bfloat16)
+            is_norm = len(sizes[name]) < 2
+            tensors[name] = (
+                tensor.fill_(1) if is_norm else tensor.normal_(std=SPREAD, generator=generator)
+            )
+            where[name] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of bytes, whose ids any vocabulary holds."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {token: index for index, token in enumerate([*alphabet, "<|endoftext|>"])}
+    backend = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(
+        folder
+    )
+
+
+def write_config(folder: Path, shape: "PreTrainedConfig") -> None:
+    """Write the model's config."""
+    shape.architectures, shape.dtype = ["LlamaForCausalLM"], "bfloat16"
+    shape.bos_token_id = shape.eos_token_id = None
+    shape.save_pretrained(folder)
+
+
+def run_qat(command: str, *words: object) -> dict[str, Any]:
+    """Run a command in a process of its own; return its closing line, wall seconds, peak memory."""
+    started = time.perf_counter()
+    done = run([sys.executable, "-m", "qat", command, *map(str, words)])
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return {"peak_rss_bytes": peak, **done, "wall_seconds": round(seconds, 1)}
+
+
+def run(words: Iterable[str]) -> dict[str, Any]:
+    """Return the closing line of a command, whose messages pass through."""
+    done = subprocess.run(list(words), stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{' '.join(words)} ended with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command("python speedrun/large.py", LargeConfig, run_large))
