@@ -7,6 +7,7 @@ from qat.evaluate.kl import evaluate_batches
 from qat.evaluate.on_cache import evaluate_on_cache
 from qat.model.head import hidden_states, logits_of
 from qat.model.surgery import quantized_layers
+from qat.runtime.device import Device
 from tests.tiny import LargestTensor, tiny_cache, tiny_llama, tiny_model, tiny_student
 
 CPU = torch.device("cpu")
@@ -145,3 +146,15 @@ def test_weights_are_formed_once(caches):
     evaluate_on_cache(student.bfloat16(), caches["top-k"], device=CPU, dtype=torch.bfloat16)
     layers = quantized_layers(student).values()
     assert all(layer.held_weight.dtype == torch.bfloat16 for layer in layers)
+
+
+def test_weights_are_formed_once_where_there_is_room_for_them(caches, monkeypatch):
+    """Otherwise at every use, to the same numbers, and none stays."""
+    found = []
+    for total in (2**40, 2**10):
+        monkeypatch.setattr(Device, "total_bytes", lambda _device, total=total: total)
+        student = tiny_student()
+        found.append(measure(student, caches["top-k"]))
+        is_held = [layer.held_weight is not None for layer in quantized_layers(student).values()]
+        assert set(is_held) == {total > 2**20}
+    assert found[0] == found[1]
