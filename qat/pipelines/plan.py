@@ -1,6 +1,6 @@
 """What a plan gives each tensor of a model, and how large the file gets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -10,9 +10,13 @@ from qat.export.gguf_size import planned_file_bytes
 from qat.model.checkpoint import empty_model
 from qat.model.load import model_folder
 from qat.model.surgery import model_tensors
+from qat.pipelines.place import Place
+from qat.pipelines.planned_memory import GIB, ModelSizes, Situation, predict_memory
 from qat.pipelines.quantize_config import PlanConfig
 from qat.quant.plan import QuantPlan, read_plan
+from qat.runtime.device import dtype_name
 from qat.storage.files import write_json
+from qat.tracking.messages import say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +35,11 @@ class PlanResult:
     """8 * tensor_bytes / weights."""
     rows: list[dict[str, Any]]
     """The table: tensors, count, format, bits_per_weight, bytes, share."""
+    kv_cache_bytes: int | None
+    """Of one sequence of the model's full length in a runtime, in float16; like the field below
+    with --memory alone."""
+    memory: dict[str, int] | None
+    """Predicted peak bytes of one process of each command."""
 
 
 def plan(config: PlanConfig) -> PlanResult:
@@ -42,6 +51,7 @@ def plan(config: PlanConfig) -> PlanResult:
     if config.to == "gguf":
         file_bytes = planned_file_bytes(model.config, found, text_source=folder)
     print_table(found, file_bytes)
+    sizes = ModelSizes.of(model, found) if config.memory else None
     if config.save is not None:
         write_json(config.save, found.to_dict())
     return PlanResult(
@@ -51,6 +61,44 @@ def plan(config: PlanConfig) -> PlanResult:
         weights=found.num_weights,
         bits_per_weight_model=round(8 * found.file_bytes / found.num_weights, 4),
         rows=found.rows(),
+        kv_cache_bytes=sizes and sizes.kv_cache_bytes,
+        memory=sizes and planned_memory(config, sizes),
+    )
+
+
+def planned_memory(config: PlanConfig, sizes: ModelSizes) -> dict[str, int]:
+    """Predict the memory of each command, print it on standard error with what is assumed."""
+    place = Place.of(config)
+    one = Situation.on(place, batch_size=config.batch_size, seq_len=config.seq_len)
+    memory = predict_memory(sizes, one)
+    if config.processes > 1:
+        for name, is_split in (("train, copies", False), ("train, --shard", True)):
+            there = replace(one, num_processes=config.processes, is_split=is_split)
+            memory[f"{name} on {config.processes}"] = predict_memory(sizes, there)["train"]
+    total = place.device.total_bytes()
+    table = Table(title=f"peak memory on {place.device.torch_device}", title_justify="left")
+    table.add_column("command")
+    for name in ("bytes", "GiB", "of the device"):
+        table.add_column(name, justify="right")
+    for mode, count in memory.items():
+        share = f"{count / total:.0%}" if total else ""
+        table.add_row(mode, f"{count:,}", f"{count / GIB:.2f}", share)
+    table.add_section()
+    kv = sizes.kv_cache_bytes
+    table.add_row(
+        f"KV cache of {sizes.context:,} tokens, float16", f"{kv:,}", f"{kv / GIB:.2f}", ""
+    )
+    Console(stderr=True).print(table)
+    say(assumptions(config, place))
+    return memory
+
+
+def assumptions(config: PlanConfig, place: Place) -> str:
+    """Return on one line what a prediction of memory takes for granted."""
+    return (
+        f"assumed: {dtype_name(place.dtype)}, batches of {config.batch_size} x {config.seq_len} "
+        "tokens; quantize by moments, not measured; all layers train, their weights and scales, by "
+        "AdamW, with states saved on the way; a feed-forward part and attention as Llama has them"
     )
 
 

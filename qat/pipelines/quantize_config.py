@@ -186,7 +186,7 @@ class SnapFp16Config(ExactConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlanConfig:
+class PlanConfig(PlaceConfig):
     """Show what a plan gives each tensor of a model, and the bytes of the file that it makes.
 
     Reads the model's config only, never its weights.
@@ -204,6 +204,17 @@ class PlanConfig:
     tensors together."""
     save: Path | None = None
     """File to write the plan to, as JSON that --plan takes."""
+    memory: bool = False
+    """Predict as well the most memory that each command holds, on --device and in --dtype."""
+    batch_size: int = 8
+    """Of --memory: sequences of a micro-batch of training, of all processes."""
+    seq_len: int = 64
+    """Of --memory: tokens of a sequence."""
+    processes: int = 1
+    """Of --memory: devices that train together, a process each."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, "batch_size", "seq_len", "processes")
 
 
 def require_other(flag: str, source: Path, output: Path) -> None:

@@ -153,6 +153,11 @@ class Device:
         return os.environ.get("TPU_ACCELERATOR_TYPE") if self.kind in ("xla", "tpu") else None
 
     @property
+    def shares_host_memory(self) -> bool:
+        """Whether `peak_bytes` counts all that the process holds, and not tensors alone."""
+        return self.kind == "cpu"
+
+    @property
     def compiles_steps(self) -> bool:
         """Whether the first steps of a shape are compiled, which can take minutes."""
         return self.kind == "xla"

@@ -25,3 +25,17 @@ def test_a_plan_that_does_not_fit_is_refused(refused, tmp_path):
     flags = {"model": folder, "save": tmp_path / "plan.json", "device": None}
     assert "group size 48 does not divide" in refused("plan", plan="q4_g48", **flags)
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_memory_is_predicted_where_it_is_asked_for(run, tmp_path):
+    """A row for each command, of rows of weights less than of copies; the KV cache in float16."""
+    folder = save_tiny(tmp_path / "m", tiny_llama())
+    assert run("plan", model=folder).closing["memory"] is None
+    done = run("plan", model=folder, memory=True, processes=2)
+    assert done.code == 0, done.said
+    memory = done.closing["memory"]
+    assert {"quantize", "build-cache", "train", "layer-wise", "evaluate"} < memory.keys()
+    assert memory["train, --shard on 2"] < memory["train, copies on 2"]
+    layers, kv_heads, head_dim, context = 2, 2, 16, 256
+    assert done.closing["kv_cache_bytes"] == 2 * 2 * layers * kv_heads * head_dim * context
+    assert "assumed: fp32, batches of 8 x 64 tokens" in done.said

@@ -1,0 +1,272 @@
+"""The most memory that each command holds, predicted from config, plan and settings alone.
+
+Numbers of a model: W in quantized weights, P in their scales and codebooks, D in what stays dense,
+F in the file of the student (bytes); w the largest weight, e the largest that stays dense, l the
+largest decoder layer. d bytes of the compute dtype, n = B T tokens of a micro-batch, V vocabulary,
+H hidden size, N processes. All bytes are of one process:
+
+    student      W + 4 P + d D          indices are bytes, scales float32
+    held         d W                    weights formed once, where they fit 0.3 of the memory, else
+                                        d w
+    logits       5 * 4 * min(n, 256) V  of a chunk of positions: both sides, their exponents, and a
+                                        gradient
+    activations  d n (4 H + 2 q + 2 k + 4 I) a decoder layer, q and k the widths of queries and
+                                        keys, I of the feed-forward part: what its norms, products
+                                        and attention keep for the backward pass. With gradient
+                                        checkpointing d n H, and one layer's as above
+
+    quantize     F + max(layer: d l, fit: 20 * 4 w, dense: 12 e as it is read and made smaller)
+    evaluate     student + held + logits
+    build-cache  d (W + D) + 4 V of each of 1024 tokens
+    train        M, L, S of W and P are in layers that train, move, and are parts of the first:
+                 4 L + (W - L) + 2 (M - L) + 4 P + d D + d W held + 8 (L + S) of AdamW
+                   + max(step: d M gradients + activations + logits; state: 22 (L + S), 12 of
+                   them a copy of what is saved, the others while it is written)
+    layer-wise   4 L + (W - L) + 4 P + d D, d W held, d (W + D) of the teacher, and of one layer
+                 24 + d bytes a weight (gradient, AdamW, and as it is written) and its activations;
+                 files of hidden states are not counted
+
+Of `--shard` over N processes each has 1/N of latent weights, gradients, AdamW and state; held
+weights are float32 rows, 4 W / N, and one decoder layer's, d l, gathered.
+
+Libraries take 50 MB of scratch in all of them, a fit's 30 more. On a CPU the process itself comes
+on top: Python, torch and transformers, 435 MB, 85 more for a fit. The 5, 12, 20, 22 and 24, scratch
+and process were measured on Llamas of 5 to 75 M weights (x86, torch 2.13, float32); other kinds of
+feed-forward parts and attention keep other activations. On a GPU nothing was measured.
+"""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qat.evaluate.on_cache import HELD_SHARE
+from qat.pipelines.place import Place
+from qat.quant.plan import QuantPlan, TensorKind, tensor_kind
+
+GIB = 2**30
+PROCESS_BYTES, FIT_LIBRARIES_BYTES = 435e6, 85e6  # on a CPU
+SCRATCH_BYTES, FIT_SCRATCH_BYTES = 50e6, 30e6
+DENSE_BYTES = 12  # of a number that stays dense: file, float32, smaller, and what compares them
+FIT_COPIES = 20  # of the largest weight in float32 while it is fitted
+LOGIT_COPIES = 5  # of a chunk of logits: student, teacher, exponents, gradient
+CHUNK_TOKENS = 256
+CACHE_TOKENS = 1024  # that the teacher reads at once on a CPU
+ADAM_BYTES = 8  # two float32 numbers for each that trains
+BLOCK_BYTES = 24  # of a number of the decoder layer that trains alone
+STATE_BYTES = 22  # it and those two, copied, and once more while they are written
+KV_BYTES = 2  # of a number in the KV cache of a runtime, float16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSizes:
+    """Numbers that the memory of a model in a plan follows from."""
+
+    quantized: int
+    """Weights on grids, W."""
+    trained: int
+    """Those of layers that train, M."""
+    latent: int
+    """Those that move, L: M, or 0 where scales alone train."""
+    trained_parts: int
+    """Scales and codebooks of layers that train, S."""
+    parts: int
+    """Scales and codebooks, P."""
+    dense: int
+    """Numbers that stay dense, D."""
+    file_bytes: int
+    """Of the student, F."""
+    largest: int
+    """Numbers of the largest quantized weight, w."""
+    largest_dense: int
+    """Numbers of the largest tensor that stays dense, e."""
+    layer: int
+    """Numbers of the largest decoder layer, l."""
+    num_layers: int
+    kept: int
+    """Numbers that a decoder layer keeps of each token for the backward pass."""
+    hidden: int
+    vocab: int
+    kv: int
+    """Numbers of a token in the KV cache of all layers."""
+    context: int
+    """Tokens that the model is made for."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        plan: QuantPlan,
+        *,
+        kinds: Collection[TensorKind] | None = None,
+        moves_weights: bool = True,
+    ) -> "ModelSizes":
+        """Return the sizes of a model, which may be on the meta device, in a plan.
+
+        Args:
+            model: Full-precision causal LM.
+            plan: Its formats.
+            kinds: Of the layers that train, as `tensor_kind` names them; None = all.
+            moves_weights: Whether weights train in them, or scales alone.
+        """
+        config = model.config.get_text_config()
+        specs = plan.quantized
+        shapes = {name: plan.shapes[f"{name}.weight"] for name in specs}
+        parts = {
+            name: sum(map(math.prod, spec.part_shapes(shapes[name]).values()))
+            for name, spec in specs.items()
+        }
+        weights = {name: math.prod(shape) for name, shape in shapes.items()}
+        dense = [plan.shapes[name] for name, spec in plan.specs.items() if not spec.is_quantized]
+        chosen = [name for name in specs if kinds is None or tensor_kind(name) in kinds]
+        trained = sum(weights[name] for name in chosen)
+        layers = list(model.get_decoder().layers)
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        queries, keys = width * config.num_attention_heads, width * kv_heads
+        return cls(
+            quantized=sum(weights.values()),
+            trained=trained,
+            latent=trained if moves_weights else 0,
+            trained_parts=sum(parts[name] for name in chosen),
+            parts=sum(parts.values()),
+            dense=plan.num_weights - sum(weights.values()),
+            file_bytes=plan.file_bytes,
+            largest=max(weights.values(), default=0),
+            largest_dense=max(map(math.prod, dense), default=0),
+            layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+            num_layers=len(layers),
+            kept=4 * config.hidden_size + 2 * queries + 2 * keys + 4 * config.intermediate_size,
+            hidden=config.hidden_size,
+            vocab=config.vocab_size,
+            kv=2 * keys * len(layers),
+            context=getattr(config, "max_position_embeddings", 0) or 0,
+        )
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Return the bytes of the KV cache of one sequence of the model's full length."""
+        return KV_BYTES * self.kv * self.context
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Situation:
+    """Where and how a command runs."""
+
+    dtype: torch.dtype
+    batch_size: int
+    """Sequences of a micro-batch, of all processes."""
+    seq_len: int
+    num_processes: int = 1
+    is_split: bool = False
+    """Whether processes hold some rows of each weight (--shard)."""
+    recomputes: bool = False
+    """Gradient checkpointing."""
+    total_bytes: int | None = None
+    """Of the device."""
+    has_process: bool = True
+    """Whether the process itself is in the device's memory, as on a CPU."""
+    keeps_states: bool = True
+    """Whether states to resume from are copied to the same memory, as on a CPU."""
+
+    @classmethod
+    def on(cls, place: Place, **settings: int) -> "Situation":
+        """Return the situation of one process on a device; `settings` are other fields."""
+        is_host = place.device.shares_host_memory
+        known = {"has_process": is_host, "keeps_states": is_host}
+        total = place.device.total_bytes()
+        return cls(dtype=place.dtype, total_bytes=total, **{**known, **settings})
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of a micro-batch that one process reads."""
+        return -(-self.batch_size // self.num_processes) * self.seq_len
+
+
+def predict_memory(sizes: ModelSizes, there: Situation) -> dict[str, int]:
+    """Return the peak bytes of one process of each command."""
+    counts = {
+        "quantize": quantize_bytes(sizes, there) + FIT_LIBRARIES_BYTES * there.has_process,
+        "build-cache": cache_bytes(sizes, there),
+        "train": training_bytes(sizes, there),
+        "layer-wise": layerwise_bytes(sizes, there),
+        "evaluate": evaluation_bytes(sizes, there),
+    }
+    rest = SCRATCH_BYTES + PROCESS_BYTES * there.has_process
+    return {mode: round(count + rest) for mode, count in counts.items()}
+
+
+def quantize_bytes(sizes: ModelSizes, there: Situation) -> float:
+    """Return what `qat init-student --fit moments --no-eval` holds."""
+    return sizes.file_bytes + max(
+        4 * FIT_COPIES * sizes.largest, there.dtype.itemsize * sizes.layer
+    )
+
+
+def evaluation_bytes(sizes: ModelSizes, there: Situation) -> float:
+    """Return what `qat evaluate` of a student holds."""
+    return student_bytes(sizes, there) + held_bytes(sizes, there) + logit_bytes(sizes, there)
+
+
+def cache_bytes(sizes: ModelSizes, there: Situation) -> float:
+    """Return what `qat build-cache` with the full-precision model holds."""
+    teacher = there.dtype.itemsize * (sizes.quantized + sizes.dense)
+    return teacher + 4 * CACHE_TOKENS * sizes.vocab
+
+
+def training_bytes(sizes: ModelSizes, there: Situation) -> float:
+    """Return what `qat train` end to end holds of the model, of what trains and of a step."""
+    width, share = there.dtype.itemsize, there.num_processes if there.is_split else 1
+    moved = sizes.latent + sizes.trained_parts
+    looked_up = 2 * (sizes.trained - sizes.latent)  # grid values in float16
+    model = (indices_bytes(sizes) + looked_up) / share + 4 * sizes.parts + width * sizes.dense
+    held, gradients = width * sizes.quantized, width * sizes.trained
+    if there.is_split:
+        held = 4 * sizes.quantized / share + width * sizes.layer
+        gradients = 4 * sizes.trained / share + width * sizes.layer
+    step = gradients + activation_bytes(sizes, there) + logit_bytes(sizes, there)
+    state = STATE_BYTES * moved / share if there.keeps_states else 0
+    return model + held + ADAM_BYTES * moved / share + max(step, state)
+
+
+def layerwise_bytes(sizes: ModelSizes, there: Situation) -> float:
+    """Return what the stage `--layerwise.sequences` of `qat train` holds."""
+    width = there.dtype.itemsize
+    student = indices_bytes(sizes) + 4 * sizes.parts + width * (sizes.dense + sizes.quantized)
+    teacher = width * (sizes.quantized + sizes.dense)
+    one = (BLOCK_BYTES + width) * sizes.layer + activation_bytes(sizes, there) / sizes.num_layers
+    return student + teacher + one
+
+
+def indices_bytes(sizes: ModelSizes) -> int:
+    """Return what latent weights take, and the indices of weights that do not move."""
+    return 4 * sizes.latent + sizes.quantized - sizes.latent
+
+
+def student_bytes(sizes: ModelSizes, there: Situation) -> float:
+    """Return what a student holds whose indices do not move."""
+    return sizes.quantized + 4 * sizes.parts + there.dtype.itemsize * sizes.dense
+
+
+def held_bytes(sizes: ModelSizes, there: Situation) -> float:
+    """Return what weights take that are formed once, or else one at a time."""
+    whole = there.dtype.itemsize * sizes.quantized
+    has_room = there.total_bytes is None or whole <= HELD_SHARE * there.total_bytes
+    return whole if has_room else there.dtype.itemsize * sizes.largest
+
+
+def logit_bytes(sizes: ModelSizes, there: Situation) -> float:
+    """Return what a chunk of logits takes on its way to a loss and back."""
+    return 4 * LOGIT_COPIES * min(there.tokens, CHUNK_TOKENS) * sizes.vocab
+
+
+def activation_bytes(sizes: ModelSizes, there: Situation) -> float:
+    """Return what the decoder layers keep for the backward pass."""
+    numbers = sizes.num_layers * sizes.kept
+    if there.recomputes:
+        numbers = sizes.num_layers * sizes.hidden + sizes.kept
+    return there.dtype.itemsize * there.tokens * numbers
