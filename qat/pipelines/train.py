@@ -35,6 +35,7 @@ from qat.pipelines.open_checkpoint import (
     open_checkpoint,
 )
 from qat.pipelines.place import Place
+from qat.pipelines.split_choice import needs_split
 from qat.runtime import distributed
 from qat.runtime.device import dtype_name, seeded
 from qat.runtime.distributed import from_first, own_part
@@ -108,7 +109,7 @@ def train(config: TrainConfig) -> TrainResult:
     with distributed.joined(run.place.device), lock_once(config.output_dir), seed:
         summary = from_first(partial(look_up, run))
         if summary is None:
-            summary = take_run(run)
+            summary = take_run(as_divided(run))
         else:
             say(f"{config.output_dir} is already complete: nothing to do")
         copies.push()
@@ -161,6 +162,12 @@ def open_run(config: TrainConfig) -> Run:
         identity=identity,
         copies=copies,
     )
+
+
+def as_divided(run: Run) -> Run:
+    """Return a run whose processes hold rows of weights where they have to."""
+    split = partial(needs_split, run.config, run.student, run.cache, run.place)
+    return replace(run, config=replace(run.config, shard=from_first(split)))
 
 
 def take_run(run: Run) -> dict[str, Any]:

@@ -25,6 +25,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0)) if is_launched() else 0
 
 
+def num_local_processes() -> int:
+    """Return how many of them are on this machine; all where the launcher does not tell."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes())) if is_launched() else 1
+
+
 def is_first() -> bool:
     """Return whether this process writes, tracks and speaks for all."""
     return rank() == 0

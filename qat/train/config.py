@@ -239,7 +239,8 @@ class TrainConfig(PlaceConfig):
     """Lengths of sequences as length:first step, such as 64:0,128:1000."""
     shard: bool = False
     """Processes of torchrun hold some rows of every quantized weight each, with what trains of it
-    and its optimizer state, and gather it decoder layer by decoder layer; otherwise all of them."""
+    and its optimizer state, and gather it decoder layer by decoder layer; otherwise all of them,
+    unless by prediction their devices do not hold that."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     seed: int = 0

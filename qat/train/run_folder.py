@@ -1,7 +1,7 @@
 """A run as a folder: what decides it, whether it is finished, what it leaves behind."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,9 @@ from qat.cache.read import CacheBatch, TeacherCache, shuffled_batches
 from qat.distill.candidates import draw_negatives, with_negatives
 from qat.distill.objective import TEXT_LOSS, make_divergence
 from qat.distill.teacher import TeacherSignal, text_signal
+from qat.grids.scales import TensorScale
 from qat.model.surgery import has_low_rank_scales, hold_weights
+from qat.quant.spec import TensorSpec
 from qat.runtime import distributed
 from qat.runtime.launch import num_processes
 from qat.tracking.record import SETTINGS, config_as_json, flat_settings, read_config, read_summary
@@ -204,6 +206,11 @@ def check_processes(config: TrainConfig) -> None:
 def is_split(config: TrainConfig) -> bool:
     """Return whether processes hold some rows of each weight."""
     return config.shard and num_processes() > 1
+
+
+def splittable(specs: Iterable[TensorSpec]) -> bool:
+    """Return whether weights in these formats can be split by rows."""
+    return not any(isinstance(spec.scale, TensorScale) for spec in specs)
 
 
 def check_content(config: TrainConfig, content: str) -> None:
