@@ -32,6 +32,7 @@ OWNERS = {
     "mlx": ("export/to_mlx.py",),
     "coremltools": ("export/to_coreml",),
     "compressed_tensors": ("export/to_compressed_tensors.py",),
+    "lm_eval": ("evaluate/tasks.py",),
 }
 DEVICE_NAMES = re.compile(r"torch\.(cuda|mps|tpu|xpu|accelerator|backends\.(cuda|mps))\b")
 DEVICE_WORDS = {"cuda", "mps", "xla", "tpu"}

@@ -347,6 +347,38 @@ def tiny_shards(folder: Path, **changes) -> Path:
     return Path(tokenize(TokenizeConfig(**{**settings, **changes})).shards)
 
 
+QUESTIONS = [
+    {"question": f"the {thing} sees", "choices": ["a red boat", "two birds", "it"], "label": label}
+    for thing, label in zip(("cat", "dog", "bird", "boat", "old man"), (0, 2, 1, 1, 0), strict=True)
+]
+
+
+def tiny_task(folder: Path) -> Path:
+    """Write `QUESTIONS` as a task of lm-eval, animals, and return its YAML file."""
+    data = write_jsonl(folder / "questions.jsonl", QUESTIONS)
+    file = folder / "animals.yaml"
+    file.write_text(
+        f"""task: animals
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}, train: {data}}}
+  cache_dir: {folder / "cache"}
+test_split: test
+fewshot_split: train
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: label
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+metadata:
+  version: 3.0
+"""
+    )
+    return file
+
+
 def random_tensor(name, *, seed=0, rows=3, blocks=2):
     """Return a weight of GGUF type `name`: all indices, scales of either sign where there are."""
     from qat.quant.quantized_tensor import QuantizedTensor

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qat.runtime.config import PlaceConfig, require_at_least
+from qat.runtime.config import PlaceConfig, require_at_least, split_list
 from qat.storage.addresses import TAKES_ADDRESS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig(PlaceConfig):
-    """Measure a student on a cache's held-out split, or any model on texts."""
+    """Measure a student on a cache's held-out split, or any model on texts and tasks."""
 
     checkpoint: str
     """Native folder, run folder (its best), `.pt` file with its config.json, a model folder, or
@@ -28,8 +28,13 @@ class EvaluateConfig(PlaceConfig):
     """Texts to measure perplexity on, NAME=SOURCE or SOURCE each: json, jsonl, parquet or text
     files, folders or hub names, such as wiki=Salesforce/wikitext:wikitext-2-raw-v1:test. Documents
     are joined by an empty line."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval, such as arc_easy,hellaswag or mmlu_*, or YAML files of tasks; needs the
+    package lm-eval."""
+    num_fewshot: int | None = None
+    """Solved examples in each prompt of --tasks; as each task says when not given."""
     text_column: str = "text"
-    """Field of their records that holds text."""
+    """Field of records that holds text, for --perplexity."""
     window: int = 1024
     """Tokens of a window of --perplexity, BOS included; its first token is context."""
     stride: int | None = None
@@ -38,16 +43,22 @@ class EvaluateConfig(PlaceConfig):
     seq_len: int = 64
     """Tokens of a block of --text."""
     num_sequences: int | None = None
-    """Sequences or blocks at most; all when not given."""
+    """Sequences, blocks or questions of a task at most; all when not given."""
     batch_size: int = 16
     """Sequences of a forward pass."""
 
     def __post_init__(self) -> None:
-        given = (self.cache_dir is not None, self.text is not None, bool(self.perplexity))
-        if sum(given) != 1:
-            raise ValueError("give one of --cache-dir, --text and --perplexity to measure on")
-        if self.perplexity and self.teacher:
-            raise ValueError("--perplexity needs no teacher; leave out --teacher, or use --text")
+        texts = self.text is not None, bool(self.perplexity)
+        if sum((self.cache_dir is not None, *texts, bool(self.tasks))) != 1:
+            raise ValueError(
+                "give one of --cache-dir, --text, --perplexity and --tasks to measure on"
+            )
+        if self.teacher and (self.perplexity or self.tasks):
+            flag = "--perplexity" if self.perplexity else "--tasks"
+            raise ValueError(f"{flag} needs no teacher; leave out --teacher, or use --text")
+        if self.num_fewshot is not None and not self.tasks:
+            raise ValueError(f"--num-fewshot {self.num_fewshot} is of --tasks; name tasks as well")
+        require_at_least(0, self, "num_fewshot")
         require_at_least(1, self, "num_sequences", "batch_size", "stride")
         require_at_least(2, self, "seq_len", "window")
 
@@ -55,3 +66,8 @@ class EvaluateConfig(PlaceConfig):
     def used_stride(self) -> int:
         """Return the tokens between the starts of windows."""
         return self.window // 2 if self.stride is None else self.stride
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Return the tasks one by one."""
+        return split_list(self.tasks)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.evaluate.kl import LazyTeacher, Numbers, evaluate_batches
+from qat.runtime.distributed import share
 
 BATCH_TOKENS = 8192  # of a forward pass
 JOINT = "\n\n"  # between the documents of a file
@@ -59,17 +60,25 @@ def cut_windows(
 
 
 def perplexity_of_windows(
-    model: nn.Module, ids: Tensor, counts: Tensor, *, device: torch.device
+    model: nn.Module,
+    ids: Tensor,
+    counts: Tensor,
+    *,
+    device: torch.device,
+    is_shared: bool = False,
 ) -> Numbers:
     """Return perplexity, its standard error over windows, and how many tokens it is of.
 
-    `ids` and `counts` are those of `cut_windows`; the model is on the device, in eval mode.
+    `ids` and `counts` are those of `cut_windows`; the model is on the device, in eval mode. With
+    `is_shared`, processes that work together measure a part each.
     """
     batch_size = max(1, BATCH_TOKENS // ids.shape[1])
+    starts = range(0, len(ids), batch_size)
 
     def batches() -> Iterator[tuple[Tensor, LazyTeacher]]:
-        for part, mask in zip(ids.split(batch_size), counts.split(batch_size), strict=True):
-            yield part.to(device), LazyTeacher(mask.to(device))
+        for start in share(starts) if is_shared else starts:
+            rows = slice(start, start + batch_size)
+            yield ids[rows].to(device), LazyTeacher(counts[rows].to(device))
 
-    values = evaluate_batches(model, batches(), description="perplexity")
+    values = evaluate_batches(model, batches(), description="perplexity", is_shared=is_shared)
     return {name: values[name] for name in ("perplexity", "perplexity_stderr", "tokens")}

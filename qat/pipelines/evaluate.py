@@ -1,5 +1,7 @@
-"""Measure a student, or any model, on a cache or a text."""
+"""Measure a student, or any model, on a cache, texts or tasks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from qat.data.text import bos_id, require_known_ids, text_blocks
 from qat.evaluate.config import EvaluateConfig
 from qat.evaluate.on_cache import evaluate_on_cache
 from qat.evaluate.on_text import evaluate_on_text, require_equal_widths
+from qat.evaluate.tasks import TaskNumbers, load_tasks, measure_tasks
 from qat.evaluate.windows import JOINT
 from qat.export.from_gguf import gguf_contents
 from qat.export.to_gguf import SUFFIX as GGUF_SUFFIX
@@ -25,6 +28,8 @@ from qat.pipelines.open_checkpoint import Checkpoint, load_model, open_checkpoin
 from qat.pipelines.perplexity import PerplexityResult, read_domains
 from qat.pipelines.place import Place
 from qat.runtime.distributed import joined
+from qat.runtime.launch import num_processes
+from qat.runtime.packages import installed_version
 from qat.tracking.messages import say
 
 
@@ -61,13 +66,32 @@ class EvaluateResult:
     bits_per_weight_model: float | None
 
 
-def evaluate(config: EvaluateConfig) -> EvaluateResult | PerplexityResult:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TasksResult:
+    """What a model gets on tasks of lm-eval, with the convention that it is measured by."""
+
+    tasks: dict[str, TaskNumbers]
+    """By name, of groups too: lm-eval's metrics and their standard errors; num_fewshot, examples
+    measured, version of the task."""
+    lm_eval: str | None
+    """Version of lm-eval."""
+    bos: bool
+    """Whether each prompt starts with BOS; none is put into a chat template."""
+    bits_per_weight: float | None
+    """Of quantized layers."""
+    bits_per_weight_mlp: float | None
+    bits_per_weight_model: float | None
+
+
+def evaluate(config: EvaluateConfig) -> EvaluateResult | PerplexityResult | TasksResult:
     """Load a model, measure it, return its numbers."""
     place = Place.of(config)
     device, dtype = place.device, place.dtype
     opened = open_checkpoint(config.checkpoint, model_id=config.model_id)
     if config.perplexity:
         return measure_perplexity(config, opened, place)
+    if config.tasks:
+        return measure_on_tasks(config, opened, place)
     options = {"device": device.torch_device, "dtype": dtype, "batch_size": config.batch_size}
     require_same_vocabulary(config, opened.text_folder)
     if config.cache_dir is None:
@@ -104,12 +128,11 @@ def measure_perplexity(
         stride=stride,
         text_column=config.text_column,
     )
-    model, sizes = load_with_sizes(opened, place.dtype)
-    with dense_parts_in(model, place.dtype), place.device.hosting(model):
+    torch_device = place.device.torch_device
+    with joined(place.device), formed(opened, place) as (model, sizes):
         if not place.device.compiles_steps:
             require_separable_head(model)
-        hold_weights(model, place.dtype)
-        found = {one.name: one.measure(model, place.device.torch_device) for one in domains}
+        found = {one.name: one.measure(model, torch_device, is_shared=True) for one in domains}
     return PerplexityResult(
         domains=found,
         window=config.window,
@@ -118,6 +141,38 @@ def measure_perplexity(
         joined_by=JOINT,
         **sizes,
     )
+
+
+def measure_on_tasks(config: EvaluateConfig, opened: Checkpoint, place: Place) -> TasksResult:
+    """Return a model's numbers on each of the tasks, whose data is looked up first."""
+    if num_processes() > 1:
+        raise ValueError(f"--tasks {' '.join(config.tasks)}: call it without torchrun")
+    tasks, tokenizer = load_tasks(config.task_names), load_tokenizer(opened.text_folder)
+    # Every prompt has another length.
+    with formed(opened, Place(place.device.eager(), place.dtype)) as (model, sizes):
+        found = measure_tasks(
+            model,
+            tokenizer,
+            tasks,
+            num_fewshot=config.num_fewshot,
+            num_examples=config.num_sequences,
+            batch_size=config.batch_size,
+        )
+    return TasksResult(
+        tasks=found,
+        lm_eval=installed_version("lm_eval"),
+        bos=bos_id(tokenizer) is not None,
+        **sizes,
+    )
+
+
+@contextmanager
+def formed(opened: Checkpoint, place: Place) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """Give a model on its device, its weights formed once, and its bits per weight."""
+    model, sizes = load_with_sizes(opened, place.dtype)
+    with dense_parts_in(model, place.dtype), place.device.hosting(model):
+        hold_weights(model, place.dtype)
+        yield model, sizes
 
 
 def load_with_sizes(opened: Checkpoint, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:

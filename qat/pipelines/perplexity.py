@@ -1,5 +1,6 @@
 """Perplexity on text files, each a domain of its own."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from qat.data.records import read_records, source_name
 from qat.data.text import bos_id
 from qat.evaluate.kl import Numbers
 from qat.evaluate.windows import JOINT, cut_windows, perplexity_of_windows
+from qat.runtime.config import split_list
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,9 +46,24 @@ class Domain:
     counts: torch.Tensor
     """(N, W - 1) bool."""
 
-    def measure(self, model: nn.Module, device: torch.device) -> Numbers:
-        """Return a model's numbers; it is on the device, in eval mode."""
-        return perplexity_of_windows(model, self.ids, self.counts, device=device)
+    def measure(
+        self, model: nn.Module, device: torch.device, *, is_shared: bool = False
+    ) -> Numbers:
+        """Return a model's numbers; it is on the device, in eval mode.
+
+        With `is_shared`, processes that work together measure a part each.
+        """
+        return perplexity_of_windows(
+            model, self.ids, self.counts, device=device, is_shared=is_shared
+        )
+
+
+def perplexities(
+    domains: Iterable[Domain], model: nn.Module, device: torch.device, *, is_shared: bool
+) -> dict[str, float]:
+    """Return the perplexity of each domain by the name that a run records it under."""
+    measured = {one.name: one.measure(model, device, is_shared=is_shared) for one in domains}
+    return {f"{name}/perplexity": found["perplexity"] for name, found in measured.items()}
 
 
 def read_domains(
@@ -57,14 +74,14 @@ def read_domains(
     stride: int,
     text_column: str = "text",
 ) -> list[Domain]:
-    """Return the domains of sources, each given as NAME=SOURCE or SOURCE alone.
+    """Return the domains of sources, each given as NAME=SOURCE or SOURCE alone; commas part them.
 
     Raises:
         ValueError: If two have one name, or one has less than two tokens.
         FileNotFoundError: If there is no such source.
     """
     domains: dict[str, Domain] = {}
-    for given in sources:
+    for given in split_list(sources):
         name, source = named_source(given)
         if name in domains:
             raise ValueError(f"two texts are called {name}; name them as NAME=FILE")

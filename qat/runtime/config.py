@@ -1,6 +1,8 @@
 """What several commands are told alike; imports no torch, so that help is quick."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,3 +22,13 @@ def require_at_least(least: int, config: object, *names: str, group: str = "") -
         if value is not None and value < least:
             flag = f"{group}.{name}".lstrip(".").replace("_", "-")
             raise ValueError(f"--{flag} {value} must be {least} or more")
+
+
+def split_list(values: Iterable[str]) -> tuple[str, ...]:
+    """Return values that a flag was given with spaces or commas between; a path stays whole."""
+    found: list[str] = []
+    for value in values:
+        paths = (value, value.partition("=")[2] or value)
+        is_whole = any(Path(path).exists() for path in paths)
+        found += [value] if is_whole else [part for part in value.split(",") if part]
+    return tuple(found)

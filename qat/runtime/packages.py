@@ -57,6 +57,7 @@ OPTIONAL = (
     "mlx",
     "coremltools",
     "compressed-tensors",
+    "lm_eval",
 )
 
 

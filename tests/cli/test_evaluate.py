@@ -100,7 +100,7 @@ def test_fewer_sequences_count_fewer_tokens(run, path, text):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({}, "give one of --cache-dir, --text and --perplexity"),
+        ({}, "give one of --cache-dir, --text, --perplexity and --tasks"),
         ({"cache_dir": "no/such/cache"}, "cache no/such/cache does not exist"),
         ({"checkpoint": "no/such/student", "text": "x"}, "no folder no/such/student"),
         ({"text": "no/such/text"}, "no/such/text: No such file or directory; check the path"),

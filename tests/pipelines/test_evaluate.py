@@ -14,7 +14,14 @@ import torch
 from qat.evaluate.config import EvaluateConfig
 from qat.export.to_gguf import export_to_gguf
 from qat.pipelines.evaluate import evaluate
-from tests.tiny import save_tiny, tiny_gemma, tiny_llama, tiny_student
+from tests.tiny import (
+    save_student,
+    save_tiny,
+    tiny_gemma,
+    tiny_llama,
+    tiny_student,
+    tiny_task,
+)
 
 JUDGE = Path(__file__).parents[2].parent / "shared" / "tools" / "kl.py"
 NEEDS_JUDGE = pytest.mark.skipif(not JUDGE.is_file(), reason=f"the judge {JUDGE} is not here")
@@ -85,6 +92,29 @@ def test_the_same_holds_for_a_gguf_file(tmp_path):
     found = evaluate(config)
     require_agreement(found, judged(teacher, text, file))
     assert 4.5 < found.bits_per_weight_model < 8.5
+
+
+@pytest.mark.parity
+def test_tasks_of_a_gguf_file_are_those_of_its_student(tmp_path):
+    """Read back by us; the number of solved examples and the bits are a part of the result."""
+    base = save_tiny(tmp_path / "base", tiny_llama())
+    student = tiny_student("llama", "gguf:q4_0")
+    save_student(tmp_path / "student", student, base, plan="gguf:q4_0")
+    export_to_gguf(student, tmp_path / "student.gguf", text_source=base, head="f16")
+    tasks, quick = (str(tiny_task(tmp_path)),), {"device": "cpu", "dtype": "fp32"}
+    found = [
+        evaluate(
+            EvaluateConfig(
+                checkpoint=str(path), model_id=str(base), tasks=tasks, num_fewshot=1, **quick
+            )
+        )
+        for path in (tmp_path / "student", tmp_path / "student.gguf")
+    ]
+    assert found[0].tasks == found[1].tasks
+    assert found[0].tasks["animals"]["num_fewshot"] == 1
+    assert not found[0].bos
+    assert found[0].lm_eval >= "0.4.13"
+    assert found[0].bits_per_weight < 5
 
 
 def test_the_result_is_frozen_and_ordered(folders):

@@ -9,6 +9,7 @@ from qat.evaluate.windows import cut_windows, perplexity_of_windows
 from qat.model.load import load_dense
 from qat.pipelines.evaluate import evaluate
 from qat.pipelines.perplexity import named_source, read_domains
+from qat.runtime.config import split_list
 from tests.tiny import (
     save_student,
     save_tiny,
@@ -72,6 +73,16 @@ def test_windows_start_with_bos_where_the_tokenizer_puts_it(folder):
     assert domain.ids.shape[1] == 16
 
 
+def test_commas_part_texts_as_spaces_do(folder):
+    """But not the parts of a path, which stays whole."""
+    more, words = str(folder / "more.txt"), str(folder / "words.jsonl")
+    comma = folder / "one,two.txt"
+    comma.write_text("two small birds")
+    assert split_list((f"a={more},{words}", f"b={comma}")) == (f"a={more}", words, f"b={comma}")
+    found = read_domains((f"a={more},{words}",), tiny_tokenizer(), window=16, stride=4)
+    assert [domain.name for domain in found] == ["a", "words"]
+
+
 def test_names_are_given_or_those_of_files(folder):
     """A path that holds `=` is a path."""
     odd = folder / "a=b.txt"
@@ -88,7 +99,8 @@ def test_names_are_given_or_those_of_files(folder):
     [
         ({"stride": 64}, "more.txt: --stride 64 must be within 1 and 32"),
         ({"teacher": "x"}, "--perplexity needs no teacher"),
-        ({"perplexity": ()}, "give one of --cache-dir, --text and --perplexity"),
+        ({"num_fewshot": 2}, "--num-fewshot 2 is of --tasks"),
+        ({"perplexity": ()}, "give one of --cache-dir, --text, --perplexity and --tasks"),
     ],
 )
 def test_what_does_not_fit_is_refused(folder, changes, said):
