@@ -154,7 +154,8 @@ def make_model(config: MilestoneConfig) -> dict[str, Any]:
     from qat.pipelines.tokenize_text import tokenize
     from qat.pipelines.train_tokenizer import train_tokenizer
     from qat.train.config import IntervalsConfig
-    from qat.train.pretrain_config import PretrainConfig, PretrainOptimConfig
+    from qat.train.dense_config import DenseOptimConfig
+    from qat.train.pretrain_config import PretrainConfig
 
     folder = config.output_dir
     data = str(folder / "text" / "all")
@@ -175,7 +176,7 @@ def make_model(config: MilestoneConfig) -> dict[str, Any]:
         seq_len=config.seq_len,
         batch_size=config.batch_size,
         max_steps=config.steps,
-        optim=PretrainOptimConfig(lr=2e-3, warmup_ratio=0.05),
+        optim=DenseOptimConfig(lr=2e-3, warmup_ratio=0.05),
         intervals=IntervalsConfig(eval_steps=max(1, config.steps // 8), eval_samples=32),
         **config.place,
     )

@@ -14,6 +14,7 @@ PIPELINES = {
     ),
     "tokenize": ("data.config:TokenizeConfig", "tokenize_text:tokenize"),
     "pretrain": ("train.pretrain_config:PretrainConfig", "pretrain:pretrain"),
+    "tune": ("train.tune_config:TuneConfig", "tune:tune"),
     "build-cache": ("cache.config:BuildCacheConfig", "build_cache:build_cache"),
     "inspect-cache": ("cache.config:InspectCacheConfig", "inspect_cache:inspect_cache"),
     "convert-cache": ("cache.config:ConvertCacheConfig", "convert_cache:convert_cache"),
@@ -45,7 +46,8 @@ PIPELINES = {
     "doctor": ("pipelines.doctor:DoctorConfig", "doctor:examine"),
     "demo": ("pipelines.demo_config:DemoConfig", "demo:demo"),
 }
-SHARED = ("build-cache", "train", "evaluate")  # by the processes that torchrun starts
+# By the processes that torchrun starts.
+SHARED = ("build-cache", "train", "pretrain", "tune", "evaluate")
 
 
 def config_of(name: str) -> type:
@@ -62,6 +64,6 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
         config_of(name),
         pipeline,
         argv,
-        has_config_flag=name in ("train", "pretrain"),
+        has_config_flag=name in ("train", "pretrain", "tune"),
         is_shared=name in SHARED,
     )

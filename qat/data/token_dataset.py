@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qat.data.blocks import Blocks
 from qat.data.token_shards import (
     TOKENIZER_FOLDER,
     TokenManifest,
@@ -41,7 +42,7 @@ class TokenBatch(NamedTuple):
     document_ids: Tensor
     """(B, L) int64; equal ids = the same document."""
     mask: Tensor
-    """(B, T) bool; False where the next token begins another document."""
+    """(B, T) bool; False where the next token begins another document, or does not count."""
 
 
 class TokenDataset:
@@ -158,6 +159,31 @@ class TokenBlocks(torch.utils.data.Dataset[TokenBatch]):
         places = indices[:, None] * (self.seq_len - 1) + np.arange(self.seq_len)  # (B, L)
         token_ids, document_ids = map(torch.from_numpy, self.tokens.read(self.split, places))
         return TokenBatch(token_ids, document_ids, document_ids[:, 1:] == document_ids[:, :-1])
+
+
+class PackedBlocks(torch.utils.data.Dataset[TokenBatch]):
+    """The blocks of a split that are in memory, as `TokenBlocks` gives those of shards."""
+
+    def __init__(self, blocks: Blocks, split: Split) -> None:
+        """Look at a split of packed records."""
+        num_train = len(blocks) - blocks.num_heldout
+        rows = slice(num_train) if split == "train" else slice(num_train, None)
+        self.token_ids, self.document_ids = blocks.token_ids[rows], blocks.document_ids[rows]
+        self.loss_mask = blocks.loss_mask[rows]
+        self.seq_len = blocks.token_ids.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __getitems__(self, indices: Sequence[int]) -> TokenBatch:
+        """Return several blocks, as a `DataLoader` asks for a batch of them."""
+        return self.batch(np.asarray(indices))
+
+    def batch(self, indices: np.ndarray) -> TokenBatch:
+        """Return the blocks of some indices, (B,), in their order."""
+        rows = torch.from_numpy(indices)
+        token_ids, document_ids = self.token_ids[rows].long(), self.document_ids[rows].long()
+        return TokenBatch(token_ids, document_ids, self.loss_mask[rows][:, 1:])
 
 
 def shuffled_indices(

@@ -4,16 +4,16 @@ Open the student and its cache, choose what trains, take steps, keep the best, w
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from time import strftime
 from typing import Any
 
 from torch import nn
 
 from qat.cache.read import TeacherCache
+from qat.evaluate.kl import Numbers
 from qat.evaluate.on_cache import evaluate_on_cache
 from qat.legacy.fp16_snap import snap_student
 from qat.legacy.run_files import BEST_FILE, TIME_FORMAT, why_no_seed_files, write_seed_files
@@ -23,7 +23,7 @@ from qat.model.checkpoint import (
     student_tensors,
     write_checkpoint,
 )
-from qat.model.load import BaseWeights, load_dense
+from qat.model.load import BaseWeights, load_dense, load_tokenizer
 from qat.model.sharding import gather_in_use, split_parameters, split_rows
 from qat.model.surgery import has_low_rank_scales
 from qat.pipelines.open_cache import open_cache
@@ -34,17 +34,19 @@ from qat.pipelines.open_checkpoint import (
     latent_or_base_weights,
     open_checkpoint,
 )
+from qat.pipelines.perplexity import Domain, perplexities, read_domains
 from qat.pipelines.place import Place
+from qat.pipelines.runs import MeasuredResult, held_folder, open_run_tracker
 from qat.pipelines.split_choice import needs_split
 from qat.runtime import distributed
-from qat.runtime.device import dtype_name, seeded
+from qat.runtime.device import dtype_name
 from qat.runtime.distributed import from_first, own_part
-from qat.runtime.launch import is_first, rank
+from qat.runtime.launch import is_first
 from qat.storage.decode import as_type
-from qat.storage.files import folder_lock, sweep_leftovers, write_json
+from qat.storage.files import write_json
 from qat.tracking.messages import say
 from qat.tracking.record import CONFIG, SUMMARY
-from qat.tracking.sinks import Tracker, open_tracker
+from qat.tracking.sinks import Tracker
 from qat.train import run_folder
 from qat.train.config import TrainConfig
 from qat.train.copies import RunCopies
@@ -89,11 +91,13 @@ class Run:
     student: Checkpoint
     cache: TeacherCache
     eval_cache: TeacherCache
+    domains: list[Domain]
+    """Texts that are measured in addition to the cache's held-out split."""
     identity: dict[str, Any]
     copies: RunCopies
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig) -> TrainResult | MeasuredResult:
     """Distil a teacher's cache into a student, or find the run already complete.
 
     Raises:
@@ -102,33 +106,40 @@ def train(config: TrainConfig) -> TrainResult:
         FileNotFoundError: If student or cache is not there.
     """
     run = open_run(config)
-    config, copies = run.config, run.copies
-    run_folder.finished_run(config.output_dir, run.identity)  # refuse before the folder is touched
-    # Dropout of each process has draws of its own.
-    seed = seeded(run.place.device.torch_device, config.seed + rank())
-    with distributed.joined(run.place.device), lock_once(config.output_dir), seed:
-        summary = from_first(partial(look_up, run))
+    if run.config.eval_only:
+        return measure(run)
+    with held_folder(run.config, run.identity, run.place.device, run.copies) as summary:
         if summary is None:
             summary = take_run(as_divided(run))
-        else:
-            say(f"{config.output_dir} is already complete: nothing to do")
-        copies.push()
-        if copies.places and is_first():
-            say(f"copied to {copies.places}")
-    values = {"checkpoint": str(config.output_dir / BEST_NAME), **summary}
-    return as_type(values, TrainResult, config.output_dir / SUMMARY)
+    folder = run.config.output_dir
+    values = {"checkpoint": str(folder / BEST_NAME), **summary}
+    return as_type(values, TrainResult, folder / SUMMARY)
 
 
-def look_up(run: Run) -> dict[str, Any] | None:
-    """Return the summary of a run that has ended, in its folder, freed of what a kill left."""
-    run.copies.bring()
-    sweep_leftovers(run.config.output_dir)
-    return run_folder.finished_run(run.config.output_dir, run.identity)
+def measure(run: Run) -> MeasuredResult:
+    """Measure the run's best student, or the one that it starts from, without training."""
+    with distributed.joined(run.place.device):
+        from_first(run.copies.bring)
+        best = run.config.output_dir / BEST_NAME
+        student = open_checkpoint(best) if best.is_dir() else run.student
+        model = student.load(dtype=run.place.dtype)
+        with run.place.device.hosting(model):
+            numbers = held_out_numbers(run, model)
+    return MeasuredResult(checkpoint=str(student.path), numbers=numbers)
 
 
-def lock_once(folder: Path) -> AbstractContextManager[None]:
-    """Hold the lock of a run's folder, in the first of its processes for all of them."""
-    return folder_lock(folder) if is_first() else nullcontext()
+def held_out_numbers(run: Run, model: nn.Module, *, is_shared: bool = True) -> Numbers:
+    """Return a student's numbers on the cache's held-out split and the texts, in eval mode."""
+    numbers = evaluate_on_cache(
+        model,
+        run.eval_cache,
+        device=run.place.device.torch_device,
+        dtype=run.place.dtype,
+        num_sequences=run.config.intervals.eval_samples,
+        is_shared=is_shared,
+    )
+    device = run.place.device.torch_device
+    return numbers | perplexities(run.domains, model, device, is_shared=is_shared)
 
 
 def open_run(config: TrainConfig) -> Run:
@@ -144,6 +155,12 @@ def open_run(config: TrainConfig) -> Run:
     run_folder.check_processes(config)
     run_folder.check_lengths(config, cache.seq_len)
     run_folder.check_content(config, cache.manifest.identity.content)
+    domains = read_domains(
+        config.eval_sets,
+        load_tokenizer(student.text_folder),
+        window=cache.seq_len,
+        stride=max(1, cache.seq_len // 2),
+    )
     identity = run_folder.run_identity(
         config,
         header.sha256,
@@ -159,6 +176,7 @@ def open_run(config: TrainConfig) -> Run:
         student=student,
         cache=cache,
         eval_cache=eval_cache,
+        domains=domains,
         identity=identity,
         copies=copies,
     )
@@ -199,7 +217,7 @@ def take_run(run: Run) -> dict[str, Any]:
     if resumes:
         progress = read_state(folder, trainer)
         say(f"resuming from step {progress.step}")
-    track = open_run_tracker(config, record, progress)
+    track = open_run_tracker(folder, config.tracking, record, progress)
     made_by = {"command": run_folder.COMMAND, **run.identity}
     header = replace(header, cache_fingerprint=run.cache.fingerprint, made_by=made_by)
     keep = partial(write_student, run, trainer, header)
@@ -220,16 +238,6 @@ def take_run(run: Run) -> dict[str, Any]:
     summary = run_folder.summary_of(progress) | bits_per_weight(model)
     track.finish(summary)
     return summary
-
-
-def open_run_tracker(config: TrainConfig, record: dict[str, Any], progress: Progress) -> Tracker:
-    """Return what sends a run's numbers, of several processes in the first."""
-    if not is_first():
-        return Tracker([])
-    resume_step = progress.step or None
-    return open_tracker(
-        config.output_dir, record, resume_step=resume_step, **config.tracking.sinks()
-    )
 
 
 @contextmanager
@@ -326,14 +334,7 @@ def make_hooks(
 
     def evaluate() -> dict[str, Any]:
         with trainer.averaged(), mode(trainer.model, is_training=False):
-            return evaluate_on_cache(
-                trainer.model,
-                run.eval_cache,
-                device=run.place.device.torch_device,
-                dtype=run.place.dtype,
-                num_sequences=config.intervals.eval_samples,
-                is_shared=not trainer.split,
-            )
+            return held_out_numbers(run, trainer.model, is_shared=not trainer.split)
 
     def save(progress: Progress) -> None:
         if config.intervals.keep_checkpoints is not None:

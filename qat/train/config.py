@@ -212,6 +212,11 @@ class TrainConfig(PlaceConfig):
     copies in caches, which take half of the free disk at most."""
     eval_cache_dir: Path | None = field(default=None, metadata=TAKES_ADDRESS)
     """Another cache of the same teacher that measures in its place."""
+    eval_sets: tuple[str, ...] = ()
+    """Texts whose perplexity is measured as well, NAME=SOURCE or SOURCE each, as `qat evaluate
+    --perplexity` takes them, in windows as long as the cache's sequences."""
+    eval_only: bool = False
+    """Measure the run's best student, or the one to start from where there is none, and stop."""
     output_dir: Path = field(metadata=TAKES_ADDRESS)
     """Folder of the run: record, best and final student, state to resume from. Or an address, such
     as s3://bucket/run: the run works in a folder in runs, is copied there with each state, and

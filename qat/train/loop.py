@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qat.runtime.launch import num_processes
 from qat.tracking.record import kl_name
 from qat.train.config import TrainConfig
-from qat.train.pretrain_config import PretrainConfig
+from qat.train.dense_config import DenseConfig
 from qat.train.state import Progress
 from qat.train.step import Batch, Trainer
 
@@ -62,7 +61,7 @@ class Report:
 def train_end_to_end(
     trainer: Trainer,
     batches_from: Callable[[int], Iterator[Batch]],
-    config: TrainConfig | PretrainConfig,
+    config: TrainConfig | DenseConfig,
     hooks: Hooks,
     progress: Progress | None = None,
 ) -> Progress:
@@ -95,7 +94,7 @@ def train_end_to_end(
 def take_steps(
     trainer: Trainer,
     batches: Iterator[Batch],
-    config: TrainConfig | PretrainConfig,
+    config: TrainConfig | DenseConfig,
     hooks: Hooks,
     progress: Progress | None,
 ) -> Progress:
@@ -127,7 +126,7 @@ def take_steps(
         micro_batches = [next(batches) for _ in range(config.accumulation_steps)]
         report = Report(*trainer.step(micro_batches, rate, hard_weight))
         progress.step += 1
-        progress.tokens_seen += count_tokens(micro_batches, config.batch_size)
+        progress.tokens_seen += sum(batch.num_tokens for batch in micro_batches)
         progress.seconds = clock.seconds()
         bar.update()
         if is_due(progress.step, config.intervals.log_steps) or progress.step == config.max_steps:
@@ -139,13 +138,6 @@ def take_steps(
             bar.set_postfix(loss=f"{progress.last_loss:.4f}", tokens_per_second=speed)
     bar.close()
     return progress
-
-
-def count_tokens(micro_batches: list[Batch], batch_size: int) -> int:
-    """Return the tokens of micro-batches, of which several processes have a share each."""
-    if num_processes() == 1:
-        return sum(batch.token_ids.numel() for batch in micro_batches)
-    return sum(batch.token_ids.shape[1] for batch in micro_batches) * batch_size
 
 
 def is_due(step: int, every: int) -> bool:

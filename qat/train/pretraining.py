@@ -4,23 +4,25 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from qat.data.token_dataset import TokenBatch, TokenBlocks, TokenDataset, shuffled_indices
+from qat.data.token_dataset import PackedBlocks, TokenBatch, TokenBlocks, shuffled_indices
 from qat.distill.objective import TEXT_LOSS, make_divergence
 from qat.distill.teacher import text_signal
 from qat.runtime.device import loader_settings
+from qat.runtime.distributed import share
 from qat.train.config import RateConfig
+from qat.train.dense_config import DenseConfig
 from qat.train.ema import MovingAverage
-from qat.train.pretrain_config import PretrainConfig
 from qat.train.step import Batch, Trainer, loss_scaler
 from qat.train.trainable import choose_dense, enable_gradient_checkpointing, make_optimizer
 
 
 def make_pretrainer(
-    config: PretrainConfig, model: nn.Module, dtype: torch.dtype, *, sync: Callable[[], None]
+    config: DenseConfig, model: nn.Module, dtype: torch.dtype, *, sync: Callable[[], None]
 ) -> Trainer:
     """Let all of a float32 model train and return what a step works with."""
     optim, chosen = config.optim, choose_dense(model)
@@ -48,17 +50,27 @@ def moving_average(optim: RateConfig, parameters: list[nn.Parameter]) -> MovingA
     return MovingAverage(parameters, optim.ema_decay) if optim.ema_decay else None
 
 
+def own_indices(batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield this process's share of each micro-batch's blocks."""
+    for whole in batches:
+        yield whole[share(range(len(whole)))]
+
+
 def as_it_is(batch: TokenBatch) -> TokenBatch:
     """Return a batch that was read as one."""
     return batch
 
 
 def token_batches(
-    tokens: TokenDataset, config: PretrainConfig, device: torch.device, start_step: int
+    blocks_of: Callable[[int], TokenBlocks | PackedBlocks],
+    config: DenseConfig,
+    device: torch.device,
+    start_step: int,
 ) -> Iterator[Batch]:
     """Yield micro-batches on the device without end, from the first of a step on.
 
-    Each stage of the curriculum goes through blocks of its own length in an order of its own.
+    Each stage of the curriculum goes through blocks of its own length, which `blocks_of` gives, in
+    an order of its own. Of several processes each gets its share of every micro-batch.
     """
     stages, count = config.stages(), config.accumulation_steps
     ends = [stage.first_step for stage in stages[1:]]
@@ -66,7 +78,7 @@ def token_batches(
         first = max(start_step, stage.first_step)
         if end is not None and first >= end:
             continue
-        blocks = TokenBlocks(tokens, "train", stage.seq_len)
+        blocks = blocks_of(stage.seq_len)
         indices = shuffled_indices(
             len(blocks),
             stage.batch_size,
@@ -76,7 +88,7 @@ def token_batches(
         number = None if end is None else (end - first) * count
         loader: DataLoader[TokenBatch] = DataLoader(
             blocks,
-            batch_sampler=islice(indices, number),
+            batch_sampler=own_indices(islice(indices, number)),
             collate_fn=as_it_is,
             generator=torch.Generator(),  # of its own: the draws of a run stay those of its steps
             **loader_settings(device),
@@ -88,4 +100,5 @@ def token_batches(
                 mask=mask,
                 document_ids=document_ids if config.documents == "separate" else None,
                 unpack=partial(text_signal, token_ids, mask),
+                num_sequences=stage.batch_size,
             )

@@ -22,8 +22,8 @@ from qat.runtime.launch import num_processes
 from qat.tracking.record import SETTINGS, config_as_json, flat_settings, read_config, read_summary
 from qat.train import trainable
 from qat.train.config import OptimConfig, TrainConfig
+from qat.train.dense_config import DenseConfig
 from qat.train.ema import MovingAverage
-from qat.train.pretrain_config import PretrainConfig
 from qat.train.schedule import rate_factor
 from qat.train.state import Progress
 from qat.train.step import Batch, Trainer, loss_scaler
@@ -31,8 +31,8 @@ from qat.train.step import Batch, Trainer, loss_scaler
 COMMAND = "train"
 # Settings that do not decide a run's numbers; what lies at a path is in the identity by its hash.
 PLACES = (
-    *("checkpoint", "cache_dir", "eval_cache_dir", "output_dir", "model_id", "shard", "tracking."),
-    *("data_dir", "arch"),
+    *("checkpoint", "cache_dir", "eval_cache_dir", "output_dir", "model", "shard", "tracking."),
+    *("data", "arch", "eval_sets", "eval_only"),
     *("intervals.log_steps", "intervals.save_steps", "intervals.keep_"),
 )
 FOREIGN_FILES = ("config.json", "checkpoint.json", "*.pt", "*.safetensors")
@@ -56,16 +56,20 @@ def run_identity(
 
 
 def deciding_settings(
-    config: TrainConfig | PretrainConfig, device_kind: str, dtype: str
+    config: TrainConfig | DenseConfig, device_kind: str, dtype: str
 ) -> dict[str, Any]:
     """Return the settings that decide a run's numbers, by the names of flags."""
-    flat = flat_settings(config_as_json(config))
-    settings = {name: v for name, v in flat.items() if not name.startswith(PLACES)}
+    settings = without_places(flat_settings(config_as_json(config)))
     return settings | {"device": device_kind, "dtype": dtype}
 
 
+def without_places(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings but those that do not decide a run's numbers."""
+    return {name: value for name, value in settings.items() if not name.startswith(PLACES)}
+
+
 def record_of(
-    config: TrainConfig | PretrainConfig,
+    config: TrainConfig | DenseConfig,
     identity: dict[str, Any],
     latent_start: str | None = None,
     *,
@@ -92,7 +96,8 @@ def finished_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
         )
     if previous is None:
         return None
-    name, old, new = first_difference(previous, identity)
+    decided = {**previous, "settings": without_places(previous.get("settings", {}))}
+    name, old, new = first_difference(decided, identity)
     if name is not None:  # what an older run does not name, it left at None
         raise ValueError(
             f"{folder} holds a run with {name} {old}, this one has {new}; "
@@ -145,6 +150,7 @@ def training_batches(
             token_ids=packed.input_ids,
             mask=packed.mask,
             document_ids=packed.document_ids,
+            num_sequences=config.batch_size,
             unpack=partial(text_signal, packed.input_ids, packed.mask)
             if config.loss.divergence == TEXT_LOSS
             else partial(unpacked, packed, drawn),
@@ -188,12 +194,9 @@ def check_lengths(config: TrainConfig, seq_len: int) -> None:
 
 def check_processes(config: TrainConfig) -> None:
     """Refuse more processes than a micro-batch has sequences, and what one process must do."""
-    if (count := num_processes()) == 1:
+    check_share(config.batch_size)
+    if num_processes() == 1:
         return
-    if config.batch_size < count:
-        raise ValueError(
-            f"--batch-size {config.batch_size} is shared by {count} processes; give {count} or more"
-        )
     if config.layerwise.sequences:
         raise ValueError(
             f"--layerwise.sequences {config.layerwise.sequences}: one process trains layer by "
@@ -201,6 +204,14 @@ def check_processes(config: TrainConfig) -> None:
         )
     if config.shard and config.dtype == "fp16":
         raise ValueError("--shard with --dtype fp16: loss scales are of one process; use bf16")
+
+
+def check_share(batch_size: int) -> None:
+    """Refuse a micro-batch of fewer sequences than processes, some of which would get none."""
+    if batch_size < (count := num_processes()):
+        raise ValueError(
+            f"--batch-size {batch_size} is shared by {count} processes; give {count} or more"
+        )
 
 
 def is_split(config: TrainConfig) -> bool:
@@ -275,7 +286,7 @@ def peak_rates(optim: OptimConfig, lr: float) -> dict[str, float]:
     }
 
 
-def rate_at(config: TrainConfig | PretrainConfig, progress: Progress) -> float:
+def rate_at(config: TrainConfig | DenseConfig, progress: Progress) -> float:
     """Return the share of the peak rates at the next step; every rollback has halved it."""
     factor = rate_factor(
         progress.step,

@@ -48,6 +48,13 @@ class Batch:
     """Gives the teacher on the T = L - 1 positions that predict a token."""
     document_ids: Tensor | None = None
     """(B, L), as `hidden_states` takes them."""
+    num_sequences: int | None = None
+    """Sequences that all processes have of it together; None = B."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the tokens that all processes have of it together."""
+        return (self.num_sequences or len(self.token_ids)) * self.token_ids.shape[1]
 
     @classmethod
     def of(

@@ -16,7 +16,8 @@ from qat.tracking.record import (
     read_summary,
 )
 from qat.train.config import IntervalsConfig
-from qat.train.pretrain_config import PretrainConfig, PretrainOptimConfig
+from qat.train.dense_config import DenseOptimConfig
+from qat.train.pretrain_config import PretrainConfig
 from tests.tiny import tiny_llama, tiny_shards
 
 
@@ -36,7 +37,7 @@ def config(tmp_path_factory):
         max_steps=4,
         device="cpu",
         dtype="fp32",
-        optim=PretrainOptimConfig(lr=3e-3, warmup_steps=1),
+        optim=DenseOptimConfig(lr=3e-3, warmup_steps=1),
         intervals=IntervalsConfig(log_steps=1, eval_steps=2, eval_samples=4, save_steps=2),
     )
 
@@ -56,7 +57,7 @@ def test_a_run_leaves_a_model_that_anyone_can_load(config):
     model, run = load_dense(result.checkpoint), open_run(config)
     assert str(open_checkpoint(config.output_dir).path) == result.checkpoint
     assert sum(p.numel() for p in model.parameters()) == result.parameters
-    assert len(load_tokenizer(result.checkpoint)) == run.tokens.manifest.vocab_size
+    assert len(load_tokenizer(result.checkpoint)) == run.heldout.tokens.manifest.vocab_size
     found = evaluate_on_tokens(
         model, run.heldout, device=torch.device("cpu"), num_sequences=4, is_separate=False
     )

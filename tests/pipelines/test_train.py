@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from qat.pipelines.train import train
-from qat.tracking.record import SETTINGS, config_from_json, read_config, read_summary
+from qat.tracking.record import (
+    SETTINGS,
+    config_from_json,
+    read_config,
+    read_rows,
+    read_summary,
+)
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 from tests.tiny import save_student, tiny_cache, tiny_llama, tiny_student
 
@@ -44,6 +50,25 @@ def test_a_run_is_a_function_from_its_config_to_its_result(config):
     assert values == read_summary(config.output_dir)
     assert config_from_json(TrainConfig, read_config(config.output_dir)[SETTINGS]) == config
     assert train(config) == result
+
+
+def test_texts_are_measured_next_to_the_cache(config, tmp_path):
+    """At every evaluation, kept with the student; a look without training finds them again."""
+    (tmp_path / "birds.txt").write_text("two small birds near the old boat. " * 3)
+    (tmp_path / "cats.txt").write_text("the cat sees a red boat. " * 4)
+    sets = (f"nature={tmp_path / 'birds.txt'},{tmp_path / 'cats.txt'}",)
+    run = replace(config, output_dir=tmp_path / "run", eval_sets=sets)
+    at_start = train(replace(run, eval_only=True))
+    assert at_start.checkpoint == str(config.checkpoint)
+    assert not run.output_dir.exists()
+    best = train(run).best_step
+    rows = {row["step"]: row for row in read_rows(run.output_dir) if "eval/perplexity" in row}
+    assert list(rows) == [0, 2]
+    found = train(replace(run, eval_only=True))
+    assert found.checkpoint == str(run.output_dir / "best")
+    for name in ("perplexity", "kl_nats_lower", "nature/perplexity", "cats/perplexity"):
+        assert at_start.numbers[name] == pytest.approx(rows[0][f"eval/{name}"], rel=1e-5)
+        assert found.numbers[name] == pytest.approx(rows[best][f"eval/{name}"], rel=1e-5)
 
 
 def test_a_full_precision_model_is_refused(config):

@@ -20,7 +20,7 @@ from qat.storage.files import folder_lock
 from qat.tracking.record import read_rows
 from qat.train.state import whole_states
 from tests.processes import forked, torchrun
-from tests.tiny import quantize_plainly, save_student, tiny_cache, tiny_llama
+from tests.tiny import quantize_plainly, save_student, tiny_cache, tiny_llama, tiny_shards
 
 pytestmark = pytest.mark.recipe
 STEPS = 20
@@ -149,15 +149,64 @@ def test_a_run_killed_in_a_save_goes_on_in_any_number_of_processes(made, alone, 
         assert curves(again) == pytest.approx(alone, abs=CLOSE, rel=0)
 
 
-def test_processes_measure_as_one_does(made):
+def pretrain_flags(made, folder, last_batch=4):
+    """Return the flags of a new model's run, whose blocks grow and whose batches shrink."""
+    texts = f"words={made[0].parent / 'records.jsonl'}"
+    flags = ["--arch", made[0].parent / "teacher", "--output-dir", folder, "--eval-sets", texts]
+    flags += ["--data-dir", made[0].parent / "tokens" / "shards", "--max-steps", 8]
+    flags += ["--curriculum", f"8:6:0,16:{last_batch}:4", "--accumulation-steps", 2]
+    flags += ["--optim.lr", 3e-3, "--intervals.log-steps", 1, "--intervals.eval-steps", 4]
+    flags += ["--intervals.save-steps", 2, "--intervals.keep-states", 4]
+    return [str(flag) for flag in [*flags, "--device", "cpu", "--dtype", "fp32"]]
+
+
+def pretraining_curves(folder):
+    """Return losses, gradient norms and held-out numbers of a new model's run."""
+    names = ("train/loss", "train/grad_norm", "train/tokens_seen")
+    names += ("eval/perplexity", "eval/words/perplexity")
+    rows = read_rows(folder)
+    return {(row["step"], name): row[name] for row in rows for name in names if name in row}
+
+
+def test_processes_make_a_new_model_as_one_does(made, tmp_path):
+    """The same losses across stages; after 2 steps of one, two go on, and the other way round."""
+    if not (made[0].parent / "tokens").exists():
+        (made[0].parent / "tokens").mkdir()
+        tiny_shards(made[0].parent / "tokens")
+    assert call("pretrain", pretrain_flags(made, tmp_path / "alone"))[0] == 0
+    expected = pretraining_curves(tmp_path / "alone")
+    assert expected[8, "train/tokens_seen"] == 4 * 2 * 6 * 8 + 4 * 2 * 4 * 16
+    ended = forked(2, partial(call, "pretrain", pretrain_flags(made, tmp_path / "two")))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert all(out == "" for _, out, _ in ended[1:])
+    assert pretraining_curves(tmp_path / "two") == pytest.approx(expected, abs=CLOSE, rel=CLOSE)
+    for source, count in (("two", 1), ("alone", 2)):
+        again = shutil.copytree(tmp_path / source, tmp_path / f"{source}_again")
+        (again / "summary.json").unlink()
+        for state in sorted(again.glob("state/step_*"))[1:]:
+            shutil.rmtree(state)
+        words = pretrain_flags(made, again)
+        ended = forked(count, partial(call, "pretrain", words))
+        assert [code for code, _, _ in ended] == [0] * count, ended
+        assert pretraining_curves(again) == pytest.approx(expected, abs=CLOSE, rel=CLOSE)
+    few = pretrain_flags(made, tmp_path / "few", last_batch=1)
+    assert "--batch-size 1 is shared by 2 processes" in "".join(
+        err for _, err in forked(2, partial(call_to_the_end, "pretrain", few))
+    )
+
+
+@pytest.mark.parametrize("on", ["cache", "texts"])
+def test_processes_measure_as_one_does(made, on):
     """To the bit: they measure whole batches, and what these sum up to is added in order."""
-    words = ["--checkpoint", made[0], "--cache-dir", made[1], "--batch-size", 2]
-    words = [*map(str, words), "--device", "cpu", "--dtype", "fp32"]
+    records = made[0].parent / "records.jsonl"
+    of = ["--cache-dir", made[1]] if on == "cache" else ["--perplexity", records, "--window", 16]
+    words = ["--checkpoint", made[0], *of, "--batch-size", 2, "--device", "cpu", "--dtype", "fp32"]
+    words = [*map(str, words)]
     alone = json.loads(call("evaluate", words)[1])
     ended = forked(2, partial(call, "evaluate", words))
     assert json.loads(ended[0][1]) == alone
     assert ended[1][:2] == (0, "")
-    assert alone["tokens"] > 0
+    assert (alone if on == "cache" else alone["domains"]["records"])["tokens"] > 0
 
 
 @pytest.mark.parametrize("content", ["top-k", "hidden"])

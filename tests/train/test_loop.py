@@ -79,7 +79,7 @@ def intervals(*, max_steps=6, accumulation_steps=1, **changes):
 def batches_from(step, accumulation_steps=1):
     """Yield numbered micro-batches, as if those of earlier steps had been given."""
     return (
-        SimpleNamespace(token_ids=torch.zeros(3, 4), number=number)
+        SimpleNamespace(num_tokens=TOKENS, number=number)
         for number in count(step * accumulation_steps)
     )
 

@@ -1,5 +1,6 @@
 """What a new model learns from: the next token of every position, in an order of its own."""
 
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from qat.data.token_dataset import TokenBlocks, TokenDataset
 from qat.train import pretraining
 from qat.train.config import RateConfig
-from qat.train.pretrain_config import PretrainConfig, PretrainOptimConfig
+from qat.train.dense_config import DenseOptimConfig
+from qat.train.pretrain_config import PretrainConfig
 from qat.train.pretraining import make_pretrainer, moving_average, token_batches
 from tests.tiny import tiny_llama, tiny_shards
 
@@ -28,6 +30,10 @@ def settings(**changes):
 
 def pretrainer(model, dtype=torch.float32, **changes):
     return make_pretrainer(settings(**changes), model, dtype, sync=lambda: None)
+
+
+def batches_of(tokens, config, start_step=0):
+    return token_batches(partial(TokenBlocks, tokens, "train"), config, CPU, start_step)
 
 
 def plain_loss(model, batches):
@@ -49,7 +55,7 @@ def test_a_step_lowers_the_loss_of_the_next_token(tokens, tied, checkpointing):
     """Loss and gradients of two micro-batches are those of a loop over labels, shifted by one."""
     model = tiny_llama(tied=tied)
     trainer = pretrainer(model, gradient_checkpointing=checkpointing)
-    batches = list(islice(token_batches(tokens, settings(), CPU, 0), 2))
+    batches = list(islice(batches_of(tokens, settings()), 2))
     assert not all(batch.mask.all() for batch in batches)
     model.train()
     loss = trainer.accumulate(batches, None)
@@ -65,7 +71,7 @@ def test_a_step_lowers_the_loss_of_the_next_token(tokens, tied, checkpointing):
 
 def test_a_model_that_copies_its_input_is_not_rewarded(tokens):
     """Labels that are not shifted would call a model perfect that repeats the current token."""
-    batch = next(token_batches(tokens, settings(), CPU, 0))
+    batch = next(batches_of(tokens, settings()))
     trainer = pretrainer(tiny_llama())
     vocab_size = trainer.model.config.vocab_size
     copied = 50.0 * torch.nn.functional.one_hot(batch.token_ids[:, :-1], vocab_size)
@@ -90,7 +96,7 @@ def test_matrices_decay_and_vectors_do_not():
 
 def test_bfloat16_computes_and_float32_learns(tokens):
     """The loss is near that of float32; weights and gradients keep their dtype."""
-    batch = [next(token_batches(tokens, settings(), CPU, 0))]
+    batch = [next(batches_of(tokens, settings()))]
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         trainer = pretrainer(tiny_llama(), dtype)
@@ -103,11 +109,11 @@ def test_bfloat16_computes_and_float32_learns(tokens):
 def test_batches_follow_from_the_step(tokens):
     """From any step of any stage on: what a run that began at the first has there."""
     plan = settings(curriculum="8:6:0,16:4:3,32:2:5", accumulation_steps=2, documents="separate")
-    row = list(islice(token_batches(tokens, plan, CPU, 0), 14))
+    row = list(islice(batches_of(tokens, plan), 14))
     shapes = [tuple(batch.token_ids.shape) for batch in row]
     assert shapes == [(6, 8)] * 6 + [(4, 16)] * 4 + [(2, 32)] * 4
     for step in (1, 3, 4, 6):
-        again = next(token_batches(tokens, plan, CPU, step))
+        again = next(batches_of(tokens, plan, step))
         assert torch.equal(again.token_ids, row[2 * step].token_ids)
         assert torch.equal(again.document_ids, row[2 * step].document_ids)
 
@@ -116,12 +122,12 @@ def test_an_epoch_holds_every_block_once(tokens):
     """In another order than the text's, and another for another seed."""
     blocks = TokenBlocks(tokens, "train", 16)
     plan = settings(batch_size=1)
-    epoch = islice(token_batches(tokens, plan, CPU, 0), len(blocks))
+    epoch = islice(batches_of(tokens, plan), len(blocks))
     row = [batch.token_ids[0].tolist() for batch in epoch]
     text = [blocks[place].token_ids[0].tolist() for place in range(len(blocks))]
     assert row != text
     assert sorted(row) == sorted(text)
-    one, other = (next(token_batches(tokens, settings(seed=seed), CPU, 0)) for seed in (0, 1))
+    one, other = (next(batches_of(tokens, settings(seed=seed))) for seed in (0, 1))
     assert not torch.equal(one.token_ids, other.token_ids)
 
 
@@ -150,7 +156,7 @@ def test_settings_out_of_range_are_refused(changes, said):
 
     def make():
         optim = changes.pop("optim", {})
-        return settings(**changes, optim=PretrainOptimConfig(**optim))
+        return settings(**changes, optim=DenseOptimConfig(**optim))
 
     with pytest.raises(ValueError, match=said):
         make()
