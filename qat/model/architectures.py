@@ -4,6 +4,7 @@ Shape legend of `SHAPES`: widths are multiples of 256 where a runtime's super-bl
 shall hold every linear.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from qat.model.attention import widen_attention
 from qat.model.checkpoint import empty_model_of, read_model_config
+from qat.model.factorized import EMBEDDING_RANK, factorize_embedding
 from qat.storage.decode import reading
 
-# By name: fields of LlamaConfig. Embedding and head are one matrix in all of them.
-SHAPES: dict[str, dict[str, int | float]] = {
+# By name: fields of LlamaConfig. Embedding and head are one matrix where nothing else is said.
+SHAPES: dict[str, dict[str, int | float | bool]] = {
     # 15,208,960 parameters.
     "tiny-15m": {
         "vocab_size": 8192,
@@ -58,8 +60,8 @@ SHAPES: dict[str, dict[str, int | float]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 2048,
     },
-    # 247,601,920 parameters, 128,003,200 of them in the embedding, which is whole here. Its
-    # document says 197M and 270M; factorized at rank 128 on both sides they would be 145,281,280.
+    # 273,284,480 parameters: 25,682,560 in the embedding, of rank 128 as its document says, and
+    # 128,003,200 in the head. The document says 197M and 270M.
     "yxanul-197m": {
         "vocab_size": 200_005,
         "hidden_size": 640,
@@ -69,6 +71,8 @@ SHAPES: dict[str, dict[str, int | float]] = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        EMBEDDING_RANK: 128,
     },
 }
 ROPE_BASE = 10_000.0
@@ -87,9 +91,8 @@ def read_architecture(name: str, vocab_size: int | None = None) -> PreTrainedCon
     path = Path(name)
     if name in SHAPES:
         config = LlamaConfig(
-            **{"rms_norm_eps": 1e-5, **SHAPES[name]},
+            **{"rms_norm_eps": 1e-5, "tie_word_embeddings": True, **SHAPES[name]},
             rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
-            tie_word_embeddings=True,
         )
     elif path.is_file() or (path / "config.json").is_file():
         config = read_model_config(path)
@@ -103,17 +106,36 @@ def read_architecture(name: str, vocab_size: int | None = None) -> PreTrainedCon
 
 
 def new_model(config: PreTrainedConfig) -> nn.Module:
-    """Return a model of random float32 weights, as torch's generator draws them, to be trained."""
+    """Return a model of random float32 weights, as torch's generator draws them, to be trained.
+
+    Its embedding is factorized where the config has a rank for it.
+    """
+    config, rank = without_rank(config)
     with reading(f"{config.name_or_path or config.model_type}/config.json"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=False
         )
+    if rank is not None:
+        factorize_embedding(model, rank)
     widen_attention(model)
     return model
 
 
+def without_rank(config: PreTrainedConfig) -> tuple[PreTrainedConfig, int | None]:
+    """Return a config that says nothing of factors, and the rank of its embedding or None."""
+    config = copy.deepcopy(config)
+    rank = getattr(config, EMBEDDING_RANK, None)
+    if hasattr(config, EMBEDDING_RANK):
+        delattr(config, EMBEDDING_RANK)
+    return config, rank
+
+
 def count_parameters(config: PreTrainedConfig) -> tuple[int, int]:
     """Return the parameters of a config's model, and those in its embedding; tied ones once."""
+    config, rank = without_rank(config)
     model = empty_model_of(config, device="meta")
+    if rank is not None:
+        factorize_embedding(model, rank)
     embedding = model.get_input_embeddings()
-    return sum(p.numel() for p in model.parameters()), embedding.weight.numel()
+    counts = [sum(p.numel() for p in part.parameters()) for part in (model, embedding)]
+    return counts[0], counts[1]

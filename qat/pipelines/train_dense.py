@@ -18,6 +18,7 @@ from qat.evaluate.kl import Numbers
 from qat.evaluate.on_tokens import evaluate_on_tokens
 from qat.export.model_folder import SHARD_SIZE
 from qat.model.checkpoint import copy_text_files
+from qat.model.factorized import whole_tensors
 from qat.model.load import load_dense
 from qat.pipelines.open_checkpoint import BEST_NAME, FINAL_NAME
 from qat.pipelines.perplexity import Domain, perplexities
@@ -196,7 +197,8 @@ def write_model(run: DenseRun, trainer: Trainer, name: str) -> None:
     logging.disable_progress_bar()
     with trainer.averaged(), atomic_folder(run.config.output_dir / name) as folder:
         model: nn.Module = trainer.model
-        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        tensors = whole_tensors(model)
+        model.save_pretrained(folder, state_dict=tensors, max_shard_size=SHARD_SIZE)
         copy_text_files(run.text_folder, folder)
 
 

@@ -1,8 +1,11 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from qat.export.from_gguf import read_gguf_model
+from qat.export.to_gguf import export_to_gguf
 from qat.model.load import load_dense
 from qat.pipelines.pretrain import open_run, pretrain
 from qat.pipelines.train_dense import held_out_numbers
@@ -67,6 +70,24 @@ def test_a_look_takes_no_step(config, tmp_path):
     with pytest.raises(ValueError, match="--eval-only: .* holds no model yet; train first"):
         pretrain(replace(config, eval_only=True, output_dir=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_factorized_embedding_is_saved_as_one_matrix(config, tmp_path):
+    """Fewer weights train than the folder holds; it and its GGUF file compute what was measured."""
+    shape = tiny_llama(tied=False).config
+    shape.embedding_rank = 8
+    shape.save_pretrained(tmp_path / "shape")
+    changes = {"arch": str(tmp_path / "shape"), "tracking": TrackingConfig(), "eval_sets": ()}
+    run = replace(config, output_dir=tmp_path / "run", **changes)
+    result = pretrain(run)
+    model = load_dense(result.checkpoint)
+    assert result.parameters < sum(parameter.numel() for parameter in model.parameters())
+    found = held_out_numbers(open_run(run), model)
+    assert found["perplexity"] == pytest.approx(result.best_perplexity, rel=1e-5)
+    folder, file = Path(result.checkpoint), tmp_path / "model.gguf"
+    export_to_gguf(model, file, text_source=folder, dtype=torch.float32)
+    ids = torch.arange(32)[None]
+    assert torch.equal(read_gguf_model(file, folder)(ids).logits, model(ids).logits)
 
 
 def test_the_first_weights_follow_from_the_seed(config):
