@@ -103,6 +103,7 @@ def test_rank_by_rank_gives_their_logits(name):
     assert worst(name, student) < TOLERANCE
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("output", ["q2_init.pt", "q2_init"])
 def test_q4_to_q2_in_the_seeds_words(output, tmp_path, capsys):
     """Every flag of their script; the output opens in its form and measures as it said."""

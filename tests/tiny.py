@@ -103,7 +103,14 @@ FAMILIES = {
 
 def tiny_model(family: str, *, tied: bool = True, seed: int = 0, **changes) -> PreTrainedModel:
     """Return a random model of a family, whose logits spread enough for KL to mean something."""
-    return copy.deepcopy(_model(family, tied, seed, json.dumps(changes, default=str)))
+    return copied(_model(family, tied, seed, json.dumps(changes, default=str)))
+
+
+def copied(model):
+    """Return a copy of a model; that of its config, an object of many parts, is not deep."""
+    config = copy.copy(model.config)
+    config.__dict__ = {name: copy.copy(value) for name, value in model.config.__dict__.items()}
+    return copy.deepcopy(model, {id(model.config): config})
 
 
 @cache
@@ -136,7 +143,7 @@ def _model(family, tied, seed, changes):
 
 def tiny_student(family: str = "llama", plan: str = "q2a4", *, tied: bool = True, **changes):
     """Return a quantized tiny model, uncalibrated; `changes` go to its config."""
-    return copy.deepcopy(_student(family, plan, tied, tuple(changes.items())))
+    return copied(_student(family, plan, tied, tuple(changes.items())))
 
 
 @cache

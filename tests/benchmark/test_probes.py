@@ -5,6 +5,8 @@ import pytest
 
 from qat.benchmark.probes import Probes, run_fresh
 
+pytestmark = pytest.mark.recipe
+
 OK = 'print("noise"); print(\'{"status": "OK", "step_bytes": 5}\')'
 FAILURES = {
     "OOM": [

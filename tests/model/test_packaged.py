@@ -168,6 +168,7 @@ def test_a_folder_with_other_content_is_refused_and_kept(monkeypatch, tmp_path, 
     assert not downloads
 
 
+@pytest.mark.recipe
 def test_pip_that_fails_is_told_in_one_line(tmp_path):
     """The message names the package and the remedy."""
     with pytest.raises(ValueError, match=r"cannot download .*==.*check the package index"):

@@ -47,7 +47,7 @@ def error_of(weight, indices, scale, codebook, importance):
     return error, ((fitted * 2**-11) ** 2 * importance).sum().item() + 1e-6 * error
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(bits=st.integers(2, 4), groups=st.integers(1, 4), seed=st.integers(0, 999))
 def test_no_update_raises_the_error(bits, groups, seed):
     """Scales, codebook and indices in turn: the weighted error only falls, to float16."""

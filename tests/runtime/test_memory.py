@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from qat.runtime.memory import HUGE_PAGES, host_bytes, peak_rss_bytes
 
 COUNT_FAULTS = """
@@ -51,6 +53,7 @@ def test_freed_memory_is_there_at_once():
     assert faults[1] < 100 < faults[0]
 
 
+@pytest.mark.recipe
 def test_large_tensors_begin_on_a_page():
     """All of them, also once torch was imported; unasked, torch does not do so."""
     unasked = {name: value for name, value in os.environ.items() if name != ASKED}

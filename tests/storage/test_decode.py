@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, value, said):
     assert str(caught.value).endswith("; do this")
 
 
-@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@settings(max_examples=25, deadline=None, database=None, derandomize=True)
 @given(value=ANY_JSON, schema=some.sampled_from(SCHEMAS))
 def test_any_value_is_the_type_or_refused_in_one_line(value, schema):
     """No schema lets an error of Python through, whatever stands in a file."""

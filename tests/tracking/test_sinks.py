@@ -56,6 +56,7 @@ def test_the_id_is_kept_for_resume_and_new_for_a_fresh_start(tmp_path):
     assert run_id(path, resume=False) != first
 
 
+@pytest.mark.recipe
 def test_offline_wandb_holds_the_keys_that_hugging_face_users_know(tmp_path, monkeypatch):
     """A real offline run stores keys, steps, config and summary, and resumes under its id."""
     monkeypatch.setenv("WANDB_MODE", "offline")
