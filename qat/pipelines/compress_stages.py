@@ -42,7 +42,7 @@ from qat.quant.plan import QuantPlan
 from qat.quant.spec import TensorSpec
 from qat.quant.targets import candidates
 from qat.runtime.memory import host_bytes
-from qat.storage.decode import Count, Sha256, as_type, read_as
+from qat.storage.decode import Count, Sha256, as_type, read_as, reading
 from qat.storage.files import atomic_file, fingerprint, sha256_of_file, write_json
 from qat.tracking.messages import say
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
@@ -336,9 +336,11 @@ def write_grams(file: Path, grams: OutputGrams) -> str:
 def read_grams(source: Source) -> OutputGrams:
     """Return what `write_grams` kept."""
     runs: dict[str, list[Tensor]] = {}
-    stored = load_file(grams_file(source))
-    embedding = stored.pop(EMBEDDING_GRAM, None)
-    for key in sorted(stored, key=lambda key: int(key.rpartition(".")[2])):
+    with reading(grams_file(source), REMEDY):
+        stored = load_file(grams_file(source))
+        embedding = stored.pop(EMBEDDING_GRAM, None)
+        keys = sorted(stored, key=lambda key: int(key.rpartition(".")[2]))
+    for key in keys:
         runs.setdefault(key.rpartition(".")[0], []).append(stored[key])
     return OutputGrams(runs=runs, embedding=embedding)
 
