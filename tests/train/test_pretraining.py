@@ -181,11 +181,11 @@ def test_warm_up_is_steps_or_a_share():
 
 def test_processes_that_read_ahead_change_nothing(tokens, monkeypatch):
     """Batches are those of one process, also from a step in the middle; no draw is taken."""
-    plain = list(islice(token_batches(tokens, settings(), CPU, 3), 5))
+    plain = list(islice(batches_of(tokens, settings(), 3), 5))
     read_ahead = {"num_workers": 2, "prefetch_factor": 2}
     monkeypatch.setattr(pretraining, "loader_settings", lambda _device: read_ahead)
     state = torch.get_rng_state()
-    found = list(islice(token_batches(tokens, settings(), CPU, 3), 5))
+    found = list(islice(batches_of(tokens, settings(), 3), 5))
     assert torch.equal(torch.get_rng_state(), state)
     for one, other in zip(plain, found, strict=True):
         assert torch.equal(one.token_ids, other.token_ids)

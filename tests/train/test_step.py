@@ -257,7 +257,8 @@ def test_a_dead_row_trains(part):
 
 
 @pytest.mark.parametrize(
-    ("family", "parts"), zip(TINY_MODELS, [PARTS, ("weights", "scales"), ("norms",)], strict=True)
+    ("family", "parts"),
+    list(zip(TINY_MODELS, [PARTS, ("weights", "scales"), ("norms",)], strict=True)),
 )
 def test_steps_run_in_bfloat16(family, parts):
     """What trains is float32, norms too; the rest computes in 8 bits of precision."""
