@@ -165,7 +165,8 @@ def fit_student(config: RecipeConfig, cache: str, place: dict[str, str]) -> tupl
         **place,
     )
     seconds = time.perf_counter() - started
-    return folder, once(config.work / "seconds" / f"{name}.json", name, lambda: seconds)
+    path = config.work / "seconds" / f"{name}.json"
+    return folder, once(path, name, lambda: seconds, float)
 
 
 def train_student(
@@ -198,7 +199,7 @@ def train_student(
     def count() -> int:
         return int((1 - LATE_SHARE) * seconds / rehearse_training(settings))
 
-    steps = once(config.work / "steps" / f"{run}.json", run, count) if seconds > 0 else 0
+    steps = once(config.work / "steps" / f"{run}.json", run, count, int) if seconds > 0 else 0
     if steps < 1:
         return fitted, {}
     warmup = min(settings.optim.warmup_steps, max(1, steps // 10))
