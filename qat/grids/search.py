@@ -2,12 +2,12 @@
 
 A candidate rounds its group, least squares refits it to the values that this gives, and the
 candidate whose values leave the least error stays. Coarse candidates come first, then neighbours of
-the best: an error has many local minima in its scale, a fraction of a step of the grid apart. Both
-the refit and its error are known from two or three sums over a group,
+the best: an error has many local minima in its scale, a fraction of a step of the grid apart.
 
-    s = sum h w c / sum h c^2,    sum h (w - s c)^2 = sum h w^2 - s (2 sum h w c - s sum h c^2)
-
-with the importance h and the values c that the weights w are rounded to.
+The error is summed over what is left of each weight. That sums of squares give it as well, as
+sum h w^2 - s (2 sum h w c - s sum h c^2) with the importance h and the values c that the weights w
+are rounded to, is of no use: float32 rounds away of sum h w^2 what neighbours differ by, and
+another one would be the best on each device.
 
 Shape legend: O out, I in, G groups of a row, D weights of a group, N groups of some rows.
 """
@@ -70,8 +70,13 @@ class Groups:
     def sums(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return sum h c w and sum h c^2 of values c, (N,) each, and h c, (N, D)."""
         weighted = values * self.mass
-        along = (weighted * self.weight).sum(1)
-        return along, values.mul_(weighted).sum(1), weighted
+        return (weighted * self.weight).sum(1), (weighted * values).sum(1), weighted
+
+    def errors(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+        """Return the error of values (N, D), which are used up, times scales (plus offsets)."""
+        left = values.mul_(scale.unsqueeze(1))
+        left = left if offset is None else left.add_(offset.unsqueeze(1))
+        return left.sub_(self.weight).square_().mul_(self.mass).sum(1)
 
 
 def search_scale(
@@ -105,11 +110,11 @@ def search_scale(
         best = least = None
         for scale in scales:
             former = form.stored(scale)
-            along, square, _ = groups.sums(groups.nearest(groups.weight / former.unsqueeze(1)))
+            values = groups.nearest(groups.weight / former.unsqueeze(1))
+            along, square, _ = groups.sums(values)
             fitted = along / square.clamp_min(1e-30)
             fitted = nearest_stored_scale(fitted, former, is_signed=is_signed, form=form)
-            error = (fitted * square - 2 * along) * fitted
-            best, least = better((fitted,), error, best, least)
+            best, least = better((fitted,), groups.errors(values, fitted), best, least)
         return best[0]
 
     if form.is_power:  # the next ones are worse by far
@@ -154,15 +159,15 @@ def search_affine(
         for low, high in spans:
             former = stored_scale((high - low).clamp_min(0) / top)
             normalized = (groups.weight - low.unsqueeze(1)).div_(former.unsqueeze(1))
-            along, square, weighted = groups.sums(groups.nearest(normalized))
+            values = groups.nearest(normalized)
+            along, square, weighted = groups.sums(values)
             middle = weighted.sum(1) / total
             spread = square - total * middle.square()
             slope = along / spread.clamp_min(1e-30)
             is_fitted = (slope > 0) & torch.isfinite(slope)
             scale = stored_scale(torch.where(is_fitted, slope, former))
             offset = snap_float16(torch.where(is_fitted, mean - scale * middle, low + mean)) - mean
-            error = (scale * spread - 2 * along) * scale
-            error = error + total * (offset + scale * middle).square()
+            error = groups.errors(values, scale, offset)
             best, least = better((scale, offset), error, best, least)
         return best
 
