@@ -21,7 +21,7 @@ from qat.storage.decode import naming, read_as, reading
 WHOLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
-class NeedsWhole(ValueError):  # noqa: N818 no error where `load_dense` takes such a model
+class NeedsWhole(Exception):  # noqa: N818 no error where `load_dense` takes such a model
     """Says why a model cannot be taken part by part."""
 
 

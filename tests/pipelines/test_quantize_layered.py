@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import qat
 from qat.model.checkpoint import student_tensors
 from qat.model.layered import NeedsWhole
+from qat.model.load import load_dense
 from qat.pipelines import quantize
 from tests.tiny import quick_fits, save_tiny, tiny_cache, tiny_llama, tiny_model
 
@@ -112,3 +114,14 @@ def test_memory_is_that_of_a_few_layers(tmp_path):
     one, many = json.loads(said.splitlines()[-1])
     student = (tmp_path / f"{LAYERS}" / "s" / "student.safetensors").stat().st_size
     assert many - one < MOST_LAYERS * layer_bytes + student
+
+
+def test_a_weight_of_another_shape_is_told_as_the_loader_tells_it(tmp_path):
+    """The format's check of each weight reads it first, and names what that says."""
+    folder = save_tiny(tmp_path / "teacher", tiny_llama())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(ValueError) as told:  # noqa: PT011 whatever that says
+        load_dense(folder)
+    with pytest.raises(ValueError, match=re.escape(str(told.value))):
+        qat.quantize(folder, "q4a4", output=tmp_path / "student", device="cpu")
