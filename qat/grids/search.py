@@ -4,79 +4,36 @@ A candidate rounds its group, least squares refits it to the values that this gi
 candidate whose values leave the least error stays. Coarse candidates come first, then neighbours of
 the best: an error has many local minima in its scale, a fraction of a step of the grid apart.
 
-The error is summed over what is left of each weight. That sums of squares give it as well, as
-sum h w^2 - s (2 sum h w c - s sum h c^2) with the importance h and the values c that the weights w
-are rounded to, is of no use: float32 rounds away of sum h w^2 what neighbours differ by, and
-another one would be the best on each device.
-
-Shape legend: O out, I in, G groups of a row, D weights of a group, N groups of some rows.
+Shape legend: O out, I in, G groups of a row, C codebook values.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from qat.grids.scalar import ScalarGrid, snap_float16
+from qat.grids.scalar import ScalarGrid, over_scale, snap_float16
 from qat.grids.scales import (
     GAUSSIAN_REACH,
     SEARCH_FACTORS,
     GroupScale,
-    nearest_stored_scale,
+    fit_group_scale,
+    fit_offset,
+    group_error,
+    root_mean_square,
     stored_scale,
 )
 from qat.runtime.device import numbers_at_once
 
+Scales = tuple[Tensor, ...]  # a scale, and an offset where there is one, (O, G) each
+Fit = Callable[[Tensor, Scales], Scales]
 LARGEST_FACTORS = (1.0, 1.1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the scale that clips nothing
 POWER_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 # How many steps of the grid further or nearer its end may lie than at the best candidate.
 FINE_STEPS = (-1.2, -0.9, -0.6, -0.3, 0.0, 0.3, 0.6, 0.9, 1.2)
 AFFINE_FACTORS = (1.0, 0.8)
 AFFINE_STEPS = (2.0, 1.2, 0.8, 0.5, 0.3)  # in turn, at either end or both
-
-
-class Groups:
-    """The groups of some rows, and sums over their weights."""
-
-    def __init__(self, weight: Tensor, importance: Tensor, num_groups: int, grid: ScalarGrid):
-        """Take rows, (O, I), how much each input counts, (I,), and the grid that they round to."""
-        size = weight.shape[1] // num_groups
-        self.shape, self.grid = (len(weight), num_groups), grid
-        self.weight = weight.reshape(-1, size)  # (N, D)
-        self.mass = importance.expand_as(weight).reshape(-1, size)
-        self.codebook = grid.start_codebook().to(weight.device)  # (C,)
-
-    def mean(self) -> Tensor:
-        """Return the mean weight, (N,)."""
-        return (self.weight * self.mass).sum(1) / self.mass.sum(1).clamp_min(1e-30)
-
-    def root_mean_square(self) -> Tensor:
-        """Return the root mean square weight, (N,)."""
-        square = (self.weight.square() * self.mass).sum(1)
-        return (square / self.mass.sum(1).clamp_min(1e-30)).sqrt()
-
-    def largest(self) -> Tensor:
-        """Return the weight of largest size, with its sign, (N,)."""
-        return self.weight.gather(1, self.weight.abs().argmax(1, keepdim=True)).squeeze(1)
-
-    def nearest(self, normalized: Tensor) -> Tensor:
-        """Return the grid's nearest values, (N, D), of weights over scales; they are used up."""
-        low = self.grid.first_value
-        if low is None:
-            return self.grid.nearest(normalized, self.codebook)
-        return normalized.sub_(low).round_().clamp_(0, len(self.codebook) - 1).add_(low)
-
-    def sums(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return sum h c w and sum h c^2 of values c, (N,) each, and h c, (N, D)."""
-        weighted = values * self.mass
-        return (weighted * self.weight).sum(1), (weighted * values).sum(1), weighted
-
-    def errors(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-        """Return the error of values (N, D), which are used up, times scales (plus offsets)."""
-        left = values.mul_(scale.unsqueeze(1))
-        left = left if offset is None else left.add_(offset.unsqueeze(1))
-        return left.sub_(self.weight).square_().mul_(self.mass).sum(1)
 
 
 def search_scale(
@@ -100,33 +57,32 @@ def search_scale(
         chunks = weight.split(step)
         found = [search_scale(rows, importance, grid, form, is_signed=is_signed) for rows in chunks]
         return torch.cat(found)
-    groups = Groups(weight, importance, form.groups_of(weight.shape[1]), grid)
-    codebook = groups.codebook
+    codebook = grid.start_codebook().to(weight.device)
     arm = codebook[codebook.abs().argmax()]
-    middle = groups.root_mean_square() / arm.abs()
+    middle = root_mean_square(weight, importance, form.groups_of(weight.shape[1])) / arm.abs()
     middle = middle * GAUSSIAN_REACH[len(codebook).bit_length() - 1]
 
+    def fit(values: Tensor, scales: Scales) -> Scales:
+        (scale,) = scales
+        return (fit_group_scale(weight, values, importance, scale, is_signed=is_signed, form=form),)
+
     def best_of(scales: Iterable[Tensor]) -> Tensor:
-        best = least = None
-        for scale in scales:
-            former = form.stored(scale)
-            values = groups.nearest(groups.weight / former.unsqueeze(1))
-            along, square, _ = groups.sums(values)
-            fitted = along / square.clamp_min(1e-30)
-            fitted = nearest_stored_scale(fitted, former, is_signed=is_signed, form=form)
-            best, least = better((fitted,), groups.errors(values, fitted), best, least)
-        return best[0]
+        candidates = ((form.stored(scale),) for scale in scales)
+        return best_scales(weight, importance, nearest, candidates, fit)[0]
+
+    def nearest(values: Tensor) -> Tensor:
+        return grid.nearest(values, codebook)
 
     if form.is_power:  # the next ones are worse by far
-        return best_of(middle * factor for factor in POWER_FACTORS).view(groups.shape)
-    largest = groups.largest() / arm
+        return best_of(middle * factor for factor in POWER_FACTORS)
+    largest = largest_weight(weight, middle.shape[1]) / arm
     coarse = [(largest if is_signed else largest.abs()) * factor for factor in LARGEST_FACTORS]
     coarse += [middle * factor for factor in SEARCH_FACTORS]
     if is_signed:
         coarse += [middle * -factor for factor in SEARCH_FACTORS]
     best = best_of(coarse)
     step = abs(float((codebook[1] - codebook[0]) / arm))
-    return best_of(best * (1 + steps * step) for steps in FINE_STEPS).view(groups.shape)
+    return best_of(best * (1 + steps * step) for steps in FINE_STEPS)
 
 
 def search_affine(
@@ -135,8 +91,7 @@ def search_affine(
     """Return the best of several scales and offsets for each group, (O, G) each.
 
     The first candidate spans a group from its least to its largest weight, the next clip both ends
-    or suit normally distributed weights; then each end of the best is moved. Weights are taken
-    relative to their group's mean: sums of squares then round little away.
+    or suit normally distributed weights; then each end of the best is moved.
 
     Args:
         weight: (O, I).
@@ -149,46 +104,72 @@ def search_affine(
         chunks = weight.split(step)
         found = [search_affine(rows, importance, grid, num_groups) for rows in chunks]
         return tuple(map(torch.cat, zip(*found, strict=True)))
-    groups = Groups(weight, importance, num_groups, grid)
-    mean, total = groups.mean(), groups.mass.sum(1).clamp_min(1e-30)
-    groups.weight = groups.weight - mean.unsqueeze(1)
-    top = groups.codebook[-1]
+    codebook = grid.start_codebook().to(weight.device)
+    grouped = weight.view(weight.shape[0], num_groups, -1)
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    middle, reach = (high + low) / 2, (high - low) / 2
+    top = codebook[-1]
+
+    def fit(values: Tensor, scales: Scales) -> Scales:
+        return fit_offset(weight, values, importance, scales)
 
     def best_of(spans: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        best = least = None
-        for low, high in spans:
-            former = stored_scale((high - low).clamp_min(0) / top)
-            normalized = (groups.weight - low.unsqueeze(1)).div_(former.unsqueeze(1))
-            values = groups.nearest(normalized)
-            along, square, weighted = groups.sums(values)
-            middle = weighted.sum(1) / total
-            spread = square - total * middle.square()
-            slope = along / spread.clamp_min(1e-30)
-            is_fitted = (slope > 0) & torch.isfinite(slope)
-            scale = stored_scale(torch.where(is_fitted, slope, former))
-            offset = snap_float16(torch.where(is_fitted, mean - scale * middle, low + mean)) - mean
-            error = groups.errors(values, scale, offset)
-            best, least = better((scale, offset), error, best, least)
-        return best
+        candidates = (
+            (stored_scale((high - low).clamp_min(0) / top), snap_float16(low))
+            for low, high in spans
+        )
+        return best_scales(weight, importance, nearest, candidates, fit)
 
-    low, high = groups.weight.amin(1), groups.weight.amax(1)
-    middle, reach = (high + low) / 2, (high - low) / 2
+    def nearest(values: Tensor) -> Tensor:
+        return grid.nearest(values, codebook)
+
     spans = [(middle - f * reach, middle + f * reach) for f in AFFINE_FACTORS]
-    size = groups.root_mean_square() * GAUSSIAN_REACH[len(groups.codebook).bit_length() - 1]
-    spans += [(-f * size, f * size) for f in SEARCH_FACTORS]
+    mass = importance.view(1, num_groups, -1)
+    mean = (grouped * mass).sum(-1) / mass.sum(-1)
+    size = ((grouped - mean.unsqueeze(-1)).square() * mass).sum(-1) / mass.sum(-1)
+    size = size.sqrt() * GAUSSIAN_REACH[len(codebook).bit_length() - 1]
+    spans += [(mean - f * size, mean + f * size) for f in SEARCH_FACTORS]
     scale, low = best_of(spans)
     for steps in AFFINE_STEPS:
         high, move = low + scale * top, scale * steps
         moves = product((0, -1, 1), repeat=2)
         scale, low = best_of((low + first * move, high + last * move) for first, last in moves)
-    return scale.view(groups.shape), snap_float16(low + mean).view(groups.shape)
+    return scale, low
 
 
-def better(
-    found: tuple[Tensor, ...], error: Tensor, best: tuple[Tensor, ...] | None, least: Tensor | None
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return what was found where its error is less, the best so far elsewhere, and the errors."""
-    if best is None or least is None:
-        return found, error
-    pairs = zip(found, best, strict=True)
-    return tuple(new.where(error < least, old) for new, old in pairs), torch.minimum(error, least)
+def largest_weight(weight: Tensor, num_groups: int) -> Tensor:
+    """Return the weight of largest size of each group, with its sign, (O, G)."""
+    grouped = weight.view(weight.shape[0], num_groups, -1)
+    return grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def best_scales(
+    weight: Tensor,
+    importance: Tensor,
+    nearest: Callable[[Tensor], Tensor],
+    candidates: Iterable[Scales],
+    fit: Fit,
+) -> Scales:
+    """Return the refitted candidate of least error in each group.
+
+    Args:
+        weight: (O, I).
+        importance: (I,).
+        nearest: Gives the grid's nearest values.
+        candidates: As stored.
+        fit: Least squares, of the values that a candidate rounds to and that candidate.
+    """
+    best = least = None
+    for candidate in candidates:
+        values = nearest(over_scale(weight, *candidate))
+        fitted = fit(values, candidate)
+        error = group_error(weight, values, *fitted, importance=importance)
+        if best is None:
+            best, least = fitted, error
+            continue
+        is_better = error < least
+        best = tuple(
+            torch.where(is_better, new, old) for new, old in zip(fitted, best, strict=True)
+        )
+        least = torch.minimum(error, least)
+    return best
