@@ -131,9 +131,10 @@ class GroupScale:
         )
 
     def storable(self, parts: Parts) -> dict[str, Tensor]:
-        """Return scales that training drove to zero or beyond float16, pulled back."""
-        scale = parts["scale"]
-        return {"scale": scale.clamp(*POWER_RANGE) if self.is_power else pulled_back(scale)}
+        """Return scales that training drove to where no gradient leads back from, pulled back."""
+        if self.is_power:
+            return {"scale": parts["scale"].clamp(*POWER_RANGE)}
+        return {} if self.floor is None else {"scale": parts["scale"].clamp_min(self.floor)}
 
     def stored(self, scale: Tensor) -> Tensor:
         """Return the nearest scales of the form: powers of two, or normal numbers of float16."""
@@ -388,12 +389,6 @@ def straight_to_power(scale: Tensor) -> Tensor:
 def stored_scale(scale: Tensor) -> Tensor:
     """Return scales on the float16 grid, inside its normal range, each of the sign it had."""
     return snap_float16(scale.abs().clamp(FLOAT16_TINY, FLOAT16_MAX).copysign(scale))
-
-
-def pulled_back(scale: Tensor) -> Tensor:
-    """Return scales of which those at or below zero, or beyond float16, are ones of its range."""
-    is_lost = (scale <= 0) | ~torch.isfinite(scale.half())
-    return stored_scale(scale).where(is_lost, scale)
 
 
 def start_low_rank(scale: Tensor, rank: int) -> LowRank:

@@ -1,6 +1,6 @@
 """Swapping linears and embeddings for quantized ones, and holding weights for many forwards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -278,8 +278,12 @@ def current_indices(layer: FakeQuantWeight) -> torch.Tensor:
 
 
 @torch.no_grad()
-def keep_scales_storable(model: nn.Module) -> None:
-    """Pull scales that training drove out of what files hold back into its range."""
-    for layer in quantized_layers(model).values():
-        for name, values in layer.spec.scale.storable(layer.parts).items():
-            getattr(layer, name).data.copy_(values)
+def keep_scales_storable(layers: Iterable[FakeQuantWeight]) -> None:
+    """Pull scales that a step drove out of what files hold back into its range.
+
+    Beyond it they have no gradient: none would ever come back.
+    """
+    for layer in layers:
+        if any(part.requires_grad for part in layer.parts.values()):
+            for name, values in layer.spec.scale.storable(layer.parts).items():
+                getattr(layer, name).data.copy_(values)

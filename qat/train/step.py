@@ -22,7 +22,7 @@ from qat.distill.teacher import TeacherSignal
 from qat.grids.scales import TensorScale
 from qat.model.head import hidden_states, logits_at, logits_of
 from qat.model.layers import FakeQuantWeight, TiedHead
-from qat.model.surgery import hold_values, hold_weight
+from qat.model.surgery import hold_values, hold_weight, keep_scales_storable
 from qat.quant.straight_through import multiply_by_values, weight_gradients
 from qat.runtime import distributed
 from qat.runtime.device import as_operand
@@ -244,6 +244,7 @@ class Trainer:
         norm = optimizer_step(
             self.optimizer, self.scaler, self.clip_grad_norm, rate, self.split.keys()
         )
+        keep_scales_storable(self.layers)
         if self.ema is not None:
             self.ema.update()
         self.sync()
