@@ -140,8 +140,8 @@ def take_stages(config: CompressConfig, source: Source, budget: int | None) -> d
     plan = source.size.plan(found)
     print_table(plan, source.size.file_bytes(found))
     say_stage("fit", clock, found.cost)
-    fit = f"fit-{fit_id(plan, source, cache)}"
-    fitted = clock.shared_stage(fit, lambda: fit_plan(plan, source, cache))
+    fit = f"fit-{fit_id(found, source, cache)}"
+    fitted = clock.shared_stage(fit, lambda: fit_plan(found, source, cache))
     kl_fit = validation_kl(fitted, source, cache)
     say_stage("train", clock, kl_fit)
     formats = trained_formats(found, source)
@@ -182,7 +182,7 @@ def search_by_kl(limit: float, table: Table, source: Source, cache: TeacherCache
     best: Allocation | None = None
     for number in range(1, MOST_ROUNDS + 1):
         found = next((point for point in points if point.cost <= target), points[-1])
-        kl = validation_kl(fit_plan(source.size.plan(found), source, cache), source, cache)
+        kl = validation_kl(fit_plan(found, source, cache), source, cache)
         file_bytes = source.size.file_bytes(found)
         say(f"{file_bytes:,} bytes: KL {kl:.4g}, predicted {found.cost:.4g}, limit {limit:.4g}")
         if kl <= limit and (best is None or found.num_bytes < best.num_bytes):

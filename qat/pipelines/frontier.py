@@ -117,7 +117,7 @@ def points_of_size(
     label = f"{budget / 1e6:g}MB"
     say(f"\n== {label}: predicted KL {allocation.cost:.4g}")
     clock = Clock(source.work / "clocks" / f"{label}.json", config.minutes)
-    fitted = fit_plan(source.size.plan(allocation), source, cache)
+    fitted = fit_plan(allocation, source, cache)
     point = file_point("fit", label, fitted, source, cache, predicted=allocation.cost)
     clock.note()
     if not config.minutes:

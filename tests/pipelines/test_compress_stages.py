@@ -85,15 +85,17 @@ def test_grams_are_read_as_they_were_written(tmp_path):
 @pytest.mark.parametrize("rate", [50.0, 600.0, 1e6])
 def test_text_leaves_time_to_train(rate):
     """More minutes read more; what all takes until the fit ends is within its share of them."""
-    former = [0, 0]
+    stages, former = compress_stages, [0, 0]
     for minutes in (1, 5, 10, 20, 40, 80):
-        read, fitted = amount_of_text(minutes, rate)
-        fixed = compress_stages.FIXED_TOKENS_SHORT if minutes < 15 else compress_stages.FIXED_TOKENS
-        taken = (read + fixed + compress_stages.FIT_PASSES * fitted) / rate
-        assert taken <= compress_stages.FIT_SHARE * 60 * minutes or fitted == 0
+        read, followed, last = amount_of_text(minutes, rate)
+        fixed = stages.FIXED_TOKENS_SHORT if minutes < 15 else stages.FIXED_TOKENS
+        taken = (read + fixed + stages.FIT_PASSES * followed) / rate
+        assert taken <= stages.FIT_SHARE * 60 * minutes or followed == 0
+        taken = (read + stages.FIXED_TOKENS_LAST + stages.FIT_PASSES * last) / rate
+        assert taken <= stages.LAST_FIT_SHARE * 60 * minutes or last == followed
         assert read >= former[0]
-        assert fitted >= former[1] or minutes == 20  # from 15 on, fits take longer
-        former = [read, fitted]
+        assert last >= followed >= former[1] or minutes == 20  # from 15 on, fits take longer
+        former = [read, followed]
 
 
 @pytest.mark.parametrize(
@@ -101,22 +103,17 @@ def test_text_leaves_time_to_train(rate):
 )
 def test_a_fit_reads_all_text_up_to_a_limit(num_text, expected):
     """What the cache keeps as text was chosen by the time there is."""
-    assert calibration_tokens(source_of(10), cache_of(num_text)) == expected
-    assert calibration_tokens(source_of(10, fit="moments"), cache_of(num_text)) <= 4096
+    assert calibration_tokens(source_of(10), 64 * num_text) == expected
+    assert calibration_tokens(source_of(10, fit="moments"), 64 * num_text) <= 4096
 
 
 @pytest.mark.parametrize("memory", [12 * 10**9, 24 * 10**9])
 def test_wide_models_and_small_machines_calibrate_on_less_text(memory):
     """What a decoder layer's linears keep of every token stays within a quarter of the memory."""
     source = source_of(100_000, memory)
-    tokens = calibration_tokens(source, cache_of(10**4))
+    tokens = calibration_tokens(source, 64 * 10**4)
     kept = 4 * tokens * 2 * (100_000 + 100_000)  # two linears, inputs and outputs
     assert 0.9 * memory / 4 < kept <= memory / 4
-
-
-def cache_of(num_text):
-    """Return what is asked of a cache of sequences of 64 tokens."""
-    return SimpleNamespace(num_text=num_text, seq_len=64)
 
 
 def source_of(width, memory=24 * 10**9, fit="hessian"):
@@ -128,7 +125,7 @@ def source_of(width, memory=24 * 10**9, fit="hessian"):
     device = SimpleNamespace(total_bytes=lambda: memory)
     tensors = {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
     return SimpleNamespace(
-        config=SimpleNamespace(fit=fit),
+        config=SimpleNamespace(fit=fit, seq_len=64),
         size=SimpleNamespace(tensors=tensors),
         place=SimpleNamespace(device=SimpleNamespace(eager=lambda: device)),
     )
