@@ -24,8 +24,9 @@ SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idlelib")  # of t
 HELDOUT_RATIO = 0.05
 # A student a row: name of the file and the format of its linears, ordered by bits.
 STUDENTS = {"q4_0": "gguf:q4_0", "iq3_s": "gguf:iq3_s", "tq2_0": "gguf:tq2_0"}
+IN_RUNTIME = ("runtime_kl_nats", "same_answers", "same_samples", "equal_tokens")
 PROMPTS = ("Return the number of", "The module provides", "A class that", "Raise an error if")
-COLUMNS = ("file", "bytes", "kl_nats", "perplexity", "runtime", "same_answers", "runtime_kl_nats")
+COLUMNS = ("file", "bytes", "kl_nats", "perplexity", "runtime", *IN_RUNTIME)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,12 +237,8 @@ def in_runtime(config: MilestoneConfig, student: Path, file: Path) -> dict[str, 
         found = check_parity(ParityConfig(checkpoint=str(student), export=file, prompts=prompts))
     except ValueError as error:
         return {"runtime": f"none: {error}"}
-    return {
-        "runtime": found.runtime,
-        "same_answers": found.same_answers,
-        "runtime_kl_nats": found.kl_nats,
-        "max_logit_difference": found.max_logit_difference,
-    }
+    values = asdict(found) | {"runtime_kl_nats": found.kl_nats}
+    return {name: values[name] for name in ("runtime", *IN_RUNTIME, "max_logit_difference")}
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -41,6 +41,10 @@ class ParityResult:
     """Share of positions at which both prefer the same token."""
     same_answers: float
     """Share of prompts whose greedy answers are equal."""
+    same_samples: float
+    """Share of prompts whose answers sampled with the same noise, at temperature one, are equal."""
+    equal_tokens: float
+    """Tokens of a greedy answer before the first that differs, mean over prompts."""
     heldout_student: dict[str, Any] | None = None
     """What `qat evaluate` measures of the student on the cache; None without a cache."""
     heldout_runtime: dict[str, Any] | None = None
@@ -58,7 +62,9 @@ def check_parity(config: ParityConfig) -> ParityResult:
     longest = CONTEXT_TOKENS - config.num_new_tokens
     token_ids = [tokenizer(prompt).input_ids[:longest] for prompt in prompts]
     say(f"{config.export} in {name} against {config.checkpoint}, {len(prompts)} prompts")
-    found = compare_with_runtime(student, runtime, token_ids, num_new_tokens=config.num_new_tokens)
+    found = compare_with_runtime(
+        student, runtime, token_ids, num_new_tokens=config.num_new_tokens, seed=config.seed
+    )
     show(prompts, found.pop("rows"))
     heldout = measure_on_cache(config, student, runtime) if config.cache_dir else {}
     return ParityResult(runtime=name, prompts=len(prompts), **found, **heldout)

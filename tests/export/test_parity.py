@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from qat.export.parity import answer_greedily, answer_with_runtime, compare_with_runtime
+from qat.export.parity import (
+    answer_of,
+    answer_with_runtime,
+    compare_with_runtime,
+    gumbel_noise,
+)
 from tests.tiny import tiny_student
 
 PROMPTS = [[72, 68, 65], [5, 6, 7, 8]]
@@ -25,12 +30,13 @@ def test_a_runtime_that_is_the_student_differs_nowhere():
     assert found["top1_agreement"] == found["same_answers"] == 1
     assert found["positions"] == 3 + 4 + 2 * 4
     assert [row["first_differing_token"] for row in found["rows"]] == [None, None]
+    assert (found["same_samples"], found["equal_tokens"]) == (1, 5)
 
 
 def test_a_known_change_gives_its_known_distance():
     """One logit of one position raised by x: KL = log(1 - p + p e^x) - p x by definition."""
     student = tiny_student()
-    answer, logits = answer_greedily(student, PROMPTS[0], 3)
+    answer, logits = answer_of(student, PROMPTS[0], 3)
     second = int(logits[3].topk(2).indices[1])
 
     def changed(ids):
@@ -49,10 +55,28 @@ def test_a_known_change_gives_its_known_distance():
     assert answer[1] != second
 
 
+def test_samples_are_of_the_softmax():
+    """The largest noisy logit is each token as often as its probability says."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -3.0])
+    drawn = (logits + gumbel_noise((40_000, 4), seed=0)).argmax(-1)
+    shares = drawn.bincount(minlength=4) / len(drawn)
+    assert torch.allclose(shares, logits.softmax(-1), atol=0.01)
+
+
+def test_sampled_answers_differ_where_a_runtime_is_another_model():
+    """The same noise, other logits."""
+    student = tiny_student()
+    found = compare_with_runtime(
+        student, lambda ids: -itself(student)(ids), PROMPTS, num_new_tokens=8
+    )
+    assert found["same_samples"] < 1
+    assert found["equal_tokens"] < 8
+
+
 def test_a_runtime_answers_greedily_up_to_an_end():
     """As the student itself does; the token that ends the answer is left out."""
     student = tiny_student()
-    answer, _ = answer_greedily(student, PROMPTS[0], 6)
+    answer, _ = answer_of(student, PROMPTS[0], 6)
     assert answer_with_runtime(itself(student), PROMPTS[0], 6, []) == answer
     end = answer[3]
     assert answer_with_runtime(itself(student), PROMPTS[0], 6, [end]) == answer[: answer.index(end)]
