@@ -26,7 +26,6 @@ from qat.pipelines.compress_stages import (
     size_on_disk,
     teacher_cache,
     train_student,
-    trained_formats,
     validation_kl,
     write_file,
 )
@@ -144,8 +143,7 @@ def take_stages(config: CompressConfig, source: Source, budget: int | None) -> d
     fitted = clock.shared_stage(fit, lambda: fit_plan(found, source, cache))
     kl_fit = validation_kl(fitted, source, cache)
     say_stage("train", clock, kl_fit)
-    formats = trained_formats(found, source)
-    student, kl = train_student(fitted, kl_fit, source, cache, clock, formats)
+    student, kl = train_student(fitted, kl_fit, source, cache, clock, found)
     say_stage("export", clock, kl)
     write_file(student, source, config.output)
     say_stage("measure", clock, kl)

@@ -65,6 +65,7 @@ FINE_KL = 0.2  # predicted: steps of ten minutes gain nothing at 0.07, 3% at 0.1
 COST_TOKENS = 4096  # of the text that costs are measured on
 LATE_SHARE = 0.2  # of the time that training is left with, kept for what comes after it
 LEAST_SHARE = 0.05  # of the minutes: with less left, seeing how long a step takes would use it up
+LAST_LEAST_SHARE = 0.25  # of them, after a last fit: a device has it that takes thousands of steps
 TRAINED_SHARE = 0.6  # of the predicted KL: held by the formats that train
 SCALE_LR_RATIO = 0.1  # of relative rates: scales at 0.0005 a step where weights have 0.005
 EMBEDDING_GRAM = "embedding"  # its name among those of runs, which end in a number
@@ -441,9 +442,11 @@ def train_student(
     source: Source,
     cache: TeacherCache,
     clock: Clock,
-    formats: tuple[str, ...],
+    found: Allocation,
 ) -> tuple[Path, float]:
     """Train a student in the time that is left; return the better one with its validation KL."""
+    formats = trained_formats(found, source)
+    least_share = LAST_LEAST_SHARE if is_last_word(found, source) else LEAST_SHARE
     settings = train_config(student, source, cache, formats)
 
     def count() -> int:
@@ -451,7 +454,7 @@ def train_student(
 
     steps, file = 0, source.work / "steps" / f"{settings.output_dir.name}.json"
     # A run that was begun is gone on with, however late.
-    if formats and (clock.left > LEAST_SHARE * clock.limit or file.is_file()):
+    if formats and (clock.left > least_share * clock.limit or file.is_file()):
         steps = once(file, settings.output_dir.name, count, Count)
     if steps < 1:
         say("no time to train: the fit is exported as it is")

@@ -20,7 +20,6 @@ from qat.pipelines.compress_stages import (
     size_on_disk,
     teacher_cache,
     train_student,
-    trained_formats,
     validation_kl,
     write_file,
 )
@@ -123,8 +122,7 @@ def points_of_size(
     if not config.minutes:
         return [point]
     kl = validation_kl(fitted, source, cache)
-    formats = trained_formats(allocation, source)
-    trained, _ = train_student(fitted, kl, source, cache, clock, formats)
+    trained, _ = train_student(fitted, kl, source, cache, clock, allocation)
     return [point, file_point("trained", label, trained, source, cache)]
 
 

@@ -254,6 +254,16 @@ READERS = (
         names=("this tokenizer has no",),
     ),
     Reader(
+        name="copy",
+        source="copy",
+        files=(".pushing.json",),
+        commands=(
+            "train --checkpoint {made}/student --cache-dir {made}/top_k --output-dir {out}/r "
+            "--tracking.copy-to {case} " + " ".join(TRAIN),
+        ),
+        share=0.2,
+    ),
+    Reader(
         name="pretrain-state",
         source="pretrain",
         files=("state/*/*.json", "state/*/*.distcp", "*.json", "metrics.jsonl"),
@@ -390,6 +400,7 @@ def make_everything(folder: Path) -> None:
     for name in ("summary.json", "best", "final"):
         path = folder / "resume" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    make_copy(folder)
     call(
         "export --checkpoint {made}/student --to gguf --dtype bf16 --output {made}/gguf/model.gguf"
     )
@@ -403,6 +414,16 @@ def make_everything(folder: Path) -> None:
     (folder / "compress" / "a.gguf").unlink()
     for name in ("results", "students"):  # a student knows the place of its plan
         shutil.rmtree(folder / "compress" / "work" / name)
+
+
+def make_copy(folder: Path) -> None:
+    """Leave what a kill leaves of a copy of a run, before all files of a push got their names."""
+    copy = folder / "copy"
+    shutil.copytree(folder / "run", copy)
+    (copy / ".pushing").mkdir()
+    (copy / "config.json").rename(copy / ".pushing" / "config.json")
+    journal = {"put": ["config.json"], "removed": ["metrics.jsonl"]}
+    (copy / ".pushing.json").write_text(json.dumps(journal))
 
 
 def make_tokens(folder: Path) -> None:
