@@ -56,10 +56,10 @@ recipe: setup  ## real commands on tiny models
 	@OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m recipe -n 2 --dist loadfile
 
 fuzz: setup  ## N damaged files of every kind that is read (N=500)
-	@OMP_NUM_THREADS=1 FUZZ_CASES=$(N) $(RUN)/python -m pytest -m fuzz tests/fuzz
+	@OMP_NUM_THREADS=1 FUZZ_CASES=$(N) $(RUN)/python -m pytest -m fuzz -n auto --dist worksteal tests/fuzz
 
 kill: setup  ## N kills at random instants of every command that writes (N=5)
-	@OMP_NUM_THREADS=1 KILLS=$(N) $(RUN)/python -m pytest -m kill tests/kill
+	@OMP_NUM_THREADS=1 KILLS=$(N) $(RUN)/python -m pytest -m kill -n auto --dist worksteal tests/kill
 
 parity: setup  ## exported files in their runtimes (installs those)
 	@$(RUN)/python -m pip install -qq -c constraints.txt -e '.[parity]'

@@ -22,13 +22,14 @@ import fsspec
 
 from qat.storage import download
 from qat.storage.addresses import as_address
-from qat.storage.decode import as_type, naming, read_as
+from qat.storage.decode import as_type, read_as, reading
 from qat.storage.files import canonical_json, fingerprint, parse_json, write_json
 from qat.storage.receipt import Stamp, stamp
 from qat.storage.stores import copy_files, place_folder
 
 LOGGER = logging.getLogger("qat")
 PUSHING, JOURNAL = ".pushing", ".pushing.json"
+REMEDY = "remove it"
 PUSH_SECONDS = 60  # between pushes of `pushing`
 REFUSALS = (PermissionError, FileNotFoundError, ValueError)  # trying again would not help
 
@@ -146,8 +147,9 @@ class Mirror:
         staged = self.names(system, f"{root}/{PUSHING}")
         if system.exists(f"{root}/{JOURNAL}"):
             where, text = f"{self.address}/{JOURNAL}", system.cat_file(f"{root}/{JOURNAL}")
-            with naming(where):
-                push = as_type(parse_json(text), Push, where, remedy="remove it")
+            with reading(where, REMEDY):
+                values = parse_json(text)
+            push = as_type(values, Push, where, remedy=REMEDY)
             for name in push.put:
                 if name in staged:  # else an earlier call has moved it
                     system.mv(f"{root}/{PUSHING}/{name}", f"{root}/{name}")
@@ -189,7 +191,7 @@ class Mirror:
         """Return the files that this machine knows to be there, as they were here."""
         if not self.receipt.is_file():
             return {}
-        return read_as(self.receipt, Pushed, remedy="remove it").files
+        return read_as(self.receipt, Pushed, remedy=REMEDY).files
 
     def write_receipt(self, stamps: dict[str, Stamp]) -> None:
         """Write down what is there."""
