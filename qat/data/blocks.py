@@ -40,6 +40,8 @@ class Blocks:
     document_ids: Tensor
     """(N, L) int32; equal ids = the same document."""
     num_heldout: int = 0
+    num_cut: int = 0
+    """Documents that were to stay whole and are longer than a block."""
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]
@@ -52,10 +54,12 @@ def blocks_of_documents(
     source: str = "the data",
     *,
     bos: int | None = None,
+    is_whole: bool = False,
 ) -> Blocks:
     """Split documents in two, pack each set, keep at most `plan.num_sequences` blocks.
 
-    `separator` and `bos` are those of `pack_blocks`; `source` names the data in the error message.
+    `separator`, `bos` and `is_whole` are those of `pack_blocks`; `source` names the data in the
+    error message.
     """
     num_tokens = sum(len(document.token_ids) + 1 for document in documents)
     num_blocks = num_tokens // plan.seq_len
@@ -67,8 +71,8 @@ def blocks_of_documents(
         )
     num_heldout = count_heldout(num_blocks, plan.heldout_ratio)
     train, heldout = split_documents(documents, num_heldout * plan.seq_len, plan.seed)
-    heldout_blocks = pack_blocks(heldout, plan.seq_len, separator, bos)
-    train_blocks = pack_blocks(train, plan.seq_len, separator, bos)
+    heldout_blocks = pack_blocks(heldout, plan.seq_len, separator, bos, is_whole=is_whole)
+    train_blocks = pack_blocks(train, plan.seq_len, separator, bos, is_whole=is_whole)
     num_heldout = min(num_heldout, len(heldout_blocks))
     num_train = len(train_blocks)
     if plan.num_sequences is not None:
@@ -147,28 +151,42 @@ def cut_longest(documents: list[Document], num_tokens: int) -> tuple[list[Docume
 
 
 def pack_blocks(
-    documents: list[Document], seq_len: int, separator: int, bos: int | None = None
+    documents: list[Document],
+    seq_len: int,
+    separator: int,
+    bos: int | None = None,
+    *,
+    is_whole: bool = False,
 ) -> Blocks:
     """Join documents, one separator after each, and cut them into blocks.
 
     The last partial block is dropped, and so are blocks in which no predicted token counts. A
     document's first token does not count: what comes before it belongs to another document.
+    Where documents stay whole, one that does not fit a block's rest begins the next, separators
+    that do not count fill the rest, and of one that is longer than a block the end is left out.
 
     Args:
         documents: In this order; the blocks' document ids number them.
         seq_len: L.
         separator: Token id, EOS as a rule. It counts where its document's last token does.
         bos: Put at the start of each block that does not begin with it.
+        is_whole: Whether no document is cut in two.
     """
+    num_cut = 0
+    if is_whole:
+        num_cut = sum(len(document.token_ids) >= seq_len for document in documents)
+        documents = [begin_of(document, seq_len - 1) for document in documents]
     if not documents:
         dtypes = (torch.int32, torch.bool, torch.int32)
         return Blocks(*(torch.zeros(0, seq_len, dtype=dtype) for dtype in dtypes))
-    end = np.array([separator], np.int32)
-    token_ids = np.concatenate([x for item in documents for x in (item.token_ids, end)])
-    is_counted = np.concatenate(
-        [x for item in documents for x in (item.is_counted, item.is_counted[-1:])]
-    )
     sizes = np.array([len(document.token_ids) + 1 for document in documents])
+    rests = rests_of_blocks(sizes, seq_len) if is_whole else np.zeros_like(sizes)
+    token_ids, is_counted = [], []
+    for document, rest in zip(documents, rests.tolist(), strict=True):
+        token_ids += [document.token_ids, np.full(1 + rest, separator, np.int32)]
+        is_counted += [document.is_counted, document.is_counted[-1:], np.zeros(rest, bool)]
+    token_ids, is_counted = np.concatenate(token_ids), np.concatenate(is_counted)
+    sizes += rests
     is_counted[np.cumsum(sizes) - sizes] = False
     document_ids = np.repeat(np.arange(len(documents), dtype=np.int32), sizes)
     starts, is_begun = block_starts(token_ids, seq_len, bos)
@@ -178,7 +196,27 @@ def pack_blocks(
     if bos is not None:
         columns[0][:, 0] = bos
     keeps = columns[1][:, 1:].any(dim=1)  # the first token of a block is never predicted
-    return Blocks(*(column[keeps] for column in columns))
+    return Blocks(*(column[keeps] for column in columns), num_cut=num_cut)
+
+
+def begin_of(document: Document, num_tokens: int) -> Document:
+    """Return a document without what comes after a number of its tokens."""
+    if len(document.token_ids) <= num_tokens:
+        return document
+    token_ids, is_counted = document.token_ids[:num_tokens], document.is_counted[:num_tokens]
+    return Document(token_ids, is_counted, document.record)
+
+
+def rests_of_blocks(sizes: np.ndarray, seq_len: int) -> np.ndarray:
+    """Return what has to follow each document, (N,), for none to cross the end of a block."""
+    rests, place = np.zeros_like(sizes), 0
+    for number, size in enumerate(sizes.tolist()):
+        if place + size > seq_len:
+            rests[number - 1] = seq_len - place
+            place = 0
+        place += size
+    rests[-1] = seq_len - place
+    return rests
 
 
 def block_starts(
@@ -205,4 +243,5 @@ def join_blocks(train: Blocks, num_train: int, heldout: Blocks, num_heldout: int
         torch.cat([train.loss_mask[:num_train], heldout.loss_mask[:num_heldout]]),
         torch.cat([train.document_ids[:num_train], heldout.document_ids[:num_heldout] + shift]),
         num_heldout,
+        train.num_cut + heldout.num_cut,
     )

@@ -29,8 +29,10 @@ TOKENIZER_HASH_VERSION = 2
 RECORDS_A_CALL = 256  # documents given to the tokenizer at once: enough to feed its threads
 
 
-def read_blocks(source: str, tokenizer: PreTrainedTokenizerBase, plan: TextConfig) -> Blocks:
-    """Return the blocks of a data source, train first, held-out last."""
+def read_blocks(
+    source: str, tokenizer: PreTrainedTokenizerBase, plan: TextConfig, *, is_whole: bool = False
+) -> Blocks:
+    """Return the blocks of a data source, train first, held-out last; see `pack_blocks`."""
     documents = read_documents(source, tokenizer, plan)
     if plan.num_sequences is not None:
         # One block more for each split, whose last partial block is dropped.
@@ -38,7 +40,8 @@ def read_blocks(source: str, tokenizer: PreTrainedTokenizerBase, plan: TextConfi
     separator = tokenizer.eos_token_id
     if separator is None:
         raise ValueError("this tokenizer has no eos_token; set it in tokenizer_config.json")
-    return blocks_of_documents(list(documents), separator, plan, source, bos=bos_id(tokenizer))
+    bos = bos_id(tokenizer)
+    return blocks_of_documents(list(documents), separator, plan, source, bos=bos, is_whole=is_whole)
 
 
 def text_blocks(

@@ -1,16 +1,20 @@
 """What a plan gives each tensor of a model, and how large the file gets."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from qat.export.gguf_size import planned_file_bytes
-from qat.model.checkpoint import empty_model
+from qat.model.architectures import SHAPES, read_architecture, without_rank
+from qat.model.checkpoint import empty_model, empty_model_of
 from qat.model.load import model_folder
 from qat.model.surgery import model_tensors
 from qat.pipelines.place import Place
+from qat.pipelines.planned_hours import Forecast, predict_hours
 from qat.pipelines.planned_memory import GIB, ModelSizes, Situation, predict_memory
 from qat.pipelines.quantize_config import PlanConfig
 from qat.quant.plan import QuantPlan, read_plan
@@ -40,18 +44,29 @@ class PlanResult:
     with --memory alone."""
     memory: dict[str, int] | None
     """Predicted peak bytes of one process of each command."""
+    hours: dict[str, Forecast] | None
+    """Of training on so many tokens, by accelerator; with --tokens alone."""
 
 
 def plan(config: PlanConfig) -> PlanResult:
     """Make a plan for a model from its config alone, print its table, save it where asked."""
-    folder = model_folder(config.model)
-    model = empty_model(folder, device="meta")
+    if is_shape := config.model in SHAPES and not Path(config.model).exists():
+        shape, _ = without_rank(read_architecture(config.model))  # files hold its factors' product
+        model = empty_model_of(shape, device="meta")
+    else:
+        model = empty_model(model_folder(config.model), device="meta")
     found = read_plan(config.plan, model_tensors(model))
     file_bytes = found.file_bytes
     if config.to == "gguf":
+        if is_shape:
+            raise ValueError(
+                f"--to gguf counts a tokenizer and {config.model} has none; give a folder, or "
+                "leave it out"
+            )
+        folder = model_folder(config.model)
         file_bytes = planned_file_bytes(model.config, found, text_source=folder)
     print_table(found, file_bytes)
-    sizes = ModelSizes.of(model, found) if config.memory else None
+    sizes = ModelSizes.of(model, found) if config.memory or config.tokens else None
     if config.save is not None:
         write_json(config.save, found.to_dict())
     return PlanResult(
@@ -62,7 +77,8 @@ def plan(config: PlanConfig) -> PlanResult:
         bits_per_weight_model=round(8 * found.file_bytes / found.num_weights, 4),
         rows=found.rows(),
         kv_cache_bytes=sizes and sizes.kv_cache_bytes,
-        memory=sizes and planned_memory(config, sizes),
+        memory=planned_memory(config, sizes) if config.memory else None,
+        hours=planned_hours(config, sizes) if config.tokens else None,
     )
 
 
@@ -91,6 +107,34 @@ def planned_memory(config: PlanConfig, sizes: ModelSizes) -> dict[str, int]:
     Console(stderr=True).print(table)
     say(assumptions(config, place))
     return memory
+
+
+def planned_hours(config: PlanConfig, sizes: ModelSizes) -> dict[str, Forecast]:
+    """Predict the hours of training on accelerators, print them with what is assumed."""
+    there = Situation(dtype=torch.bfloat16, batch_size=config.batch_size, seq_len=config.seq_len)
+    found = predict_hours(sizes, there, config.tokens, config.mfu)
+    table = Table(title=f"{config.tokens:,.0f} tokens", title_justify="left")
+    table.add_column("device")
+    for name in ("pretrain", "distil", "build-cache"):
+        table.add_column(f"{name}, hours", justify="right")
+    for name in ("pretrain", "distil"):
+        table.add_column(f"{name}, GB of a chip", justify="right")
+    for name, one in found.items():
+        hours = (one.pretrain_hours, one.distil_hours, one.cache_hours)
+        memory = (one.pretrain_bytes, one.distil_bytes)
+        table.add_row(
+            name,
+            *(f"{value:.3g}" for value in hours),
+            *(f"{value / 1e9:.1f} of {one.memory / 1e9:.0f}" for value in memory),
+        )
+    Console(stderr=True).print(table)
+    say(
+        f"assumed: {config.mfu:.0%} of the makers' peak rates in 16 bits, batches of "
+        f"{config.batch_size} x {config.seq_len} tokens on all chips together, no gradient "
+        "checkpointing; several chips train with --shard, in pretraining each holds all weights. "
+        "Nothing of this table was measured"
+    )
+    return found
 
 
 def assumptions(config: PlanConfig, place: Place) -> str:

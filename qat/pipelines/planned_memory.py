@@ -22,6 +22,8 @@ H hidden size, N processes. All bytes are of one process:
                  4 L + (W - L) + 2 (M - L) + 4 P + d D + d W held + 8 (L + S) of AdamW
                    + max(step: d M gradients + activations + logits; state: 22 (L + S), 12 of
                    them a copy of what is saved, the others while it is written)
+    pretrain     (16 + d) (W + D)       weights, gradients, AdamW in float32, and as products read
+                                        them; + activations + logits; of every process
     layer-wise   4 L + (W - L) + 4 P + d D, d W held, d (W + D) of the teacher, and of one layer
                  24 + d bytes a weight (gradient, AdamW, and as it is written) and its activations;
                  files of hidden states are not counted
@@ -54,6 +56,7 @@ FIT_COPIES = 20  # of the largest weight in float32 while it is fitted
 LOGIT_COPIES = 5  # of a chunk of logits: student, teacher, exponents, gradient
 CHUNK_TOKENS = 256
 CACHE_TOKENS = 1024  # that the teacher reads at once on a CPU
+DENSE_TRAINING_BYTES = 16  # of a weight, its gradient and AdamW's two, float32
 ADAM_BYTES = 8  # two float32 numbers for each that trains
 BLOCK_BYTES = 24  # of a number of the decoder layer that trains alone
 STATE_BYTES = 22  # it and those two, copied, and once more while they are written
@@ -85,6 +88,10 @@ class ModelSizes:
     layer: int
     """Numbers of the largest decoder layer, l."""
     num_layers: int
+    linears: int
+    """Weights that each token is multiplied by, but for the head's."""
+    queries: int
+    """Width of all queries of a token, q."""
     kept: int
     """Numbers that a decoder layer keeps of each token for the backward pass."""
     hidden: int
@@ -140,6 +147,8 @@ class ModelSizes:
             largest_dense=max(map(math.prod, dense), default=0),
             layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
             num_layers=len(layers),
+            linears=sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() == 2),
+            queries=queries,
             kept=4 * config.hidden_size + 2 * queries + 2 * keys + 4 * config.intermediate_size,
             hidden=config.hidden_size,
             vocab=config.vocab_size,
@@ -231,6 +240,13 @@ def training_bytes(sizes: ModelSizes, there: Situation) -> float:
     step = gradients + activation_bytes(sizes, there) + logit_bytes(sizes, there)
     state = STATE_BYTES * moved / share if there.keeps_states else 0
     return model + held + ADAM_BYTES * moved / share + max(step, state)
+
+
+def pretraining_bytes(sizes: ModelSizes, there: Situation) -> float:
+    """Return what `qat pretrain` holds of the model, of AdamW and of a step."""
+    read = there.dtype.itemsize if there.dtype != torch.float32 else 0
+    weights = (DENSE_TRAINING_BYTES + read) * (sizes.quantized + sizes.dense)
+    return weights + activation_bytes(sizes, there) + logit_bytes(sizes, there)
 
 
 def layerwise_bytes(sizes: ModelSizes, there: Situation) -> float:

@@ -193,7 +193,8 @@ class PlanConfig(PlaceConfig):
     """
 
     model: str
-    """Hugging Face folder or hub name of the full-precision model."""
+    """Hugging Face folder or hub name of the full-precision model, or a shape of `qat pretrain`,
+    such as kisoku-3.2b."""
     plan: str = "q4a4"
     """A preset (q2a4, q4a4_r32, deploy), formats of MLP and attention joined by a plus
     (gguf:q2_0+gguf:q4_0), rules (q2a4, embed=int4-g32, layers.0.*=gguf:q8_0), or a JSON file. Rules
@@ -212,9 +213,16 @@ class PlanConfig(PlaceConfig):
     """Of --memory: tokens of a sequence."""
     processes: int = 1
     """Of --memory: devices that train together, a process each."""
+    tokens: float | None = None
+    """Predict as well the hours and the memory of training on so many tokens (1e9, say), on common
+    accelerators; read with --batch-size and --seq-len."""
+    mfu: float = 0.4
+    """Of --tokens: share of a device's peak that training reaches."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, self, "batch_size", "seq_len", "processes")
+        require_at_least(1, self, "batch_size", "seq_len", "processes", "tokens")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"--mfu {self.mfu} is a share; give one above 0, 1 at most")
 
 
 def require_other(flag: str, source: Path, output: Path) -> None:

@@ -41,12 +41,17 @@ def open_run(config: TuneConfig) -> DenseRun:
     place, opened = Place.of(config), open_model(config)
     run_folder.check_share(config.batch_size)
     tokenizer = load_tokenizer(opened.text_folder)
-    blocks = read_blocks(config.data, tokenizer, config.text)
+    blocks = read_blocks(config.data, tokenizer, config.text, is_whole=True)
     check_blocks(config, opened, blocks)
     say(
         f"{config.model} on {len(blocks) - blocks.num_heldout:,} blocks of {config.data}; "
         f"{int(blocks.loss_mask.sum()):,} of {blocks.token_ids.numel():,} tokens count"
     )
+    if blocks.num_cut:
+        say(
+            f"{blocks.num_cut:,} records are longer than --seq-len {config.seq_len} and lose their "
+            "end"
+        )
     identity = {
         "settings": run_folder.deciding_settings(
             config, place.device.kind, dtype_name(place.dtype)
@@ -55,6 +60,7 @@ def open_run(config: TuneConfig) -> DenseRun:
         "data": source_revision(config.data),
         "tokenizer": tokenizer_sha256(tokenizer),
         "template": template_sha256(tokenizer),
+        "packing": "whole",
     }
     copies = RunCopies(config.output_dir, config.tracking.copy_to)
     return DenseRun(

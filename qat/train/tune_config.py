@@ -38,7 +38,7 @@ class TuneConfig(DenseConfig):
     heldout_ratio: float = 0.05
     """Share of the blocks that is held out and measures, by record."""
     seq_len: int = 512
-    """Tokens of a block; records are joined and cut into blocks."""
+    """Tokens of a block, of as many records as fit; of longer ones the end is left out."""
     documents: Literal["joined", "separate"] = "separate"
     """Whether records in one block attend to each other; no first token of one is a label."""
     optim: TuneOptimConfig = field(default_factory=TuneOptimConfig)

@@ -27,6 +27,16 @@ def test_a_plan_that_does_not_fit_is_refused(refused, tmp_path):
     assert not (tmp_path / "plan.json").exists()
 
 
+def test_hours_of_a_shape_are_predicted(run, refused):
+    """Without a folder; a file of one has no tokenizer to count."""
+    done = run("plan", model="tiny-15m", tokens=1e9, mfu=0.5, device=None)
+    assert done.code == 0, done.said
+    hours = done.closing["hours"]["H100"]
+    assert 0 < hours["cache_hours"] < hours["pretrain_hours"] < hours["distil_hours"]
+    assert "assumed: 50% of the makers' peak rates" in done.said
+    assert "counts a tokenizer" in refused("plan", model="tiny-15m", to="gguf", device=None)
+
+
 def test_memory_is_predicted_where_it_is_asked_for(run, tmp_path):
     """A row for each command, of rows of weights less than of copies; the KV cache in float16."""
     folder = save_tiny(tmp_path / "m", tiny_llama())

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,6 +48,29 @@ def test_packing_loses_only_the_last_partial_block(lengths, seq_len):
     numbers = [number for _, number in stream]
     counts = [index > 0 and numbers[index - 1] == number for index, number in enumerate(numbers)]
     assert blocks.loss_mask.flatten().tolist() == counts[: len(kept)]
+
+
+@pytest.mark.parametrize("bos", [None, BOS])
+@given(lengths=st.lists(st.integers(2, 9), min_size=1, max_size=12), seq_len=st.integers(3, 9))
+@settings(deadline=None)
+def test_no_document_crosses_a_block_where_they_stay_whole(bos, lengths, seq_len):
+    """All begin in a block that holds them, and count there; only the end of long ones is lost."""
+    documents = documents_of(lengths)
+    if bos is not None:
+        documents = [begin_with(item, bos) for item in documents]
+    blocks = pack_blocks(documents, seq_len, SEPARATOR, bos, is_whole=True)
+    assert blocks.num_cut == sum(len(item.token_ids) >= seq_len for item in documents)
+    for number, item in enumerate(documents):
+        where = blocks.document_ids == number
+        (row,) = where.any(dim=1).nonzero().flatten().tolist()
+        kept = item.token_ids.tolist()[: seq_len - 1]
+        found = blocks.token_ids[row][where[row]].tolist()
+        assert found[: len(kept)] == kept
+        assert set(found[len(kept) :]) == {SEPARATOR}
+        counts = blocks.loss_mask[row][where[row]]
+        first = 1 if bos is None else 2  # BOS is no label, nor is what comes after nothing
+        assert counts[first : len(kept) + 1].all()
+        assert not counts[len(kept) + 1 :].any()
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), seq_len=st.integers(3, 7))
