@@ -16,8 +16,8 @@ from qat.model.load import load_tokenizer
 from qat.pipelines.perplexity import read_domains
 from qat.pipelines.place import Place
 from qat.pipelines.runs import MeasuredResult
-from qat.pipelines.train_dense import DenseResult, DenseRun, train_dense
-from qat.runtime.device import Device, dtype_name, seeded
+from qat.pipelines.train_dense import DenseResult, DenseRun, run_settings, train_dense
+from qat.runtime.device import Device, seeded
 from qat.storage.files import fingerprint
 from qat.tracking.messages import say
 from qat.train import run_folder
@@ -59,9 +59,7 @@ def open_run(config: PretrainConfig) -> DenseRun:
         f"{tokens.num_tokens('train'):,} tokens to train on"
     )
     identity = {
-        "settings": run_folder.deciding_settings(
-            config, place.device.kind, dtype_name(place.dtype)
-        ),
+        **run_settings(config, place),
         "model": fingerprint(shape_values(shape)),
         "tokens": tokens.fingerprint,
     }

@@ -35,11 +35,14 @@ from qat.tracking.sinks import Tracker
 from qat.train import run_folder
 from qat.train.copies import RunCopies
 from qat.train.dense_config import DenseConfig
+from qat.train.float8 import multiply_in_float8, why_no_float8
 from qat.train.loop import Hooks, train_end_to_end
 from qat.train.pretraining import make_pretrainer
 from qat.train.state import Progress, StateWriter, has_state, read_state
 from qat.train.step import Batch, Trainer
 from qat.train.trainable import mode
+
+FLOAT8 = "float8"  # in the identity of runs whose linears multiply so
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +102,16 @@ def train_dense(run: DenseRun) -> DenseResult | MeasuredResult:
     return DenseResult(checkpoint=str(config.output_dir / BEST_NAME), **summary)
 
 
+def run_settings(config: DenseConfig, place: Place) -> dict[str, Any]:
+    """Return the part of a run's identity that its settings make; say where float8 is not used."""
+    settings = run_folder.deciding_settings(config, place.device.kind, dtype_name(place.dtype))
+    del settings["fp8"]
+    why = why_no_float8(place.device.torch_device, place.dtype) if config.fp8 else "--no-fp8"
+    if why:
+        say(f"no float8: {why}")
+    return {"settings": settings} if why else {"settings": settings, FLOAT8: "tensorwise"}
+
+
 def measure(run: DenseRun) -> MeasuredResult:
     """Measure the run's best model without training."""
     best = run.config.output_dir / BEST_NAME
@@ -139,6 +152,8 @@ def take_run(run: DenseRun) -> dict[str, Any]:
     model = run.make_model()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     device.place(model)
+    if FLOAT8 in run.identity:
+        say(f"{multiply_in_float8(model)} linears multiply in float8")
     trainer = make_pretrainer(config, model, run.place.dtype, sync=device.sync)
     progress = Progress()
     if from_first(partial(has_state, folder)):

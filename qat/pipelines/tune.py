@@ -14,8 +14,7 @@ from qat.pipelines.open_checkpoint import Checkpoint, open_checkpoint
 from qat.pipelines.perplexity import read_domains
 from qat.pipelines.place import Place
 from qat.pipelines.runs import MeasuredResult
-from qat.pipelines.train_dense import DenseResult, DenseRun, train_dense
-from qat.runtime.device import dtype_name
+from qat.pipelines.train_dense import DenseResult, DenseRun, run_settings, train_dense
 from qat.tracking.messages import say
 from qat.train import run_folder
 from qat.train.copies import RunCopies
@@ -53,9 +52,7 @@ def open_run(config: TuneConfig) -> DenseRun:
             "end"
         )
     identity = {
-        "settings": run_folder.deciding_settings(
-            config, place.device.kind, dtype_name(place.dtype)
-        ),
+        **run_settings(config, place),
         "model": model_identity(opened.path)["weights"],
         "data": source_revision(config.data),
         "tokenizer": tokenizer_sha256(tokenizer),

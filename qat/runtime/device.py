@@ -243,6 +243,11 @@ def optimizer_settings(device: torch.device) -> dict[str, bool]:
     return {"fused": device.type in ("cpu", "cuda"), "capturable": is_traced(device)}
 
 
+def has_float8(device: torch.device) -> bool:
+    """Return whether a device multiplies in float8: from Ada and Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def copies_from_pinned(device: torch.device) -> bool:
     """Whether copies between a device and the host are quicker where the host's memory is pinned.
 

@@ -61,6 +61,9 @@ class DenseConfig(PlaceConfig):
     """Micro-batches of a step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    fp8: bool = True
+    """Multiply in float8 in decoder layers where the device does and torchao is installed; it is
+    said where not. --no-fp8: nowhere."""
     seed: int = 0
     """Decides the order of the data, and what else is drawn."""
     optim: DenseOptimConfig = field(default_factory=DenseOptimConfig)
