@@ -96,7 +96,7 @@ class StateWriter:
             OSError: If the one before could not be saved; the last whole one stays.
         """
         self.wait()
-        folder = self.folder / f"step_{progress.step:07d}"
+        folder = self.folder / state_name(progress.step)
         distributed.from_first(partial(remove_broken, self.folder, folder))
         self.stager = self.stager or distributed.open_stager(trainer.device)
         self.copying, saving = distributed.start_saving(own_tensors(trainer), folder, self.stager)
@@ -236,6 +236,11 @@ def has_state(run: Path) -> bool:
     return bool(whole_states(folder))
 
 
+def state_name(step: int) -> str:
+    """Return the name of a state's folder."""
+    return f"step_{step:07d}"
+
+
 @torch.no_grad()
 def read_state(run: Path, trainer: Trainer) -> Progress:
     """Put a run's last state back into its model, optimizer and random generators.
@@ -248,6 +253,8 @@ def read_state(run: Path, trainer: Trainer) -> Progress:
     values = distributed.from_first(partial(checked_position, folder, remedy))
     scaler = values.pop("scaler", {})
     progress = as_type(values, Progress, folder / POSITION, remedy=remedy)
+    if state_name(progress.step) != folder.name:  # beyond the last step a run would never end
+        raise ValueError(f"{folder / POSITION} says step {progress.step}; {remedy}")
     with reading(folder, remedy):
         restore(folder, trainer, scaler)
     return progress

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from qat.distill.kl import forward_kl
-from qat.storage.files import read_json
+from qat.storage.files import read_json, write_json
 from qat.train.ema import MovingAverage
 from qat.train.state import (
+    POSITION,
     STATE,
     Progress,
     StateWriter,
@@ -134,6 +135,16 @@ def test_a_state_of_an_earlier_version_is_refused(tmp_path):
     (tmp_path / STATE / "state.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"state.pt is of an earlier version, .* to start over"):
         has_state(tmp_path)
+
+
+def test_a_state_of_another_step_is_refused(tmp_path):
+    """One beyond the last step never came to it."""
+    trainer = make_run()
+    write_state(tmp_path, Progress(step=1), trainer)
+    path = tmp_path / STATE / "step_0000001" / POSITION
+    write_json(path, {**read_json(path), "step": 7})
+    with pytest.raises(ValueError, match=r"state.json says step 7; remove .*step_0000001 to"):
+        read_state(tmp_path, trainer)
 
 
 def test_a_changed_byte_is_seen(tmp_path):
