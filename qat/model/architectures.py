@@ -98,7 +98,8 @@ def read_architecture(name: str, vocab_size: int | None = None) -> PreTrainedCon
         config = read_model_config(path)
     else:
         raise ValueError(
-            f"--arch {name} is not one of {', '.join(SHAPES)}, and no config.json is there"
+            f"--arch {name} is not one of {', '.join(SHAPES)}, and no config.json is there; name "
+            "one of them, or a folder that has one"
         )
     if vocab_size is not None:
         config.get_text_config().vocab_size = vocab_size

@@ -24,6 +24,15 @@ def require_at_least(least: int, config: object, *names: str, group: str = "") -
             raise ValueError(f"--{flag} {value} must be {least} or more")
 
 
+def require_at_most(most: int, config: object, *names: str) -> None:
+    """Refuse numbers of a config above the largest one, naming the flag."""
+    for name in names:
+        if (value := getattr(config, name)) > most:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value} must be {most} or less; give less"
+            )
+
+
 def split_list(values: Iterable[str]) -> tuple[str, ...]:
     """Return values that a flag was given with spaces or commas between; a path stays whole."""
     found: list[str] = []

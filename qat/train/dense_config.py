@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from qat.runtime.config import PlaceConfig, require_at_least
+from qat.runtime.config import PlaceConfig, require_at_least, require_at_most
 from qat.storage.addresses import TAKES_ADDRESS
-from qat.train.config import IntervalsConfig, RateConfig, TrackingConfig
+from qat.train.config import MOST_SEQUENCES, IntervalsConfig, RateConfig, TrackingConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +73,7 @@ class DenseConfig(PlaceConfig):
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         require_at_least(1, self, "max_steps", "batch_size", "accumulation_steps")
+        require_at_most(MOST_SEQUENCES, self, "batch_size", "accumulation_steps")
         require_at_least(2, self, "seq_len")
 
     def stages(self) -> list[Stage]:

@@ -275,7 +275,7 @@ READERS = (
         name="pretrain-config",
         source="pretrain",
         files=("config.json",),
-        names=("--", "holds no"),
+        names=("--", "holds no", "File name too long"),
         commands=("pretrain --config {case}/config.json --output-dir {out}/r --max-steps 1",),
         share=0.5,
     ),

@@ -59,6 +59,7 @@ def test_auto_is_what_suits_the_students_scales(trainable, grouped, low_rank):
         (config, {"max_steps": 0}, "--max-steps 0 must be 1 or more"),
         (config, {"batch_size": -1}, "--batch-size -1 must be 1 or more"),
         (config, {"accumulation_steps": 0}, "--accumulation-steps 0 must be 1 or more"),
+        (config, {"batch_size": 2**31}, "--batch-size 2147483648 must be 65536 or less"),
         (config, {"curriculum": "64:5"}, "--curriculum 64:5 must be length:first step"),
         (config, {"curriculum": "x"}, "--curriculum x must be length:first step"),
         (config, {"curriculum": "1:0"}, "--curriculum 1:0 must be length:first step"),
