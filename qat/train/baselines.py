@@ -56,6 +56,9 @@ class PlainTrainer(Trainer):
             gradient, layer.held_weight.grad = layer.held_weight.grad, None
             layer.latent_weight.grad = self.sums.pop(layer) if self.sums else gradient.float()
 
+    def settle(self) -> None:
+        """Leave weights where they are: they have no scales."""
+
 
 def plan_of(model: nn.Module, *, is_low_rank: bool = False) -> QuantPlan:
     """Return q2a4 for a model, with the seeds' low-rank scales where asked."""

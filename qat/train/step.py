@@ -244,7 +244,7 @@ class Trainer:
         norm = optimizer_step(
             self.optimizer, self.scaler, self.clip_grad_norm, rate, self.split.keys()
         )
-        keep_scales_storable(self.layers)
+        self.settle()
         if self.ema is not None:
             self.ema.update()
         self.sync()
@@ -262,6 +262,10 @@ class Trainer:
             for layer in token_layers(self.model) & set(self.layers):
                 drop_unseen(layer, self.seen)
         distributed.sum_gradients(p for p in self.parameters if p not in self.split)
+
+    def settle(self) -> None:
+        """Bring what an update drove out of what files hold back into its range."""
+        keep_scales_storable(self.layers)
 
     def accumulate(self, batches: list[Batch], hard_weight: float | None) -> Tensor:
         """Add up the gradients of micro-batches; return the mean loss."""

@@ -38,7 +38,9 @@ def student():
             layer.latent_weight.data += 0.02 * torch.randn_like(layer.latent_weight)
         layer.scale.data *= torch.randn_like(layer.scale).mul(0.5).exp()
         layer.scale.data[0, 0] = 0.0
+    made.requires_grad_()
     keep_scales_storable(quantized_layers(made).values())
+    made.requires_grad_(requires_grad=False)
     return made
 
 
