@@ -1,5 +1,6 @@
 """Flags of the commands that plan and make students."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -221,6 +222,8 @@ class PlanConfig(PlaceConfig):
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "batch_size", "seq_len", "processes", "tokens")
+        if self.tokens is not None and not math.isfinite(self.tokens):
+            raise ValueError(f"--tokens {self.tokens} is no count; give one such as 1e9")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"--mfu {self.mfu} is a share; give one above 0, 1 at most")
 

@@ -46,6 +46,7 @@ def multiply_in_float8(model: nn.Module, *, emulate: bool = False) -> int:
         chosen.extend([name] * is_chosen)
         return is_chosen
 
-    settings = Float8LinearConfig(emulate=emulate)
+    # A weight's gradient sums over tokens, of which a micro-batch may have any number.
+    settings = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
     convert_to_float8_training(model, module_filter_fn=choose, config=settings)
     return len(chosen)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qat.runtime.config import require_at_least
+from qat.train.config import MOST_SEQUENCES
 from qat.train.dense_config import DenseConfig, Stage
 
 # The first stage and the last three are those of Yxanul 197M's document; those between are filled
@@ -55,8 +56,10 @@ class PretrainConfig(DenseConfig):
                 f"--curriculum {self.curriculum} must be length:batch:first step from step 0 on, "
                 f"{EXAMPLE}"
             )
-        if min(s.seq_len for s in stages) < 2 or min(s.batch_size for s in stages) < 1:
+        batches = [stage.batch_size for stage in stages]
+        if min(s.seq_len for s in stages) < 2 or min(batches) < 1 or max(batches) > MOST_SEQUENCES:
             raise ValueError(
-                f"--curriculum {self.curriculum} has a length below 2 or a batch below 1; {EXAMPLE}"
+                f"--curriculum {self.curriculum} has a length below 2, or a batch below 1 or above "
+                f"{MOST_SEQUENCES}; {EXAMPLE}"
             )
         return stages

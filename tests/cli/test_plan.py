@@ -34,6 +34,7 @@ def test_hours_of_a_shape_are_predicted(run, refused):
     hours = done.closing["hours"]["H100"]
     assert 0 < hours["cache_hours"] < hours["pretrain_hours"] < hours["distil_hours"]
     assert "assumed: 50% of the makers' peak rates" in done.said
+    assert "--tokens nan is no count" in refused("plan", model="tiny-15m", tokens="nan")
     assert "counts a tokenizer" in refused("plan", model="tiny-15m", to="gguf", device=None)
 
 

@@ -145,6 +145,7 @@ def test_an_average_is_kept_where_it_is_asked_for():
         ({"curriculum": "8:4:0,16:2:0"}, "must be length:batch:first step"),
         ({"curriculum": "8:4"}, "must be length:batch:first step"),
         ({"curriculum": "1:4:0"}, "length below 2"),
+        ({"curriculum": "8:2147483648:0"}, "above 65536"),
         ({"batch_size": 0}, "--batch-size 0 must be 1 or more"),
         ({"optim": {"betas": (0.9, 1.0)}}, "--optim.betas"),
         ({"optim": {"betas": (0.9,)}}, "--optim.betas .* must be two"),
