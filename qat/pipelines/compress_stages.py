@@ -48,11 +48,11 @@ from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
 CACHE_SHARE = 1 / 30  # of the minutes: as much text as training then reads about twice
 FIT_SHARE = 0.7  # of the minutes: when the fit should end; what is left trains and measures
-LAST_FIT_SHARE = 0.9  # of a fit that steps would not make better
+FINAL_FIT_SHARE = 0.9  # the same of a fit that no training is expected to improve
 FIT_PASSES = 3  # a fit goes over a token in what the teacher takes for so many
 # Costs and the search of every weight, whatever the text, take what the teacher takes to read so
 # many tokens (SmolLM2 on two cores): both are in proportion to the weights.
-FIXED_TOKENS, FIXED_TOKENS_SHORT, FIXED_TOKENS_LAST = 368_000, 136_000, 480_000
+FIXED_TOKENS, FIXED_TOKENS_SHORT, FIXED_TOKENS_FINAL = 368_000, 136_000, 480_000
 MOST_CALIBRATION_TOKENS = 131072  # of a fit
 MEMORY_STEP = 8192  # tokens that memory decides by: a little more or less makes no other fit
 CALIBRATION_SHARE = 1 / 4  # of the memory: what their activations may take
@@ -60,12 +60,12 @@ LEAST_TOKENS = 16384  # of a cache, and of a fit, however few the minutes
 LEAST_BLOCKS = 16  # of which two are for validation
 SHORT_MINUTES = 15  # below which there is no time for turns
 SWEEPS = 1  # of a fit after its first codes: what a second takes, training makes more of
-LAST_SWEEPS = 3  # where it does not: 2 to 4% less error, in 40% more of the time of a search
-FINE_KL = 0.2  # predicted: steps of ten minutes gain nothing at 0.07, 3% at 0.16, 9% at 0.28
+FINAL_SWEEPS = 3  # of a fit without training: 2 to 4% less error, fits of weights take 40% longer
+FINE_KL = 0.2  # predicted: ten minutes of training gain nothing at 0.07, 3% at 0.16, 9% at 0.28
 COST_TOKENS = 4096  # of the text that costs are measured on
 LATE_SHARE = 0.2  # of the time that training is left with, kept for what comes after it
 LEAST_SHARE = 0.05  # of the minutes: with less left, seeing how long a step takes would use it up
-LAST_LEAST_SHARE = 0.25  # of them, after a last fit: a device has it that takes thousands of steps
+FINAL_LEAST_SHARE = 0.25  # after a final fit: so much is left where steps are quick, as on a GPU
 TRAINED_SHARE = 0.6  # of the predicted KL: held by the formats that train
 SCALE_LR_RATIO = 0.1  # of relative rates: scales at 0.0005 a step where weights have 0.005
 EMBEDDING_GRAM = "embedding"  # its name among those of runs, which end in a number
@@ -80,7 +80,7 @@ class Amount(TypedDict):
     num_sequences: Count
     text_sequences: Count
     fit_sequences: Count
-    """What a fit reads that steps follow; the last word of a fit is all of the text."""
+    """What a fit before training reads; a final fit reads all of the text."""
 
 
 class MeasuredCosts(TypedDict):
@@ -242,8 +242,8 @@ def teacher_cache(source: Source) -> TeacherCache:
         read = min(read, num_blocks)
         return {"num_sequences": read, "text_sequences": num_blocks - read, "fit_sequences": fit}
 
-    shares = [CACHE_SHARE, FIT_SHARE, LAST_FIT_SHARE, FIT_PASSES]
-    fixed = [FIXED_TOKENS, FIXED_TOKENS_SHORT, FIXED_TOKENS_LAST]
+    shares = [CACHE_SHARE, FIT_SHARE, FINAL_FIT_SHARE, FIT_PASSES]
+    fixed = [FIXED_TOKENS, FIXED_TOKENS_SHORT, FIXED_TOKENS_FINAL]
     asked = [config.num_sequences, config.minutes, config.is_quick]
     key = [config.data, config.seq_len, *asked, shares, fixed]
     amount = once(amount_file(source), key, count, Amount)
@@ -277,16 +277,16 @@ def amount_of_text(minutes: float, rate: float) -> list[int]:
         rate: Tokens a second that the teacher reads.
 
     Returns:
-        Of the cache, of a fit that steps follow, and of one that is the last word.
+        Of the cache, of a fit before training, and of a final one.
     """
     total = 60 * minutes * rate
     read = CACHE_SHARE * total
-    followed, last = (FIT_SHARE, FIXED_TOKENS), (LAST_FIT_SHARE, FIXED_TOKENS_LAST)
+    before_training, final = (FIT_SHARE, FIXED_TOKENS), (FINAL_FIT_SHARE, FIXED_TOKENS_FINAL)
     if is_short(minutes):
-        followed = last = (FIT_SHARE, FIXED_TOKENS_SHORT)
+        before_training = final = (FIT_SHARE, FIXED_TOKENS_SHORT)
     fits = [
         max(0, int((share * total - read - fixed) / FIT_PASSES))
-        for share, fixed in (followed, last)
+        for share, fixed in (before_training, final)
     ]
     return [int(read), fits[0], max(fits)]
 
@@ -380,7 +380,7 @@ def fit_plan(found: Allocation, source: Source, cache: TeacherCache) -> Path:
         fit=config.fit,
         calibration_sequences=fit_sequences(found, source, cache),
         output=source.work / "students" / file.stem,
-        sweeps=LAST_SWEEPS if is_last_word(found, source) else SWEEPS,
+        sweeps=num_sweeps(found, source),
         turns=not is_short(config.minutes),
         dtype=config.dtype,
         device=config.device,
@@ -393,15 +393,14 @@ def fit_id(found: Allocation, source: Source, cache: TeacherCache) -> str:
     """Return what names the files of a fit: plan, calibrating text, dtype and method."""
     config = source.config
     text = [cache.fingerprint, fit_sequences(found, source, cache), config.seq_len, config.dtype]
-    sweeps = LAST_SWEEPS if is_last_word(found, source) else SWEEPS
-    how = [config.fit, sweeps, is_short(config.minutes)]
+    how = [config.fit, num_sweeps(found, source), is_short(config.minutes)]
     return fingerprint([source.size.plan(found).to_dict(), text, how])[:12]
 
 
-def is_last_word(found: Allocation, source: Source) -> bool:
-    """Return whether a fit gets the time that steps would have.
+def is_final_fit(found: Allocation, source: Source) -> bool:
+    """Return whether a fit gets the time that training would have.
 
-    What is close to the teacher as it is would take more steps than there is time for.
+    A student near its teacher would take more steps than there is time for.
     """
     return found.cost < FINE_KL and not is_short(source.config.minutes)
 
@@ -411,10 +410,15 @@ def is_short(minutes: float) -> bool:
     return 0 < minutes < SHORT_MINUTES
 
 
+def num_sweeps(found: Allocation, source: Source) -> int:
+    """Return the sweeps of a fit."""
+    return FINAL_SWEEPS if is_final_fit(found, source) else SWEEPS
+
+
 def fit_sequences(found: Allocation, source: Source, cache: TeacherCache) -> int:
     """Return the sequences that calibrate a fit."""
     file, count = amount_file(source), cache.num_text
-    if not is_last_word(found, source):
+    if not is_final_fit(found, source):
         kept = read_as(file, Kept, remedy=REMEDY).value
         count = min(count, as_type(kept, Amount, file, remedy=REMEDY)["fit_sequences"])
     return calibration_tokens(source, count * cache.seq_len) // cache.seq_len
@@ -446,7 +450,7 @@ def train_student(
 ) -> tuple[Path, float]:
     """Train a student in the time that is left; return the better one with its validation KL."""
     formats = trained_formats(found, source)
-    least_share = LAST_LEAST_SHARE if is_last_word(found, source) else LEAST_SHARE
+    least_share = FINAL_LEAST_SHARE if is_final_fit(found, source) else LEAST_SHARE
     settings = train_config(student, source, cache, formats)
 
     def count() -> int:

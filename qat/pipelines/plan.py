@@ -40,12 +40,12 @@ class PlanResult:
     rows: list[dict[str, Any]]
     """The table: tensors, count, format, bits_per_weight, bytes, share."""
     kv_cache_bytes: int | None
-    """Of one sequence of the model's full length in a runtime, in float16; like the field below
-    with --memory alone."""
+    """Of one sequence of the model's full length in a runtime, in float16; None without --memory
+    and --tokens."""
     memory: dict[str, int] | None
-    """Predicted peak bytes of one process of each command."""
+    """Predicted peak bytes of one process of each command; None without --memory."""
     hours: dict[str, Forecast] | None
-    """Of training on so many tokens, by accelerator; with --tokens alone."""
+    """Of training on so many tokens, by accelerator; None without --tokens."""
 
 
 def plan(config: PlanConfig) -> PlanResult:

@@ -87,15 +87,15 @@ def test_text_leaves_time_to_train(rate):
     """More minutes read more; what all takes until the fit ends is within its share of them."""
     stages, former = compress_stages, [0, 0]
     for minutes in (1, 5, 10, 20, 40, 80):
-        read, followed, last = amount_of_text(minutes, rate)
+        read, before, final = amount_of_text(minutes, rate)
         fixed = stages.FIXED_TOKENS_SHORT if minutes < 15 else stages.FIXED_TOKENS
-        taken = (read + fixed + stages.FIT_PASSES * followed) / rate
-        assert taken <= stages.FIT_SHARE * 60 * minutes or followed == 0
-        taken = (read + stages.FIXED_TOKENS_LAST + stages.FIT_PASSES * last) / rate
-        assert taken <= stages.LAST_FIT_SHARE * 60 * minutes or last == followed
+        taken = (read + fixed + stages.FIT_PASSES * before) / rate
+        assert taken <= stages.FIT_SHARE * 60 * minutes or before == 0
+        taken = (read + stages.FIXED_TOKENS_FINAL + stages.FIT_PASSES * final) / rate
+        assert taken <= stages.FINAL_FIT_SHARE * 60 * minutes or final == before
         assert read >= former[0]
-        assert last >= followed >= former[1] or minutes == 20  # from 15 on, fits take longer
-        former = [read, followed]
+        assert final >= before >= former[1] or minutes == 20  # from 15 on, fits take longer
+        former = [read, before]
 
 
 @pytest.mark.parametrize(
