@@ -6,6 +6,9 @@ linear's output the diagonal is kept, of the embedding's all. Loud inputs (of at
 meet gradients near zero, so the |d|^2 of each token is kept as well: E[|d|^2 x x^T] is far from
 E[|d|^2] E[x x^T] there.
 
+Processes that work together read a part of the text each; what they get is of all of it, but for
+what is told of each token.
+
 Shape legend: B batch, T tokens, V vocabulary, D hidden size, O out.
 
 Source: Kunstner et al. 2019, arXiv:1905.12558, section 2 (the Fisher by drawn labels).
@@ -24,8 +27,11 @@ from qat.calibrate.statistics import Batch
 from qat.model.head import Tokens, hidden_states, logits_of
 from qat.quant.output_feedback import do_turns_pay
 from qat.runtime.device import run_recorded
+from qat.runtime.distributed import total_number, total_of
+from qat.runtime.launch import rank
 
 TOKENS_AT_ONCE = 256  # whose logits are held at a time
+SEED_STEP = 1000  # between processes: more than there are seeds of passes
 RUN_OUTPUTS = 1024  # of a linear that count together at most: G is quadratic in them
 
 
@@ -36,7 +42,7 @@ class OutputFisher:
     linears: dict[str, Tensor]
     """Of each linear's outputs, (O,), by name."""
     token_weights: dict[str, Tensor]
-    """Sum over outputs at each token of the text, (N,), by name."""
+    """Sum over outputs at each token of this process's part of the text, (N,), by name."""
     embedding: Tensor
     """Of the row that the embedding reads, (D, D)."""
     token_shares: Tensor
@@ -107,8 +113,9 @@ class Grams:
         Raises:
             ValueError: If a gradient was not finite.
         """
-        require_finite([self.embedding])
-        return self.embedding / self.num_tokens
+        embedding = total_of(self.embedding)
+        require_finite([embedding])
+        return embedding / total_number(self.num_tokens)
 
     def means(self) -> dict[str, list[Tensor]]:
         """Return G = mean g g^T, (R, R) each, of the runs of each linear, by its name.
@@ -120,9 +127,14 @@ class Grams:
 
     def mean(self, name: str) -> list[Tensor]:
         """Return G of the runs of one linear, as `means` does."""
-        sums = [a + b for a, b in zip(*(half[name] for half in self.halves), strict=True)]
+        sums = [a + b for a, b in zip(*self.sums_of(name), strict=True)]
         require_finite(sums)
-        return [total / self.num_tokens for total in sums]
+        count = total_number(self.num_tokens)
+        return [total / count for total in sums]
+
+    def sums_of(self, name: str) -> list[list[Tensor]]:
+        """Return the sums of each half of the batches, run by run."""
+        return [[total_of(run) for run in half[name]] for half in self.halves]
 
     def of_paying_turns(self) -> dict[str, list[Tensor]]:
         """Return `means` of the linears whose outputs are worth fitting in turns.
@@ -130,8 +142,12 @@ class Grams:
         Raises:
             ValueError: If a gradient was not finite.
         """
-        require_finite([total for half in self.halves for runs in half.values() for total in runs])
-        paying = [n for n in self.num_batches if do_turns_pay(*(half[n] for half in self.halves))]
+        paying = []
+        for name in self.num_batches:
+            first, second = self.sums_of(name)
+            require_finite([*first, *second])
+            if do_turns_pay(first, second):
+                paying.append(name)
         return {name: self.mean(name) for name in paying}
 
 
@@ -176,13 +192,15 @@ def output_fisher(
         num_tokens += batch.num_tokens
     if grams:
         grams.num_tokens += num_tokens
-    require_finite([*watch.sums.values(), embedding])
+    sums, count = {n: total_of(own) for n, own in watch.sums.items()}, total_number(num_tokens)
+    embedding = total_of(embedding)
+    require_finite([*sums.values(), embedding])
     return OutputFisher(
-        embedding=embedding / num_tokens,
-        linears={name: total / num_tokens for name, total in watch.sums.items()},
+        embedding=embedding / count,
+        linears={name: total / count for name, total in sums.items()},
         token_weights={name: torch.cat(parts) for name, parts in watch.tokens.items()},
-        token_shares=shares / num_tokens,
-        head=head / num_tokens,
+        token_shares=total_of(shares) / count,
+        head=total_of(head) / count,
     )
 
 
@@ -242,7 +260,9 @@ def label_gradients(
         hooks.enter_context(model.get_input_embeddings().register_forward_hook(start))
         for batch in map(Tokens.of, tqdm(batches, desc="fisher", unit="batch", leave=False)):
             if generator is None:
-                generator = torch.Generator(batch.token_ids.device).manual_seed(seed)
+                # Each process draws labels of its own.
+                generator = torch.Generator(batch.token_ids.device)
+                generator.manual_seed(seed + SEED_STEP * rank())
             with torch.enable_grad():
                 hidden = hidden_states(model, *batch)
             gradient, shares, head = label_gradient(model, hidden.detach(), generator)

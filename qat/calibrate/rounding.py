@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qat.model.head import Tokens, hidden_states, logits_of
 from qat.quant.quantized_tensor import QuantizedTensor
+from qat.runtime.distributed import total_number, total_of
 
 PROBE_KL = 0.05  # nats: well above what a thousand tokens do not tell, well below saturation
 TOKENS_AT_ONCE = 256  # whose logits are held at a time
@@ -80,9 +81,12 @@ def rounded(
 
 
 def mean_kl(model: nn.Module, clean: Tensor, changed: Tensor) -> float:
-    """Return the mean KL between the logits of hidden states, (N, D) each, in nats."""
+    """Return the mean KL between the logits of hidden states, (N, D) each, in nats.
+
+    Of several processes, over the states of all.
+    """
     total = torch.zeros((), device=clean.device)
     for pair in zip(clean.split(TOKENS_AT_ONCE), changed.split(TOKENS_AT_ONCE), strict=True):
         target, found = (logits_of(model, rows).float().log_softmax(-1) for rows in pair)
         total += (target.exp() * (target - found)).sum()
-    return float(total) / len(clean)
+    return float(total_of(total)) / total_number(len(clean))

@@ -1,5 +1,7 @@
 """Activation statistics of each quantizable linear, from a few forward passes.
 
+Processes that work together read a part of the text each; what they get is of all of it.
+
 Shape legend: B batch, T tokens, I in.
 """
 
@@ -16,6 +18,7 @@ from tqdm import tqdm
 from qat.model.head import Tokens, hidden_states
 from qat.quant.drift import Moments
 from qat.runtime.device import run_recorded
+from qat.runtime.distributed import total_number, total_of
 
 GRAM_PANEL = 384  # columns of a product: spares most of the lower triangle, still wide
 Batch = Tensor | Tokens
@@ -82,8 +85,9 @@ class SquareSums:
         self.last.clear()
 
     def means(self, num_tokens: int) -> dict[str, Tensor]:
-        """Return the mean squares, refused where not finite."""
-        return {name: finite_mean(name, total, num_tokens) for name, total in self.sums.items()}
+        """Return the mean squares over the tokens of all processes, refused where not finite."""
+        count = total_number(num_tokens)
+        return {name: finite_mean(name, total_of(own), count) for name, own in self.sums.items()}
 
 
 def finite_mean(name: str, total: Tensor, count: int | Tensor) -> Tensor:
@@ -118,7 +122,7 @@ class Fed(NamedTuple):
 
 
 def input_statistics(name: str, batches: Iterable[Fed]) -> InputStatistics:
-    """Return the finite statistics of a module's inputs.
+    """Return the finite statistics of a module's inputs, in all processes.
 
     The first half of each batch's tokens is one half of them: of its sequences, or of a lone one.
     """
@@ -134,10 +138,19 @@ def input_statistics(name: str, batches: Iterable[Fed]) -> InputStatistics:
             weights = tokens.weights
             masses[half] += len(tokens.quantized) if weights is None else weights.sum()
             add_moments(sums[half], tokens)
+    sums = [all_moments(half) for half in sums]
+    masses = [total_of(one) for one in masses]
     mass = torch.stack(masses).sum()
     whole = mean_moments(name, sums, mass)
     halves = tuple(mean_moments(name, [half], one) for half, one in zip(sums, masses, strict=True))
     return InputStatistics(all=whole, halves=halves)
+
+
+def all_moments(own: Moments) -> Moments:
+    """Return the sums over the tokens of all processes."""
+    fields = (own.hessian, own.drift, own.wanted)
+    hessian, drift, wanted = (None if one is None else total_of(one) for one in fields)
+    return Moments(hessian=hessian, drift=drift, wanted=wanted)
 
 
 def mean_moments(name: str, sums: Sequence[Moments], mass: Tensor) -> Moments:
@@ -180,12 +193,14 @@ def add_moments(sums: Moments, tokens: Fed) -> None:
 
 
 def second_moment(name: str, inputs: Iterable[Tensor], weights: Tensor | None = None) -> Tensor:
-    """Return mean x x^T, (I, I) float32, of a module's inputs, (B, T, I) each.
+    """Return mean x x^T, (I, I) float32, of a module's inputs, (B, T, I) each, in all processes.
 
     Weights (N,) say how much each token counts, all batches together.
     """
     total, num_tokens = None, 0
-    weights = None if weights is None else weights / weights.mean().clamp_min(1e-30)
+    if weights is not None:
+        mean = total_of(weights.sum()) / total_number(len(weights))
+        weights = weights / mean.clamp_min(1e-30)
     for batch in inputs:
         x = batch.flatten(0, -2).float()
         total = torch.zeros(x.shape[1], x.shape[1], device=x.device) if total is None else total
@@ -193,7 +208,8 @@ def second_moment(name: str, inputs: Iterable[Tensor], weights: Tensor | None = 
             x = x * weights[num_tokens : num_tokens + len(x)].sqrt().unsqueeze(1)
         add_gram(total, x, x)
         num_tokens += len(x)
-    return finite_mean(name, total.triu() + total.triu(1).T, num_tokens)
+    total = total_of(total)
+    return finite_mean(name, total.triu() + total.triu(1).T, total_number(num_tokens))
 
 
 def add_gram(total: Tensor, x: Tensor, weighted: Tensor) -> None:

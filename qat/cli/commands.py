@@ -47,7 +47,16 @@ PIPELINES = {
     "demo": ("pipelines.demo_config:DemoConfig", "demo:demo"),
 }
 # By the processes that torchrun starts.
-SHARED = ("build-cache", "train", "pretrain", "tune", "evaluate")
+SHARED = (
+    "build-cache",
+    "init-student",
+    "convert",
+    "train",
+    "pretrain",
+    "tune",
+    "compress",
+    "evaluate",
+)
 
 
 def config_of(name: str) -> type:

@@ -3,9 +3,12 @@
     cache > costs > plan > fit > train > export > measure
 
 Each stage leaves its result in a folder next to the output, so that a killed run continues there.
+Processes that torchrun started share all that reads text or trains; the first one writes.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ from qat.pipelines.compress_stages import (
 )
 from qat.pipelines.plan import print_table
 from qat.quant.allocate import Allocation, Table, allocate, frontier, smallest
+from qat.runtime.distributed import from_first, joined
+from qat.runtime.launch import is_first
 from qat.runtime.memory import peak_rss_bytes
 from qat.storage.decode import read_as
 from qat.storage.files import fingerprint, folder_lock, sweep_leftovers
@@ -88,11 +93,17 @@ def compress(config: CompressConfig) -> CompressResult:
     skipped = ("output", "work", "device", "model")
     settings = {f.name: str(getattr(config, f.name)) for f in fields(config)}
     key = [source.base["weights"], {k: v for k, v in settings.items() if k not in skipped}]
-    with folder_lock(source.work):
-        sweep_leftovers(source.work)
+    lock = folder_lock(source.work) if is_first() else nullcontext()
+    with joined(source.place.device), lock:
         result = source.work / "results" / f"{config.output.name}.json"
-        check_output(config.output, source.work, result, key)
+        from_first(partial(prepare, config.output, source.work, result, key))
         return once(result, key, lambda: take_stages(config, source, budget), CompressResult)
+
+
+def prepare(output: Path, work: Path, result: Path, key: object) -> None:
+    """Free a work folder of what a kill left, and check what is at the output."""
+    sweep_leftovers(work)
+    check_output(output, work, result, key)
 
 
 def check_output(output: Path, work: Path, result: Path, key: object) -> None:

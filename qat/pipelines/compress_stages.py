@@ -1,12 +1,14 @@
 """What making a file consists of: teacher cache, costs, fit, training, export, measurement.
 
-Each part leaves its result in a work folder and finds it there again.
+Each part leaves its result in a work folder and finds it there again. Of several processes the
+first one decides what is there, writes it, and its clock counts.
 """
 
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -40,6 +42,8 @@ from qat.pipelines.train import train
 from qat.quant.allocate import Allocation, Table
 from qat.quant.spec import TensorSpec
 from qat.quant.targets import candidates
+from qat.runtime.distributed import from_first
+from qat.runtime.launch import is_first, num_processes
 from qat.runtime.memory import host_bytes
 from qat.storage.decode import Count, Sha256, as_type, read_as, reading
 from qat.storage.files import atomic_file, fingerprint, sha256_of_file, write_json
@@ -129,18 +133,21 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Seconds until the limit."""
-        return self.limit - self.seconds
+        """Seconds until the limit; all processes must ask."""
+        return from_first(lambda: self.limit - self.seconds)
 
     def note(self) -> None:
         """Keep the seconds so far for a process that continues."""
-        write_json(self.path, {"seconds": self.seconds, "shared": self.shared})
+        if is_first():
+            write_json(self.path, {"seconds": self.seconds, "shared": self.shared})
 
     def shared_stage(self, name: str, make: Callable[[], Made]) -> Made:
         """Return what a stage makes that other files use too; count what it took the first one."""
         started, file = time.perf_counter(), self.path.with_name(f"{name}.stage.json")
         made = make()
         seconds = time.perf_counter() - started
+        if not is_first():
+            return made
         if not file.is_file():
             write_json(file, {"seconds": seconds})
         elif name not in self.shared:
@@ -207,15 +214,29 @@ class Kept:
 
 
 def once(path: Path, key: object, make: Callable[[], Any], kind: type[Made]) -> Made:
-    """Return what a file keeps under a key, else make it and keep it; checked to be of a kind."""
+    """Return what a file keeps under a key, else make it and keep it; checked to be of a kind.
+
+    All processes make it, and all get what the first one made.
+    """
     key = fingerprint(key)
-    if path.is_file() and (kept := read_as(path, Kept, remedy=REMEDY)).key == key:
+    kept = from_first(partial(find_kept, path, key))
+    if kept is not None:
         say(f"{path} is already complete")
         value = kept.value
     else:
-        value = make()
-        write_json(path, {"key": key, "value": value})
+        made = make()
+        value = from_first(lambda: made)
+        if is_first():
+            write_json(path, {"key": key, "value": value})
     return as_type(value, kind, path, remedy=REMEDY)
+
+
+def find_kept(path: Path, key: str) -> Kept | None:
+    """Return what a file holds, None where it is not there or of another key."""
+    if not path.is_file():
+        return None
+    kept = read_as(path, Kept, remedy=REMEDY)
+    return kept if kept.key == key else None
 
 
 def byte_table(source: Source) -> Table:
@@ -232,7 +253,8 @@ def teacher_cache(source: Source) -> TeacherCache:
         if config.is_quick:
             tokens = [LEAST_TOKENS] * 3
         elif config.minutes:
-            tokens = amount_of_text(config.minutes, forward_tokens_per_second(source))
+            rate = num_processes() * forward_tokens_per_second(source)
+            tokens = amount_of_text(config.minutes, rate)
         else:
             most = 2 * CALIBRATION_TOKENS["hessian"]
             tokens = [CALIBRATION_TOKENS["hessian"], most, most]
@@ -321,7 +343,8 @@ def cost_table(source: Source, cache: TeacherCache) -> Table:
         found = measure_costs(
             model, source.specs, batches[::step], source.place, further, has_turns=has_turns
         )
-        return {"costs": found.costs, "grams": write_grams(file, found.grams)}
+        grams = from_first(lambda: write_grams(file, found.grams))
+        return {"costs": found.costs, "grams": grams}
 
     has_turns = source.config.fit == "hessian" and not is_short(source.config.minutes)
     most = GRAM_TOKENS if has_turns else COST_TOKENS
@@ -329,8 +352,9 @@ def cost_table(source: Source, cache: TeacherCache) -> Table:
     key = [cache.fingerprint, source.base["weights"], names, num_tokens, PROBE_KL, has_turns]
     path, file = source.work / "costs.json", grams_file(source)
     found = once(path, key, measure, MeasuredCosts)
-    if not (file.is_file() and sha256_of_file(file) == found["grams"]):
-        path.unlink()  # of no use without the other file, which was lost or changed
+    if not from_first(lambda: file.is_file() and sha256_of_file(file) == found["grams"]):
+        # Of no use without the other file, which was lost or changed.
+        from_first(path.unlink)
         found = once(path, key, measure, MeasuredCosts)
     kept = {name: sorted(costs) for name, costs in found["costs"].items()}
     if kept != {name: sorted(formats) for name, formats in names.items()}:
@@ -371,7 +395,7 @@ def read_grams(source: Source) -> OutputGrams:
 def fit_plan(found: Allocation, source: Source, cache: TeacherCache) -> Path:
     """Fit the model to an allocation; return the student's folder, one for each fit."""
     file = source.work / "plans" / f"{fit_id(found, source, cache)}.json"
-    write_json(file, source.size.plan(found).to_dict())
+    from_first(lambda: write_json(file, source.size.plan(found).to_dict()))
     config = source.config
     settings = InitStudentConfig(
         model=config.model,
@@ -431,7 +455,7 @@ def calibration_tokens(source: Source, in_text: int) -> int:
     """
     first = [info.shape for name, info in source.size.tensors.items() if ".0." in name]
     numbers = sum(sum(shape) for shape in first if len(shape) == 2)
-    memory = source.place.device.eager().total_bytes() or host_bytes()
+    memory = from_first(lambda: source.place.device.eager().total_bytes() or host_bytes())
     in_memory = int(CALIBRATION_SHARE * memory) // (4 * max(1, numbers))
     in_memory -= in_memory % MEMORY_STEP if in_memory > MEMORY_STEP else 0
     most = MOST_CALIBRATION_TOKENS
@@ -458,7 +482,8 @@ def train_student(
 
     steps, file = 0, source.work / "steps" / f"{settings.output_dir.name}.json"
     # A run that was begun is gone on with, however late.
-    if formats and (clock.left > least_share * clock.limit or file.is_file()):
+    is_begun = from_first(file.is_file)
+    if formats and (clock.left > least_share * clock.limit or is_begun):
         steps = once(file, settings.output_dir.name, count, Count)
     if steps < 1:
         say("no time to train: the fit is exported as it is")
@@ -469,7 +494,7 @@ def train_student(
         settings, max_steps=steps, optim=replace(settings.optim, warmup_steps=warmup)
     )
     result = train(settings)
-    trained = (Path(result.checkpoint), result.best_kl_nats)
+    trained = (Path(result.checkpoint), from_first(lambda: result.best_kl_nats))
     return min(trained, (student, kl), key=lambda pair: pair[1])
 
 
@@ -535,7 +560,15 @@ def measure_on_cache(model: nn.Module, source: Source, cache: TeacherCache) -> d
 
 
 def write_file(student: Path, source: Source, output: Path) -> None:
-    """Export a student, in the place of a file that was made in this work folder of another one."""
+    """Export a student, in the place of a file that was made in this work folder of another one.
+
+    Of several processes in the first one.
+    """
+    from_first(partial(replace_file, student, source, output))
+
+
+def replace_file(student: Path, source: Source, output: Path) -> None:
+    """Export a student as `write_file` does, in this process."""
     record = export_record(source.work, output)
     key = fingerprint([open_checkpoint(student).header.sha256, source.config.to])
     if output.exists() and record.is_file() and read_as(record, Kept, remedy=REMEDY).key == key:

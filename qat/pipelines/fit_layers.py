@@ -28,6 +28,7 @@ from qat.quant.hessian import NUM_SWEEPS, fit_with_hessian
 from qat.quant.output_feedback import fit_in_turns
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
+from qat.runtime.distributed import total_of
 
 WeightOf = Callable[[str], Tensor]
 GramsByName = Mapping[str, Sequence[Tensor]]
@@ -228,7 +229,7 @@ def head_weight(model: nn.Module, specs: Mapping[str, TensorSpec]) -> str | None
 def token_frequencies(batches: Sequence[Tensor], vocab_size: int) -> Tensor:
     """Return how often each token occurs, (V,), no token less than half a time.
 
-    A token that the text lacks may come later.
+    A token that the text lacks may come later. Of several processes, in the batches of all.
     """
-    counts = sum(torch.bincount(batch.flatten().cpu(), minlength=vocab_size) for batch in batches)
-    return torch.as_tensor(counts).float().clamp_min(0.5)
+    ids = torch.cat([batch.flatten() for batch in batches])
+    return total_of(torch.bincount(ids, minlength=vocab_size)).cpu().float().clamp_min(0.5)

@@ -30,6 +30,8 @@ from qat.pipelines.quantize_layered import fit_layered
 from qat.quant.hessian import NUM_SWEEPS
 from qat.quant.plan import QuantPlan, read_plan
 from qat.runtime.device import Device, is_traced
+from qat.runtime.distributed import from_first, joined, share
+from qat.runtime.launch import num_processes
 from qat.tracking.messages import say
 
 LINEARS = (nn.Linear, FakeQuantLinear)
@@ -42,15 +44,24 @@ def quantize(
 ) -> students.StudentResult:
     """Load a model, calibrate, fit every weight of the plan, measure, write.
 
-    `grams` gives those of `FitTask` where they are known; they are measured when not given.
+    Processes that torchrun started read a part of the text each, and fit alike. `grams` gives those
+    of `FitTask` where they are known; they are measured when not given.
     """
-    started = time.perf_counter()
     place = Place.of(config)
+    with joined(place.device):
+        return make_student(config, place, grams)
+
+
+def make_student(
+    config: InitStudentConfig, place: Place, grams: Callable[[], fit_layers.OutputGrams] | None
+) -> students.StudentResult:
+    """Make a student as `quantize` does, in processes that have joined."""
+    started = time.perf_counter()
     base, folder = model_identity(config.model), model_folder(config.model)
     cache = open_cache(config.cache_dir, folder, base["weights"])
     fingerprint = cache and cache.fingerprint
     made_by = students.recipe("init-student", config, base=base["weights"], cache=fingerprint)
-    if done := students.finished(config.output, made_by):
+    if done := from_first(partial(students.finished, config.output, made_by)):
         return done
     fitted = fit_student(config, cache, place, grams)
     header = CheckpointHeader(
@@ -204,7 +215,8 @@ def gradient_grams(
     grams = Grams.of(model, [name for name, spec in body.items() if spec.has_own_rows])
     if not grams.sizes:
         return fit_layers.OutputGrams()
-    count = min(GRAM_TOKENS // batches[0].token_ids.numel(), len(batches) // 4)
+    most = GRAM_TOKENS // num_processes()
+    count = min(most // batches[0].token_ids.numel(), len(batches) // 4)
     grams.add_text(model, batches[:: -(-len(batches) // max(1, count))])
     say(f"gradients of {len(grams.sizes)} linears in {time.perf_counter() - started:.0f} s")
     return fit_layers.OutputGrams(runs=grams.of_paying_turns(), embedding=grams.embedding_mean())
@@ -237,8 +249,21 @@ def calibration_batches(cache: TeacherCache | None, config: FitConfig) -> list[T
 
 
 def spread_batches(cache: TeacherCache, count: int) -> list[Tokens]:
-    """Return so many sequences, spread over all text that is not held out, in batches."""
+    """Return so many sequences, spread over all text that is not held out, in batches.
+
+    Processes that work together take a part each.
+
+    Raises:
+        ValueError: If there are fewer sequences than processes.
+    """
     ids, documents = cache.spread_text(count)
+    own = list(share(range(len(ids))))
+    if not own:
+        raise ValueError(
+            f"{len(ids)} sequences calibrate in {num_processes()} processes; start fewer, or give "
+            "more text"
+        )
+    ids, documents = ids[own], None if documents is None else documents[own]
     parts = ids.split(CALIBRATION_BATCH)
     if documents is None:
         return [Tokens(part) for part in parts]

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from qat.pipelines.quantize_config import (
 from qat.quant.hessian import NUM_SWEEPS
 from qat.quant.plan import QuantPlan, plan_from_dict
 from qat.quant.spec import TensorSpec
+from qat.runtime.distributed import from_first, joined
+from qat.runtime.launch import is_first
 from qat.runtime.memory import peak_rss_bytes
 from qat.storage.files import fingerprint, write_json
 from qat.tracking.messages import say
@@ -73,11 +76,15 @@ def measure_and_write(
     started: float,
     place: Place,
 ) -> StudentResult:
-    """Measure a student on a cache if there is one, write it, return the result."""
+    """Measure a student on a cache if there is one, write it, return the result.
+
+    Of several processes the first one writes.
+    """
     seconds = time.perf_counter() - started
     values = bits_per_weight(model) | measure(model, cache, place)
     values |= {"seconds": round(seconds, 2), "peak_rss_bytes": peak_rss_bytes()}
-    write(model, replace(header, metrics=values), output)
+    if is_first():
+        write(model, replace(header, metrics=values), output)
     return StudentResult(output, values)
 
 
@@ -93,15 +100,28 @@ def change_student(
 
     `change` returns the new plan and numbers for the result.
     """
-    started = time.perf_counter()
     place = Place.of(config)
+    with joined(place.device):
+        return make_changed(command, config, place, checkpoint, change, is_float16)
+
+
+def make_changed(
+    command: str,
+    config: ConvertConfig | ExactConfig,
+    place: Place,
+    checkpoint: Path,
+    change: Change,
+    is_float16: bool,
+) -> StudentResult:
+    """Change a student as `change_student` does, in processes that have joined."""
+    started = time.perf_counter()
     opened = open_checkpoint(checkpoint, model_id=config.model_id)
     require_other("the checkpoint that is read", opened.path, config.output)
     header = opened.require_student(str(checkpoint), f"`qat {command}` takes a student")
     weights = header.base_model.get("weights")
     cache = open_cache(config.cache_dir, opened.text_folder, weights)
     made_by = recipe(command, config, student=header.sha256, cache=cache and cache.fingerprint)
-    if done := finished(config.output, made_by):
+    if done := from_first(partial(finished, config.output, made_by)):
         return done
     student = opened.load()
     before = measure(student, cache, place)

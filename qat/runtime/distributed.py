@@ -51,8 +51,12 @@ def joined(device: Device) -> Iterator[None]:
     Raises:
         ValueError: If processes on this kind of device do not find each other by torchrun.
     """
-    if num_processes() == 1 or dist.is_initialized():
+    if num_processes() == 1:
         yield
+        return
+    if dist.is_initialized():  # a part of a longer work: what one has written, all find after it
+        yield
+        dist.barrier()
         return
     if device.kind not in BACKENDS:
         raise ValueError(
@@ -92,6 +96,18 @@ def total(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+def total_of(value: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes; the tensor stays as it is."""
+    if not dist.is_initialized():
+        return value
+    return total(value.clone(memory_format=torch.contiguous_format))
+
+
+def total_number(value: int) -> int:
+    """Return the sum of a count over all processes."""
+    return sum(gathered(value))
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:

@@ -15,6 +15,8 @@ import pytest
 
 from qat.cache import build, shard
 from qat.cli.commands import main
+from qat.model.surgery import quantized_layers
+from qat.pipelines.open_checkpoint import open_checkpoint
 from qat.runtime.launch import rank
 from qat.storage.files import folder_lock
 from qat.tracking.record import read_rows
@@ -230,6 +232,63 @@ def test_processes_build_the_cache_of_one(made, tmp_path, monkeypatch, content):
     expected = contents_of(tmp_path / "alone" / "it")
     assert left < expected.keys()
     assert contents_of(folder) == expected
+
+
+@pytest.mark.parametrize(("fit", "share"), [("moments", 1e-6), ("hessian", 0.3)])
+def test_processes_fit_as_one_does(made, tmp_path, fit, share):
+    """By statistics of all text, of which each reads a part.
+
+    Sums are as equal as those of floats are. Of the halves of the text that choose a correction
+    they are not, so only what no other weight's error comes before is fitted to the same codes.
+    """
+    flags = ["--model", made[0].parent / "teacher", "--plan", "q2a4, embed=int4-g32"]
+    flags += ["--cache-dir", made[1], "--fit", fit, "--device", "cpu", "--dtype", "fp32"]
+    flags = [str(flag) for flag in [*flags, "--output"]]
+    code, out, err = call("init-student", [*flags, str(tmp_path / "alone")])
+    assert code == 0, err
+    ended = forked(2, partial(call, "init-student", [*flags, str(tmp_path / "two")]))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert ended[1][1] == ""
+    alone, two = (open_checkpoint(tmp_path / name).load() for name in ("alone", "two"))
+    expected = quantized_layers(alone)
+    for name, layer in quantized_layers(two).items():
+        wanted = expected[name].fake_quantized_weight()
+        error = (layer.fake_quantized_weight() - wanted).square().mean()
+        bound = 1e-6 if name.endswith("layers.0.self_attn.q_proj") else share
+        assert error < bound * wanted.square().mean(), name
+    closing = [json.loads(one) for one in (out, ended[0][1])]
+    kls = [one["kl_nats_lower"] for one in closing]
+    assert kls[1] == pytest.approx(kls[0], rel=max(0.01, share / 2))
+
+
+def test_more_processes_than_sequences_are_refused(made, tmp_path):
+    """Each has to read something."""
+    flags = ["--model", made[0].parent / "teacher", "--plan", "q2a4", "--cache-dir", made[1]]
+    flags += ["--calibration-sequences", 1, "--device", "cpu", "--output", tmp_path / "student"]
+    ended = forked(2, partial(call_to_the_end, "init-student", [str(flag) for flag in flags]))
+    said = "".join(err for _, err in ended)
+    assert "1 sequences calibrate in 2 processes; start fewer, or give more text" in said
+
+
+def test_processes_make_a_file_as_one_does(made, tmp_path):
+    """Costs, fit and training shared: the same formats, a student as near; found again."""
+    flags = ["--model", made[0].parent / "teacher", "--data", made[0].parent / "records.jsonl"]
+    flags += ["--bits-per-weight", 6, "--to", "gguf", "--minutes", 0.2, "--seq-len", 16]
+    flags += ["--num-sequences", 64, "--batch-size", 4, "--device", "cpu", "--dtype", "fp32"]
+    closing = {}
+    for name, count in (("alone", 1), ("two", 2), ("two", 2)):
+        words = [str(flag) for flag in [*flags, "--output", tmp_path / f"{name}.gguf"]]
+        ended = forked(count, partial(call, "compress", words))
+        assert [code for code, _, _ in ended] == [0] * count, ended
+        assert all(out == "" for _, out, _ in ended[1:])
+        found = json.loads(ended[0][1])
+        assert closing.setdefault(name, found) == found
+    alone, two = closing["alone"], closing["two"]
+    assert (tmp_path / "two.gguf").stat().st_size == two["file_bytes"]
+    assert two["file_bytes"] == pytest.approx(alone["file_bytes"], rel=0.02)
+    assert two["kl_nats_predicted"] == pytest.approx(alone["kl_nats_predicted"], rel=0.3)
+    assert two["kl_nats_fit"] == pytest.approx(alone["kl_nats_fit"], rel=0.3)
+    assert two["kl_nats_validation"] <= two["kl_nats_fit"]
 
 
 def contents_of(folder):
