@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from qat.cache.read import TeacherCache
 from qat.model import surgery
 from qat.model.head import Tokens
 from qat.model.layers import FakeQuantWeight
-from qat.storage.decode import read_as, reading
-from qat.storage.files import atomic_file, write_json
+from qat.storage.decode import Sha256, read_as, reading
+from qat.storage.files import atomic_file, sha256_of_file, write_json
 from qat.train import trainable
 from qat.train.blockwise import BlockPlan, train_blockwise
 from qat.train.config import TrainConfig
@@ -24,6 +25,18 @@ from qat.train.state import copy_same
 BLOCKS = "blocks"
 WARMUP_SHARE = 0.05
 UNTRAINED = ("bias", "indices")  # of a layer: what it has anyway
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockReport:
+    """What is told of a finished block."""
+
+    seconds: float
+    """Of the stage, up to its end."""
+    sha256: Sha256
+    """Of the file with what it learned."""
+    losses: dict[str, float]
+    """First and last of its training."""
 
 
 def layerwise_stage(
@@ -70,8 +83,8 @@ def layerwise_stage(
         return trainable.trained_layers(block), optimizer
 
     def finish(number: int, losses: dict[str, float]) -> None:
-        report = {**losses, "seconds": time.perf_counter() - started}
-        write_block(folder, number, blocks[number], report)
+        seconds = time.perf_counter() - started
+        write_block(folder, number, blocks[number], seconds, losses)
         blocks[number].requires_grad_(False)
 
     plan = block_plan(config, dtype)
@@ -110,7 +123,9 @@ def block_rate(min_ratio: float, step: int, num_steps: int) -> float:
     return rate_factor(step, max_steps=num_steps, warmup_steps=warmup, min_ratio=min_ratio)
 
 
-def write_block(folder: Path, number: int, block: nn.Module, report: dict[str, float]) -> None:
+def write_block(
+    folder: Path, number: int, block: nn.Module, seconds: float, losses: dict[str, float]
+) -> None:
     """Keep what a block learned; its report is written last and says that it is whole."""
     tensors = {}
     for name, layer in surgery.quantized_layers(block).items():
@@ -119,6 +134,8 @@ def write_block(folder: Path, number: int, block: nn.Module, report: dict[str, f
             tensors |= {f"{name}.{part}": value.cpu().contiguous() for part, value in parts.items()}
     with atomic_file(folder / f"{number:03d}.safetensors") as temporary:
         save_file(tensors, temporary)
+        sha256 = sha256_of_file(temporary)
+    report = {"seconds": seconds, "sha256": sha256, "losses": losses}
     write_json(folder / f"{number:03d}.json", report)
 
 
@@ -126,16 +143,22 @@ def write_block(folder: Path, number: int, block: nn.Module, report: dict[str, f
 def read_blocks(
     folder: Path, student: nn.Module, weight_of: Callable[[str], Tensor | None]
 ) -> tuple[int, float]:
-    """Put back what finished blocks learned; return how many there are and their seconds."""
+    """Put back what finished blocks learned; return how many there are and their seconds.
+
+    Raises:
+        ValueError: If a block's file is not the one that was written.
+    """
     seconds, number = 0.0, 0
     for number, block in enumerate(student.get_decoder().layers):
         report = folder / f"{number:03d}.json"
         if not report.is_file():
             return number, seconds
-        told = read_as(report, dict[str, int | float], remedy=f"remove {folder}")
-        seconds = told.get("seconds", 0.0)
+        told = read_as(report, BlockReport, remedy=f"remove {folder}")
+        seconds = told.seconds
         layers = surgery.quantized_layers(block)
         stored = folder / f"{number:03d}.safetensors"
+        if (found := sha256_of_file(stored)) != told.sha256:
+            raise ValueError(f"{stored} has the sha256 {found}, not {told.sha256}; remove {folder}")
         with reading(stored, f"remove {folder}"):
             for key, value in load_file(stored).items():
                 name, _, part = key.rpartition(".")

@@ -28,7 +28,7 @@ def test_finished_blocks_come_back(tmp_path):
     for layer in quantized_layers(block).values():
         thaw_indices(layer)
         layer.latent_weight.data *= 1.5
-    write_block(tmp_path, 0, block, {"seconds": 2.0})
+    write_block(tmp_path, 0, block, 2.0, {"first": 1.0, "last": 0.5})
     other = tiny_student()
     hold_weights(other, torch.float32)
     assert read_blocks(tmp_path, other, lambda _name: None) == (1, 2.0)
@@ -38,6 +38,10 @@ def test_finished_blocks_come_back(tmp_path):
         assert torch.equal(found[name].held_weight, layer.fake_quantized_weight())
     rest = quantized_layers(other.get_decoder().layers[1]).values()
     assert all(layer.latent_weight is None for layer in rest)
+    stored = tmp_path / "000.safetensors"
+    stored.write_bytes(stored.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=f"{stored} has the sha256 .*; remove {tmp_path}"):
+        read_blocks(tmp_path, other, lambda _name: None)
 
 
 @pytest.mark.parametrize("relative", [True, False])
