@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import io
+import json
 import os
 import pickle
 import resource
@@ -17,11 +18,34 @@ from random import Random
 from qat.cli.commands import main
 from tests.fuzz.mutate import mutate
 from tests.fuzz.readers import Reader
+from tests.kill.writers import without_clock
 from tests.tiny import quick_fits
 
 MOST_SECONDS = 60
 NOT_FINITE = "computes no finite numbers"  # of what the number is, the command line names
-MOST_BYTES = 1 << 30  # beyond what the process held before the case
+MOST_BYTES = 1 << 30  # of addresses, beyond what the process had before the case
+SPARE_BYTES = 1 << 26  # beyond twice the untouched file's: what an allocator keeps, another layout
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int | None
+    out: str
+    said: str
+    trace: str | None
+    grown_bytes: int
+    """Most memory that it held beyond what there was."""
+
+    @property
+    def result(self) -> object:
+        """The closing line without what the clock gives; None where it failed."""
+        lines = self.out.splitlines()
+        return without_clock(json.loads(lines[-1])) if self.code == 0 and lines else None
+
+
+UNTOUCHED: dict[str, Outcome] = {}  # by the command line
 
 
 @dataclass(frozen=True)
@@ -49,10 +73,7 @@ def run_case(reader: Reader, number: int, made: Path, root: Path, *, keep: bool 
         keep: Whether it stays.
     """
     rng = Random(f"{reader.name}:{number}")
-    shutil.rmtree(root, ignore_errors=True)
-    case, out = root / "in" / reader.source, root / "out"
-    shutil.copytree(made / reader.source, case)
-    out.mkdir()
+    case, out = fresh_copy(reader, made, root)
     pattern = rng.choice(reader.files)
     file = rng.choice(sorted(path for path in case.glob(pattern) if path.is_file()))
     before = file.read_bytes()
@@ -61,15 +82,22 @@ def run_case(reader: Reader, number: int, made: Path, root: Path, *, keep: bool 
     if is_sealed:
         with contextlib.suppress(Exception):  # what cannot be sealed stays as it is
             reader.seal(case)
+    is_same = file.is_file() and file.read_bytes() == before
+    is_guarded = not is_sealed and any(file.match(one) for one in reader.sealed)
     line = rng.choice(reader.commands).format(case=case, out=out, made=made, file=file)
     started = time.perf_counter()
-    code, said, trace = call(line.split())
+    end = call(line.split())
     seconds = time.perf_counter() - started
-    is_same = file.is_file() and file.read_bytes() == before
-    must_refuse = not is_same and not is_sealed and any(file.match(one) for one in reader.sealed)
+    code, said, trace = end.code, end.said, end.trace
     names = {file.name, file.stem, file.parent.name, str(root), NOT_FINITE, *reader.names}
     problem = judge(code, said, trace, root, names)
-    if problem is None and must_refuse and code == 0 and "inspect" in line:
+    if problem is None:
+        untouched = untouched_end(reader, line, made, root, keep=keep)
+        if (is_same or (is_guarded and code == 0)) and end.result != untouched.result:
+            problem = f"another result than the untouched {file.name} gives"
+        elif end.grown_bytes > 2 * untouched.grown_bytes + SPARE_BYTES:
+            problem = f"takes {end.grown_bytes:,} bytes, untouched {untouched.grown_bytes:,}"
+    if problem is None and not is_same and is_guarded and code == 0 and "inspect" in line:
         problem = f"a change of {file.name} is not found"
     if problem is None and seconds > MOST_SECONDS:
         problem = f"takes more than {MOST_SECONDS} s"
@@ -80,19 +108,51 @@ def run_case(reader: Reader, number: int, made: Path, root: Path, *, keep: bool 
     return Verdict(f"{name}: qat {line}", code, problem, told, seconds)
 
 
-def call(words: list[str]) -> tuple[int | None, str, str | None]:
-    """Run a command in this process: exit code, what it said, and its traceback if it had one."""
+def fresh_copy(reader: Reader, made: Path, root: Path) -> tuple[Path, Path]:
+    """Make a case's folder anew; return the copy of what is read, and an empty folder."""
+    shutil.rmtree(root, ignore_errors=True)
+    case, out = root / "in" / reader.source, root / "out"
+    shutil.copytree(made / reader.source, case)
+    out.mkdir()
+    return case, out
+
+
+def untouched_end(reader: Reader, line: str, made: Path, root: Path, *, keep: bool) -> Outcome:
+    """Return what a case's command does with the untouched files, run once a process."""
+    if line not in UNTOUCHED:
+        kept = root.with_name("kept")
+        if keep and root.is_dir():
+            shutil.move(root, kept)
+        fresh_copy(reader, made, root)
+        UNTOUCHED[line] = call(line.split())
+        if kept.is_dir():
+            shutil.rmtree(root)
+            shutil.move(kept, root)
+    return UNTOUCHED[line]
+
+
+def call(words: list[str]) -> Outcome:
+    """Run a command in this process."""
     out, err = io.StringIO(), io.StringIO()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = held_bytes() + MOST_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    before, code, trace = peak_bytes(), None, None
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), quick_fits():
-            return main(words[0], words[1:]), err.getvalue(), None
+            code = main(words[0], words[1:])
     except BaseException:  # noqa: BLE001 whatever it is, it is the finding
-        return None, err.getvalue(), traceback.format_exc()
+        trace = traceback.format_exc()
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return Outcome(code, out.getvalue(), err.getvalue(), trace, peak_bytes() - before)
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process held since its peak was set back."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def held_bytes() -> int:

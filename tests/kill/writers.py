@@ -26,6 +26,12 @@ class Writer:
 
     name: str
     line: str
+    outputs: str = ""
+    """The end of the names that must be the same every time; all when not given."""
+
+    def decides(self, name: str) -> bool:
+        """Return whether a file must be the same every time."""
+        return name.endswith(self.outputs)
 
 
 WRITERS = (
@@ -44,6 +50,13 @@ WRITERS = (
         "train --checkpoint {made}/student --cache-dir {made}/cache --output-dir {out}/r "
         "--max-steps 8 --batch-size 2 --intervals.save-steps 1 --intervals.log-steps 1 "
         f"--intervals.eval-steps 4 --layers mlp {USUAL}",
+    ),
+    Writer(
+        "compress",
+        "compress --model {made}/teacher --data {made}/data.jsonl --size 70KB --to gguf "
+        "--minutes 0 --num-sequences 16 --seq-len 16 --eval-sequences 2 --fit moments "
+        f"--output {{out}}/a.gguf --work {{out}}/work {USUAL}",
+        outputs=".gguf",  # the work folder tells of seconds
     ),
     Writer("export-hf", "export --checkpoint {made}/student --to hf --output {out}/hf"),
     Writer(
