@@ -1,5 +1,6 @@
 """What a new model learns from: the next token of every position, in an order of its own."""
 
+import math
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from qat.data.token_dataset import TokenBlocks, TokenDataset
+from qat.model.architectures import new_model, read_architecture
 from qat.train import pretraining
 from qat.train.config import RateConfig
 from qat.train.dense_config import DenseOptimConfig
@@ -191,3 +193,19 @@ def test_processes_that_read_ahead_change_nothing(tokens, monkeypatch):
     for one, other in zip(plain, found, strict=True):
         assert torch.equal(one.token_ids, other.token_ids)
         assert torch.equal(one.mask, other.mask)
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("name", ["kisoku-3.2b", "yxanul-197m"])
+def test_large_shapes_take_steps(tokens, name):
+    """Two steps of the real widths, heads and vocabulary; two of the decoder layers."""
+    config = read_architecture(name)
+    config.num_hidden_layers = 2
+    model = new_model(config)
+    uniform = math.log(config.vocab_size)
+    trainer = pretrainer(model, optim=DenseOptimConfig(lr=1e-3))
+    batch = next(batches_of(tokens, settings()))
+    model.train()
+    losses = [float(trainer.step([batch], 1.0)[0]) for _ in range(2)]
+    assert losses[0] == pytest.approx(uniform, abs=1.0)
+    assert losses[1] < losses[0]
