@@ -8,10 +8,11 @@ XLA_VENV := .venv-xla
 XLA_STAMP := $(XLA_VENV)/setup.stamp
 DEMO_FLAGS ?=
 MILESTONE_FLAGS ?=
+GPU_FLAGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo milestone test check style recipe fuzz kill parity bench xla xla-setup clean
+.PHONY: help setup demo milestone test check style recipe fuzz kill parity bench gpu xla xla-setup clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -69,6 +70,9 @@ parity: setup  ## exported files in their runtimes (installs those)
 bench: setup  ## the training step against plain fine-tuning, as JSON
 	@$(RUN)/qat fetch smollm2 --output-dir models/smollm2-135m
 	@$(RUN)/qat bench
+
+gpu:  ## device tests and rates on a CUDA GPU, by $(PYTHON) with torch and transformers
+	@$(PYTHON) speedrun/gpu.py $(GPU_FLAGS)
 
 xla: xla-setup  ## the same commands on XLA, in a venv of its own (7 GB)
 	@PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -m xla tests/xla

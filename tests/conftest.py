@@ -34,6 +34,17 @@ def disk_that_answers_at_once():
         yield
 
 
+@pytest.fixture
+def accelerator():
+    """The best device that is not the CPU; the test is skipped where there is none."""
+    from qat.runtime.device import Device
+
+    device = Device.detect()
+    if device.kind == "cpu":
+        pytest.skip("no accelerator")
+    return device
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Refuse every connection that leaves this machine."""

@@ -21,9 +21,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qat.grids.scalar import over_scale, snap_bfloat16, snap_float16, times_scale
+from qat.grids.scalar import ScalarGrid, over_scale, snap_bfloat16, snap_float16, times_scale
 from qat.quant.spec import Grid
-from qat.runtime.device import numbers_at_once
+from qat.runtime.device import has_triton, numbers_at_once
 
 
 class StraightThrough(torch.autograd.Function):
@@ -69,12 +69,9 @@ class FakeQuantize(torch.autograd.Function):
         """Return W_hat, (O, I), from a latent weight (O, I), scales (O, G), a codebook (C,)."""
         ctx.save_for_backward(latent, scale, offset, codebook)
         ctx.grid = grid
-
-        def nearest(rows: slice) -> Tensor:
-            offsets = None if offset is None else offset[rows]
-            return grid.nearest(over_scale(latent[rows], scale[rows], offsets), codebook)
-
-        return scale_values(nearest, latent.shape, scale, offset, dtype)
+        if isinstance(grid, ScalarGrid):
+            return form_weight(latent, scale, offset, codebook, grid.kind, grid.bits, dtype)
+        return round_to_grid(latent, scale, offset, codebook, grid, dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,6 +80,57 @@ class FakeQuantize(torch.autograd.Function):
         needed = ctx.needs_input_grad[:4]
         found = weight_gradients(ctx.grid, source, (scale, offset), codebook, gradient, needed)
         return *found, None, None
+
+
+def round_to_grid(
+    latent: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor | None,
+    grid: Grid,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return W_hat, (O, I), as `FakeQuantize` gives it."""
+
+    def nearest(rows: slice) -> Tensor:
+        offsets = None if offset is None else offset[rows]
+        return grid.nearest(over_scale(latent[rows], scale[rows], offsets), codebook)
+
+    return scale_values(nearest, latent.shape, scale, offset, dtype)
+
+
+@torch.library.custom_op("qat::fake_quantize", mutates_args=())
+def form_weight(
+    latent: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codebook: Tensor,
+    kind: str,
+    bits: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return `round_to_grid` of a scalar grid; one operation for a compiler, one kernel on a GPU.
+
+    `kind` and `bits` are the grid's.
+    """
+    grid = scalar_grid(kind, bits)
+    if has_triton(latent.device):
+        from qat.quant import fused
+
+        if fused.serves(scale, latent.shape[1]):
+            return fused.form(latent, scale, offset, codebook, grid, dtype)
+    return round_to_grid(latent, scale, offset, codebook, grid, dtype)
+
+
+@form_weight.register_fake
+def like_weight(latent: Tensor, *others: object) -> Tensor:
+    """Return what a formed weight looks like."""
+    return latent.new_empty(latent.shape, dtype=others[-1])
+
+
+def scalar_grid(kind: str, bits: float) -> ScalarGrid:
+    """Return the grid of an operation's arguments, which hold no integer or float alike."""
+    return ScalarGrid(int(bits) if bits == int(bits) else bits, kind)
 
 
 class Dequantize(FakeQuantize):
@@ -155,6 +203,31 @@ def weight_gradients(
             weight again, as S * (C[indices] - v) = W_hat - latent. A scale of zero then gets none.
         overwrites: Whether the latent weight's takes the place of a float32 `gradient`.
     """
+    is_plain = isinstance(grid, ScalarGrid) and source.is_floating_point() and not needed[3]
+    if is_plain and has_triton(source.device):
+        from qat.quant import fused
+
+        if fused.serves(scales[0], source.shape[1]):
+            found = fused.gradients(
+                source, scales, codebook, grid, gradient, needed[:3], overwrites=overwrites
+            )
+            return *found, None
+    arguments = (grid, source, scales, codebook, gradient, needed)
+    return gradients_by_chunks(*arguments, formed=formed, overwrites=overwrites)
+
+
+def gradients_by_chunks(
+    grid: Grid,
+    source: Tensor,
+    scales: tuple[Tensor, Tensor | None],
+    codebook: Tensor | None,
+    gradient: Tensor,
+    needed: tuple[bool, bool, bool, bool],
+    *,
+    formed: Tensor | None,
+    overwrites: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return what `weight_gradients` does, some rows at a time."""
     (scale, offset), (needs_latent, needs_scale, needs_offset, needs_codebook) = scales, needed
     in_place = overwrites and gradient.dtype == torch.float32
     d_latent = (gradient if in_place else torch.empty_like(source)) if needs_latent else None

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -119,6 +119,12 @@ class Device:
         if self.kind == "xla":
             return xla_memory(self.torch_device).get("peak_bytes_used", of_host(peak_rss_bytes))
         return None
+
+    def reset_peak(self) -> None:
+        """Give cached memory back and count the peak anew; a process's own peak stays."""
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def total_bytes(self) -> int | None:
         """Return the memory that a program may use."""
@@ -241,6 +247,20 @@ def as_operand(value: float, device: torch.device) -> float | Tensor:
 def optimizer_settings(device: torch.device) -> dict[str, bool]:
     """Return how an optimizer does its work: fused where torch has that, traced where it must."""
     return {"fused": device.type in ("cpu", "cuda"), "capturable": is_traced(device)}
+
+
+def waits_for_python(device: torch.device) -> bool:
+    """Whether a device is done with one kernel of a small model before Python launches the next.
+
+    Compiled, several are one: a GPU gains most by it, and torch brings its compiler there.
+    """
+    return device.type == "cuda"
+
+
+@cache
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels of our own can run on a device: on a GPU, with the compiler of torch."""
+    return device.type == "cuda" and installed_version("triton") is not None
 
 
 def has_float8(device: torch.device) -> bool:

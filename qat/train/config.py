@@ -15,6 +15,7 @@ KINDS = {
 }
 Layers = Literal["mlp", "attention", "embedding", "body", "all"]
 Part = Literal["auto", "weights", "scales", "directions", "magnitudes", "codebooks", "norms"]
+Compile = Literal["auto", "on", "off"]
 Divergence = Literal[
     "forward-kl",
     "reverse-kl",
@@ -249,6 +250,9 @@ class TrainConfig(PlaceConfig):
     unless by prediction their devices do not hold that."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    compile: Compile = "auto"
+    """Run each decoder layer as a compiled program (torch.compile), which the first steps take a
+    minute to make. auto: on CUDA."""
     seed: int = 0
     """Decides the order of the data, drawn negatives and dropout."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -6,7 +6,13 @@ from typing import Literal
 
 from qat.runtime.config import PlaceConfig, require_at_least, require_at_most
 from qat.storage.addresses import TAKES_ADDRESS
-from qat.train.config import MOST_SEQUENCES, IntervalsConfig, RateConfig, TrackingConfig
+from qat.train.config import (
+    MOST_SEQUENCES,
+    Compile,
+    IntervalsConfig,
+    RateConfig,
+    TrackingConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +67,9 @@ class DenseConfig(PlaceConfig):
     """Micro-batches of a step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    compile: Compile = "auto"
+    """Run each decoder layer as a compiled program (torch.compile), which the first steps take a
+    minute to make. auto: on CUDA."""
     fp8: bool = True
     """Multiply in float8 in decoder layers where the device does and torchao is installed; it is
     said where not. --no-fp8: nowhere."""

@@ -18,7 +18,12 @@ from qat.train.config import RateConfig
 from qat.train.dense_config import DenseConfig
 from qat.train.ema import MovingAverage
 from qat.train.step import Batch, Trainer, loss_scaler
-from qat.train.trainable import choose_dense, enable_gradient_checkpointing, make_optimizer
+from qat.train.trainable import (
+    choose_dense,
+    compile_decoder_layers,
+    enable_gradient_checkpointing,
+    make_optimizer,
+)
 
 
 def make_pretrainer(
@@ -28,6 +33,7 @@ def make_pretrainer(
     optim, chosen = config.optim, choose_dense(model)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    compile_decoder_layers(model, config.compile)
     parameters = [parameter for part in chosen.values() for parameter in part]
     return Trainer(
         model=model,

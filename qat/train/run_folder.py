@@ -32,7 +32,7 @@ COMMAND = "train"
 # Settings that do not decide a run's numbers; what lies at a path is in the identity by its hash.
 PLACES = (
     *("checkpoint", "cache_dir", "eval_cache_dir", "output_dir", "model", "shard", "tracking."),
-    *("data", "arch", "eval_sets", "eval_only"),
+    *("data", "arch", "eval_sets", "eval_only", "compile"),
     *("intervals.log_steps", "intervals.save_steps", "intervals.keep_"),
 )
 FOREIGN_FILES = ("config.json", "checkpoint.json", "*.pt", "*.safetensors")
@@ -254,6 +254,7 @@ def make_trainer(
     hold_weights(model, dtype)
     if config.gradient_checkpointing:
         trainable.enable_gradient_checkpointing(model)
+    trainable.compile_decoder_layers(model, config.compile)
     parameters = [parameter for part in chosen.values() for parameter in part]
     return Trainer(
         model=model,

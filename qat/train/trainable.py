@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import layers_of_kind, quantized_layers, thaw_indices
-from qat.runtime.device import checkpoint_function, optimizer_settings
+from qat.runtime.device import checkpoint_function, optimizer_settings, waits_for_python
 from qat.runtime.distributed import total
+from qat.train.config import Compile
 
 SUPER_NAMES = ("super_scale", "sub_scale", "super_offset", "sub_offset")
 DIRECTION_NAMES = ("scale", "offset", *SUPER_NAMES, "scale_a", "scale_b")
@@ -182,6 +183,17 @@ def make_optimizer(
         groups = [group(part, [p], units[p]) for part, some in chosen.items() for p in some]
     device = next(iter(chosen.values()))[0].device
     return torch.optim.AdamW(groups, betas=betas, **optimizer_settings(device))
+
+
+def compile_decoder_layers(model: nn.Module, choice: Compile) -> None:
+    """Have each decoder layer run as a compiled program, one for all that are alike, if asked for.
+
+    What is around them stays as it is: logits are formed in chunks.
+    """
+    device = next(model.parameters()).device
+    if choice == "on" or (choice == "auto" and waits_for_python(device)):
+        for layer in model.get_decoder().layers:
+            layer.compile()
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

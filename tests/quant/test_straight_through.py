@@ -9,6 +9,7 @@ from qat.grids.scalar import (
     ScalarGrid,
     codebook_range,
     expand_groups,
+    fixed_codebook,
     nearest_indices,
     snap_float16,
 )
@@ -191,3 +192,23 @@ def test_float16_rounding_lets_gradients_through():
     snapped.backward(gradient)
     assert torch.equal(snapped, snap_float16(values.detach()))
     assert torch.equal(values.grad, gradient)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["int", "learned", "iq4_nl"])
+def test_an_accelerator_forms_the_weights_of_the_cpu(accelerator, kind, dtype):
+    """To the bit; gradients are sums in another order."""
+    grid = ScalarGrid(4, kind)
+    latent, scale, codebook, gradient = problem(64, 3, 32, 4, seed=5)
+    codebook = codebook if kind == "learned" else fixed_codebook(kind, 4)
+    tensors, there = (latent, scale, codebook), accelerator.torch_device
+    formed = fake_quantize(*tensors, grid, dtype)
+    found = fake_quantize(*(x.to(there) for x in tensors), grid, dtype)
+    assert torch.equal(found.cpu(), formed)
+    needed = (True, True, False, kind == "learned")
+    expected = weight_gradients(grid, latent, (scale, None), codebook, gradient, needed)
+    latent, scale, codebook, gradient = (x.to(there) for x in (latent, scale, codebook, gradient))
+    again = weight_gradients(grid, latent, (scale, None), codebook, gradient, needed)
+    for one, other in zip(expected, again, strict=True):
+        assert one is None or torch.allclose(other.cpu(), one, rtol=1e-4, atol=1e-5)

@@ -208,11 +208,9 @@ def test_a_tpu_is_found_through_torch_accelerator_only(monkeypatch):
 
 
 @pytest.mark.device
-def test_the_accelerator_agrees_with_the_cpu():
+def test_the_accelerator_agrees_with_the_cpu(accelerator):
     """A product on the best device present equals the CPU's to the dtype's precision."""
-    device = Device.detect()
-    if device.kind == "cpu":
-        pytest.skip("no accelerator found")
+    device = accelerator
     a, b = torch.randn(64, 64), torch.randn(64, 64)
     product = a.to(device.torch_device, device.dtype) @ b.to(device.torch_device, device.dtype)
     device.sync(wait=True)
@@ -242,11 +240,9 @@ def test_random_generators_continue_after_a_seed_as_before():
 
 
 @pytest.mark.device
-def test_an_accelerators_generator_is_saved_and_seeded_as_well():
+def test_an_accelerators_generator_is_saved_and_seeded_as_well(accelerator):
     """Dropout draws from it: a resumed run needs its state."""
-    device = Device.detect().torch_device
-    if device.type == "cpu":
-        pytest.skip("no accelerator")
+    device = accelerator.torch_device
     state = random_state(device)
     expected = torch.rand(4, device=device)
     with seeded(device, 7):
