@@ -13,6 +13,7 @@ from qat.pipelines.compress_stages import (
     amount_of_text,
     calibration_tokens,
     grams_file,
+    measuring_dtype,
     once,
     read_grams,
     size_on_disk,
@@ -99,7 +100,7 @@ def test_text_leaves_time_to_train(rate):
 
 
 @pytest.mark.parametrize(
-    ("num_text", "expected"), [(1500, 96_000), (2000, 128_000), (10**4, 131_072), (1, 64)]
+    ("num_text", "expected"), [(1500, 96_000), (2000, 128_000), (10**4, 262_144), (1, 64)]
 )
 def test_a_fit_reads_all_text_up_to_a_limit(num_text, expected):
     """What the cache keeps as text was chosen by the time there is."""
@@ -109,11 +110,24 @@ def test_a_fit_reads_all_text_up_to_a_limit(num_text, expected):
 
 @pytest.mark.parametrize("memory", [12 * 10**9, 24 * 10**9])
 def test_wide_models_and_small_machines_calibrate_on_less_text(memory):
-    """What a decoder layer's linears keep of every token stays within a quarter of the memory."""
+    """What a decoder layer's linears keep of every token stays within its share of the memory."""
     source = source_of(100_000, memory)
     tokens = calibration_tokens(source, 64 * 10**4)
     kept = 4 * tokens * 2 * (100_000 + 100_000)  # two linears, inputs and outputs
-    assert 0.9 * memory / 4 < kept <= memory / 4
+    most = compress_stages.CALIBRATION_SHARE * memory
+    assert 0.9 * most < kept <= most
+
+
+@pytest.mark.parametrize(("memory", "is_exact"), [(None, True), (24 * 10**9, True), (10**9, False)])
+def test_files_are_measured_in_float32_where_two_models_fit(memory, is_exact):
+    """Of 135 million weights a gigabyte holds one and not two."""
+    source = SimpleNamespace(
+        size=SimpleNamespace(num_weights=135 * 10**6),
+        place=SimpleNamespace(
+            dtype=torch.bfloat16, device=SimpleNamespace(total_bytes=lambda: memory)
+        ),
+    )
+    assert (measuring_dtype(source) == torch.float32) == is_exact
 
 
 def source_of(width, memory=24 * 10**9, fit="hessian"):
