@@ -27,6 +27,7 @@ from qat.calibrate.statistics import (
     second_moment,
 )
 from qat.model.head import Tokens, hidden_states
+from qat.model.layered import NeedsWhole
 
 NORM_EPS = 1e-6  # as norms have it: a token whose stream is next to nothing rules no fit
 LayerArguments = dict[str, dict[str, Any]]  # of a forward pass: by layer name, then by keyword
@@ -315,47 +316,62 @@ def open_stream(model: nn.Module, batches: Sequence[Batch], last: str) -> Stream
 
     Layers up to `last` are seen. Where each sequence is one document, what layers get in addition
     to hidden states (positions, masks) has no batch axis of its own: one sequence's serves all.
+
+    Raises:
+        ValueError: If the model does more between decoder layers than pass hidden states on.
     """
     prefix = re.match(r"(.*\.)\d+$", last)[1]
     names = [f"{prefix}{index}" for index in range(int(last.removeprefix(prefix)) + 1)]
-    first = model.get_submodule(names[0])
     hidden, arguments, shared = [], [], {}
-    for batch in map(Tokens.of, batches):
-        hidden.append(input_of(first, hidden_states, model, *batch))
-        if batch.document_ids is not None:
-            arguments.append(layer_arguments(model, names, batch))
-            continue
-        length = batch.token_ids.shape[1]
-        if length not in shared:
-            shared[length] = layer_arguments(model, names, Tokens(batch.token_ids[:1]))
-        arguments.append(shared[length])
+    try:
+        for batch in map(Tokens.of, batches):
+            read, calls = layer_calls(model, batch)
+            hidden.append(read)
+            if batch.document_ids is None:
+                length = batch.token_ids.shape[1]
+                if length not in shared:
+                    shared[length] = layer_calls(model, Tokens(batch.token_ids[:1]))[1]
+                calls = shared[length]
+            arguments.append(dict(zip(names, calls, strict=False)))
+    except NeedsWhole as why:
+        raise ValueError(f"{why}; fit it with --fit moments") from why
     return Stream(hidden, arguments)
 
 
-def layer_arguments(model: nn.Module, names: Sequence[str], batch: Tokens) -> LayerArguments:
-    """Return what decoder layers, which follow each other, get in addition to hidden states."""
-    seen: LayerArguments = {}
-    ends: list[tuple[Tensor, Tensor]] = []
+@torch.no_grad()
+def layer_calls(model: nn.Module, batch: Tokens) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Return what the first decoder layer reads, (B, T, D), and each one's keyword arguments.
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_layer: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> None:
-            seen[name] = {key: kwargs[key] for key in kwargs if key != "hidden_states"}
-            ends.append((args[0] if args else kwargs["hidden_states"], hidden_of(output)))
+    They follow from a batch alone: the model runs without its layers, each of which hands on what
+    it gets.
 
-        return hook
+    Raises:
+        NeedsWhole: If the model does more between decoder layers than pass hidden states on.
+    """
+    read: list[Tensor] = []
+    calls: list[dict[str, Any]] = []
 
-    with ExitStack() as hooks:
-        for name in names:
-            layer = model.get_submodule(name)
-            hooks.enter_context(layer.register_forward_hook(watch(name), with_kwargs=True))
+    def hand_on(hidden_states: Tensor, **kwargs: object) -> Tensor:
+        read.append(hidden_states)
+        calls.append(kwargs)
+        return hidden_states
+
+    layers = model.get_decoder().layers
+    own = [layer.__dict__.get("forward") for layer in layers]  # set by a hook library
+    for layer in layers:
+        layer.forward = hand_on
+    try:
         hidden_states(model, *batch)
-    for (_, left), (right, _) in zip(ends, ends[1:], strict=False):
-        if not torch.equal(left, right):
-            raise ValueError(
-                f"{type(model).__name__} does more between decoder layers than pass hidden "
-                "states on; fit it with --fit moments"
-            )
-    return seen
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+    if len(calls) != len(layers) or any(one is not read[0] for one in read):
+        raise NeedsWhole(
+            f"{type(model).__name__} does more between decoder layers than pass hidden states on"
+        )
+    return read[0], calls
 
 
 def input_of(module: nn.Module, call: Callable[..., Tensor], *arguments: object) -> Tensor:

@@ -5,15 +5,14 @@ Shape legend: B batch, T tokens, D hidden size, I in.
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.calibrate.decoder_layers import Stream
+from qat.calibrate.decoder_layers import Stream, layer_calls
 from qat.calibrate.statistics import Batch, SquareSums
-from qat.model.head import Tokens, hidden_states
-from qat.model.layered import LayeredModel, NeedsWhole
+from qat.model.head import Tokens
+from qat.model.layered import LayeredModel
 from qat.runtime.device import Device
 
 
@@ -88,36 +87,3 @@ def begin_stream(layered: LayeredModel, batches: Sequence[Tokens], device: Devic
             stream.hidden.append(hidden)
             stream.arguments.append(dict(zip(layered.layers, calls, strict=True)))
     return stream
-
-
-@torch.no_grad()
-def layer_calls(model: nn.Module, batch: Tokens) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Return what the first decoder layer reads, (B, T, D), and each one's keyword arguments.
-
-    They follow from a batch alone: the model runs without its layers, each of which hands on what
-    it gets.
-
-    Raises:
-        NeedsWhole: If the model does more between decoder layers than pass hidden states on.
-    """
-    read: list[Tensor] = []
-    calls: list[dict[str, Any]] = []
-
-    def hand_on(hidden_states: Tensor, **kwargs: object) -> Tensor:
-        read.append(hidden_states)
-        calls.append(kwargs)
-        return hidden_states
-
-    layers = model.get_decoder().layers
-    for layer in layers:
-        layer.forward = hand_on
-    try:
-        hidden_states(model, *batch)
-    finally:
-        for layer in layers:
-            del layer.forward
-    if len(calls) != len(layers) or any(one is not read[0] for one in read):
-        raise NeedsWhole(
-            f"{type(model).__name__} does more between decoder layers than pass hidden states on"
-        )
-    return read[0], calls

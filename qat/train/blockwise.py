@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qat.calibrate.layered import layer_calls
+from qat.calibrate.decoder_layers import layer_calls
 from qat.model.head import Tokens
 from qat.model.layers import FakeQuantWeight
 from qat.runtime.device import run_recorded

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from qat.calibrate.layered import layer_calls, walk_second_moments
+from qat.calibrate.decoder_layers import layer_calls
+from qat.calibrate.layered import walk_second_moments
 from qat.calibrate.statistics import collect_second_moments
 from qat.model.head import Tokens
 from qat.model.layered import NeedsWhole, open_layered
