@@ -205,6 +205,8 @@ def one_line(error: BaseException) -> str:
         if error.errno in DISK_FULL:
             remedy = "free some space or choose another --output"
         message = f"{where}{error.strerror}; {remedy}"
+    if isinstance(error, OSError) and not error.strerror and ";" not in message:  # of a library
+        message = f"{message}; check the path"
     if isinstance(error, SafetensorError):  # damaged, or the disk is full: its message tells which
         message = f"{message}; free some space, or make or fetch the damaged file again"
     return message or type(error).__name__

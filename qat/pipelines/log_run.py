@@ -16,6 +16,7 @@ from qat.reports.log import (
     entry_text,
     with_table,
 )
+from qat.storage.decode import naming, reading
 from qat.storage.files import write_text
 from qat.tracking.environment import read_sessions
 from qat.tracking.messages import say
@@ -41,12 +42,15 @@ class LogRunResult:
 
 def log_run(config: LogRunConfig) -> LogRunResult:
     """Read a run's record; write its entry, its plot and the table of all runs."""
-    facts = read_run_facts(config.run)
-    log = config.log.read_text(encoding="utf-8") if config.log.is_file() else EMPTY_LOG
+    facts, log = read_run_facts(config.run), EMPTY_LOG
+    if config.log.is_file():
+        with reading(config.log, "correct it, or name another --log"):
+            log = config.log.read_text(encoding="utf-8")
     plot = Path("plots") / f"{config.name}.png"
     has_curves = any(len(row) > 1 for row in facts.run.rows.values())
     entry = entry_text(facts, config, plot.as_posix() if has_curves else None)
-    log = with_table(add_entry(log, config.name, entry))
+    with naming(config.log):
+        log = with_table(add_entry(log, config.name, entry))
     drawn = plot_curves([facts.run], config.log.parent / plot)
     write_text(config.log, log)
     say(entry)

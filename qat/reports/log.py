@@ -8,14 +8,14 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
 from qat.reports.compare import Run, Table, final, markdown_table, numbers_of, show
-from qat.storage.decode import naming
+from qat.storage.decode import as_type, reading
 from qat.storage.files import parse_json
 from qat.tracking.record import KL_NAMES
 
@@ -132,6 +132,26 @@ def best(run: Run, key: str) -> float | None:
     """Return the smallest value of a curve, else what the summary says."""
     series = [value for _, value in run.series(key)]
     return min(series) if series else run.summary.get(key.split("/")[1])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogRecord:
+    """What an entry keeps of its run for the table; None where the run does not tell."""
+
+    name: str
+    date: str
+    run: str
+    instance: str
+    cache: str | None
+    identity: str | None
+    steps: int | float | None
+    seconds: int | float | None
+    tokens_per_second: int | float | None
+    kl_nats: int | float | None = None
+    kl_nats_lower: int | float | None = None
+    kd_loss: int | float | None
+    perplexity: int | float | None
+    bits: int | float | None
 
 
 def record_of(facts: Facts, name: str, instance: str) -> dict[str, Any]:
@@ -282,9 +302,17 @@ def find_runs(log: str) -> tuple[int, int]:
 
 
 def read_facts(text: str) -> list[dict[str, Any]]:
-    """Return the numbers that entries keep, in order."""
-    with naming("the log"):
-        return [parse_json(match["facts"]) for match in FACTS.finditer(text)]
+    """Return the numbers that entries keep, in order.
+
+    Raises:
+        ValueError: If a comment that holds them was damaged.
+    """
+    found, remedy = [], "correct or remove that entry"
+    for match in FACTS.finditer(text):
+        with reading("an entry's `<!-- run: -->`", remedy):
+            values = parse_json(match["facts"])
+        found.append(asdict(as_type(values, LogRecord, "an entry's record", remedy=remedy)))
+    return found
 
 
 def with_table(log: str) -> str:

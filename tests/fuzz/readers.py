@@ -27,6 +27,7 @@ SIZES = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64}
 USUAL = ("--device", "cpu", "--dtype", "fp32")
 TRAIN = ("--max-steps", "3", "--batch-size", "2", "--intervals.log-steps", "1", *USUAL)
 TRAIN += ("--intervals.save-steps", "2", "--layers", "mlp", "--intervals.eval-samples", "2")
+LAYERWISE = (*TRAIN, "--layerwise.sequences", "2", "--layerwise.epochs", "1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,14 @@ def seal_state(folder: Path) -> None:
     values = json.loads(path.read_text())
     values["sha256"] = {name: sha256_of_file(path.with_name(name)) for name in values["sha256"]}
     path.write_text(json.dumps(values))
+
+
+def seal_blocks(folder: Path) -> None:
+    """Write the checksums of layers' files anew."""
+    for path in folder.glob("blocks/*.json"):
+        values = json.loads(path.read_text())
+        values["sha256"] = sha256_of_file(path.with_suffix(".safetensors"))
+        path.write_text(json.dumps(values))
 
 
 INSPECT = "inspect-cache {case}"
@@ -228,6 +237,26 @@ READERS = (
         ),
         seal=seal_state,
         sealed=("*.distcp", "index.json"),
+    ),
+    Reader(
+        name="blocks",
+        source="layerwise",
+        files=("blocks/*.json", "blocks/*.safetensors"),
+        commands=(
+            "train --checkpoint {made}/student --cache-dir {made}/top_k --output-dir {case} "
+            + " ".join(LAYERWISE),
+        ),
+        seal=seal_blocks,
+        sealed=("*.safetensors",),
+        names=("is the first parameter that is not finite", "holds NaN or values beyond"),
+        share=0.5,
+    ),
+    Reader(
+        name="log",
+        source="log",
+        files=("log.md", "log.md"),
+        commands=("log-run {made}/run --name two --goal three --log {case}/log.md",),
+        share=0.2,
     ),
     Reader(
         name="tokens",
@@ -371,6 +400,17 @@ READERS = (
         ),
     ),
     Reader(
+        name="model-shards",
+        names=("the weight holds NaN",),
+        source="sharded",
+        files=("model.safetensors.index.json", "model.safetensors.index.json", "*.safetensors"),
+        commands=(
+            "evaluate --checkpoint {case} " + ON_TEXT,
+            "init-student --model {case} --plan q4a4 --fit moments --output {out}/s --device cpu",
+        ),
+        share=0.5,
+    ),
+    Reader(
         name="teacher-text",
         source="model",
         files=TOKENIZER,
@@ -387,6 +427,9 @@ def make_everything(folder: Path) -> None:
 
     teacher = tiny_llama(**SIZES)
     save_tiny(folder / "model", teacher)
+    shutil.copytree(folder / "model", folder / "sharded")
+    (folder / "sharded" / "model.safetensors").unlink()
+    teacher.save_pretrained(folder / "sharded", max_shard_size="30KB")
     (folder / "text.txt").write_text("the cat sees a red boat and two small birds " * 8)
     make_caches(folder, teacher)
     call(
@@ -401,6 +444,12 @@ def make_everything(folder: Path) -> None:
         path = folder / "resume" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     make_copy(folder)
+    run_in_child((train + "layerwise " + " ".join(LAYERWISE)).format(made=folder))
+    for name in ("summary.json", "best", "final", "state"):
+        path = folder / "layerwise" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / "log").mkdir()
+    call("log-run {made}/run --name one --goal two --log {made}/log/log.md")
     call(
         "export --checkpoint {made}/student --to gguf --dtype bf16 --output {made}/gguf/model.gguf"
     )
