@@ -23,6 +23,8 @@ WHAT_TO_GIVE = (
     "give a folder of a model or a student, or a hub model as hf:OWNER/NAME (`qat fetch smollm2` "
     "makes a folder)"
 )
+# Of tokens: tokenizers lists every number below the largest as it is saved, 4 bytes each.
+MOST_IDS = 1 << 24
 
 
 def model_folder(name: str | Path) -> Path:
@@ -76,6 +78,11 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         except (OSError, ValueError) as error:
             raise FileNotFoundError(f"no tokenizer in {folder}; {WHAT_TO_GIVE}") from error
         tokenizer("")  # some of its settings are read when it is used
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= MOST_IDS:
+        raise ValueError(
+            f"tokenizer of {folder} has the token id {largest:,}, {MOST_IDS:,} or more; fetch or "
+            "make that folder again"
+        )
     return tokenizer
 
 

@@ -162,6 +162,16 @@ def test_a_folder_without_tokenizer_is_refused(copy):
         load_tokenizer(copy)
 
 
+def test_a_token_id_beyond_all_vocabularies_is_refused(copy):
+    """Tokenizers would list two billion numbers, 9 GB, for the hash of a file of kilobytes."""
+    path = copy / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"][list(values["model"]["vocab"])[-1]] = 2**31
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"tokenizer of {copy} has the token id 2,147,483,648"):
+        load_tokenizer(copy)
+
+
 def test_a_damaged_tokenizer_is_refused(copy):
     """In plain text, whatever the library makes of it."""
     (copy / "tokenizer.json").write_text("{")
