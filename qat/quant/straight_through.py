@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qat.grids.scalar import ScalarGrid, over_scale, snap_bfloat16, snap_float16, times_scale
 from qat.quant.spec import Grid
-from qat.runtime.device import has_triton, numbers_at_once
+from qat.runtime.device import has_triton, is_traced, numbers_at_once
 
 
 class StraightThrough(torch.autograd.Function):
@@ -69,7 +69,8 @@ class FakeQuantize(torch.autograd.Function):
         """Return W_hat, (O, I), from a latent weight (O, I), scales (O, G), a codebook (C,)."""
         ctx.save_for_backward(latent, scale, offset, codebook)
         ctx.grid = grid
-        if isinstance(grid, ScalarGrid):
+        # XLA sees no writes into views inside an operation of ours.
+        if isinstance(grid, ScalarGrid) and not is_traced(latent.device):
             return form_weight(latent, scale, offset, codebook, grid.kind, grid.bits, dtype)
         return round_to_grid(latent, scale, offset, codebook, grid, dtype)
 
