@@ -32,6 +32,7 @@ from qat.cache.manifest import (
 from qat.cache.shard import check_sha256, check_size, read_fields
 from qat.distill.teacher import TeacherSignal, dense_signal
 from qat.model.head import scale_logits
+from qat.runtime.device import lay_out
 from qat.storage.addresses import as_address
 from qat.storage.read_through import ReadThrough
 
@@ -68,10 +69,10 @@ class CacheBatch:
         return unpack(self.fields, self.mask)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "CacheBatch":
-        """Return the same batch on another device."""
+        """Return the same batch on another device, its sequences spread over that one's chips."""
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
+            return lay_out(tensor.to(device, non_blocking=non_blocking), split=True)
 
         return CacheBatch(
             move(self.input_ids),

@@ -7,6 +7,10 @@ as it has what is dense.
 
     split_rows       of indices, scales, latent weights: as soon as a student is loaded
     gather_in_use    of the weights that forwards compute with: once it is known what trains
+
+Chips that one process drives (SPMD, on XLA) hold the same rows, and the compiler gathers:
+
+    spread_rows      of indices, scales, latent weights: once it is known what trains
 """
 
 import torch
@@ -16,6 +20,7 @@ from qat.grids.scales import TensorScale
 from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import hold_weights, quantized_layers
 from qat.runtime import distributed
+from qat.runtime.device import lay_out
 
 HEAD = "output_head"
 WHOLE_PARTS = ("codebook", "magnitude", "scale_b")  # have no row for each of the weight's
@@ -39,6 +44,27 @@ def split_rows(model: nn.Module) -> None:
         for part, values in layer.parts.items():
             if part not in WHOLE_PARTS:
                 values.data = values.data[layer.rows].clone()
+
+
+@torch.no_grad()
+def spread_rows(model: nn.Module) -> None:
+    """Spread the rows of a student's weights over the chips of its device, where it has several.
+
+    Hidden states are split by sequences, as batches are: otherwise the compiler may split them by
+    what it multiplies them with.
+    """
+    for layer in quantized_layers(model).values():
+        named = {"latent_weight": layer.latent_weight, "indices": layer.indices, **layer.parts}
+        for name, values in named.items():
+            if values is not None and values.numel():
+                lay_out(values.data, split=name not in WHOLE_PARTS)
+    for decoder_layer in model.get_decoder().layers:
+        decoder_layer.register_forward_hook(split_by_sequences)
+
+
+def split_by_sequences(_layer: nn.Module, _inputs: object, output: Tensor | tuple) -> None:
+    """Split the hidden states that a decoder layer gives."""
+    lay_out(output[0] if isinstance(output, tuple) else output, split=True)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from qat.quant.plan import QuantPlan, TensorInfo, TensorKind, tensor_kind
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
 from qat.runtime import distributed
-from qat.runtime.device import run_recorded
+from qat.runtime.device import lay_out, run_recorded
 
 WEIGHTED = (nn.Linear, nn.Embedding, FakeQuantLinear, FakeQuantEmbedding)
 
@@ -195,7 +195,8 @@ def hold_weight(layer: FakeQuantWeight, dtype: torch.dtype) -> None:
     if isinstance(layer.held_weight, nn.Parameter):  # gathered in the compute dtype
         distributed.own_part(layer.held_weight).copy_(layer.fake_quantized_weight())
     else:
-        layer.held_weight = layer.fake_quantized_weight(dtype)
+        # Whole on each chip: formed once a step from the rows of each, then read by all.
+        layer.held_weight = lay_out(layer.fake_quantized_weight(dtype), split=False)
 
 
 def release_weights(model: nn.Module) -> None:

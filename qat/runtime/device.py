@@ -28,6 +28,7 @@ KINDS = get_args(Kind)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 1024**3
 XLA_SEED_BYTES = 8
+CHIPS = "chips"  # the one axis that tensors are split along
 
 # XLA says it while compiling, torch while allocating, and the CPU allocator says it differently.
 OUT_OF_MEMORY = re.compile(
@@ -182,6 +183,8 @@ def open_device(kind: Kind, name: str, reason: str) -> Device:
         # No folder for compiled programs is named: torch_xla 2.9.0 writes them and cannot read them
         # back (pytorch/xla#9094), with a warning each. XLA_PERSISTENT_CACHE_PATH is heeded.
         index = name.partition(":")[2]
+        if not index:
+            drive_all_chips()
         torch_device = torch_xla.device(int(index)) if index else torch_xla.device()
     else:
         torch_device = torch.device(name)
@@ -192,6 +195,41 @@ def open_device(kind: Kind, name: str, reason: str) -> Device:
             torch_device = torch.device(kind, local_rank() % torch.cuda.device_count())
             torch.cuda.set_device(torch_device)
     return Device(kind, torch_device, reason, default_dtype(kind))
+
+
+def drive_all_chips() -> None:
+    """Have this process drive all chips of a host as one device, where there are several (SPMD)."""
+    import torch_xla.runtime as xla_runtime
+
+    if num_processes() == 1 and xla_runtime.global_runtime_device_count() > 1:
+        xla_runtime.use_spmd()
+
+
+def num_chips(device: torch.device) -> int:
+    """Return over how many chips a tensor of one process can lie: several on XLA alone."""
+    if not is_traced(device):
+        return 1
+    import torch_xla.runtime as xla_runtime
+
+    return xla_runtime.global_runtime_device_count() if xla_runtime.is_spmd() else 1
+
+
+def lay_out(tensor: Tensor, *, split: bool) -> Tensor:
+    """Have a tensor lie on all chips of its device: rows split over them, or whole on each.
+
+    The compiler splits the work accordingly and adds what chips tell each other. Rows that make no
+    equal parts stay whole; where there is one chip, nothing happens.
+    """
+    count = num_chips(tensor.device)
+    if count > 1 and tensor.dim():
+        import numpy as np
+        import torch_xla.distributed.spmd as spmd
+
+        mesh = spmd.Mesh(np.arange(count), (count,), (CHIPS,))
+        is_split = split and len(tensor) % count == 0
+        rest = [None] * (tensor.dim() - 1)
+        spmd.mark_sharding(tensor, mesh, (CHIPS if is_split else None, *rest))
+    return tensor
 
 
 def is_traced(device: torch.device) -> bool:

@@ -15,9 +15,11 @@ from qat.distill.candidates import draw_negatives, with_negatives
 from qat.distill.objective import TEXT_LOSS, make_divergence
 from qat.distill.teacher import TeacherSignal, text_signal
 from qat.grids.scales import TensorScale
+from qat.model.sharding import spread_rows
 from qat.model.surgery import has_low_rank_scales, hold_weights
 from qat.quant.spec import TensorSpec
 from qat.runtime import distributed
+from qat.runtime.device import num_chips
 from qat.runtime.launch import num_processes
 from qat.tracking.record import SETTINGS, config_as_json, flat_settings, read_config, read_summary
 from qat.train import trainable
@@ -255,6 +257,8 @@ def make_trainer(
     if config.gradient_checkpointing:
         trainable.enable_gradient_checkpointing(model)
     trainable.compile_decoder_layers(model, config.compile)
+    if num_chips(next(model.parameters()).device) > 1:
+        spread_rows(model)
     parameters = [parameter for part in chosen.values() for parameter in part]
     return Trainer(
         model=model,

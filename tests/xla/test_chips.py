@@ -1,0 +1,92 @@
+"""One process on four chips: split weights and batches, the losses of one chip, one compilation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.xla
+ROOT = Path(__file__).parent.parent.parent
+NUM_CHIPS, STEPS, WARM_UP = 4, 6, 2
+# Trains a student for some steps; prints losses, what was compiled after those that warm up, how
+# weights and batches lie, and what is read back of a weight.
+RUNNER = f"""
+import json, sys
+import torch
+from pathlib import Path
+import torch_xla
+from qat.distill.teacher import top_k_signal
+from qat.model.surgery import quantized_layers
+from qat.runtime.device import Device, lay_out, num_chips
+from qat.train.config import TrainConfig
+from qat.train.run_folder import make_trainer
+from qat.train.step import Batch
+from tests.tiny import tiny_llama, tiny_student
+from tests.xla.counters import happened
+
+device = Device.detect("xla")
+there = device.torch_device
+folders = {{name: Path("/") for name in ("checkpoint", "cache_dir", "output_dir")}}
+config = TrainConfig(**folders, trainable=("weights", "scales", "norms"), layers="all")
+student = tiny_student()
+device.place(student)
+settings = {{"weight_of": lambda _name: None, "sync": device.sync}}
+trainer = make_trainer(config, student, torch.float32, **settings)
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    token_ids = torch.randint(261, (8, 16), generator=generator)
+    mask = torch.rand(8, 15, generator=generator) < 0.7
+    signal = top_k_signal(tiny_llama()(token_ids).logits[:, :-1], mask, 8)
+    made = Batch.of(lay_out(token_ids.to(there), split=True), signal.to(there))
+    lay_out(made.mask, split=True)
+    return made
+
+losses, compiled = [], 0
+for step in range({STEPS}):
+    part = batch(step)
+    torch_xla.sync()
+    before = happened("CompileTime")
+    loss, _ = trainer.step([part], 1.0)
+    losses.append(float(loss))
+    if step >= {WARM_UP}:
+        compiled += happened("CompileTime") - before
+layer = next(iter(quantized_layers(student).values()))
+spec = torch_xla._XLAC._get_xla_sharding_spec(layer.latent_weight)
+print(json.dumps([num_chips(there), losses, compiled, spec, layer.latent_weight.sum().item()]))
+"""
+
+
+def train_on(count):
+    """Return what the runner prints on so many chips."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PJRT_DEVICE": "CPU",
+            "CPU_NUM_DEVICES": str(count),
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_four_chips_train_as_one_does():
+    """Losses within 1e-5, weights split by rows, and no compilation after the first steps."""
+    chips, alone, _, whole, total = train_on(1)
+    assert (chips, whole) == (1, "")
+    chips, losses, compiled, split, other = train_on(NUM_CHIPS)
+    assert chips == NUM_CHIPS
+    assert losses == pytest.approx(alone, abs=1e-5, rel=0)
+    assert losses[-1] < losses[0]
+    assert compiled == 0
+    assert f"devices=[{NUM_CHIPS},1]" in split
+    assert other == pytest.approx(total, rel=1e-4)
