@@ -129,7 +129,10 @@ def fake_xla(monkeypatch):
     """Stand in for torch_xla: records calls and makes no tensors."""
     calls = []
     xla, utils, checkpoint = (ModuleType(name) for name in ("torch_xla", "utils", "checkpoint"))
-    core, xla_model = ModuleType("core"), ModuleType("xla_model")
+    core, xla_model, runtime = (ModuleType(name) for name in ("core", "xla_model", "runtime"))
+    runtime.global_runtime_device_count = lambda: 1
+    runtime.is_spmd = lambda: False
+    runtime.use_spmd = lambda: calls.append(("use_spmd",))
     xla.device = lambda index=None: torch.device("xla")
     xla.sync = lambda wait=False: calls.append(("sync", wait))
     checkpoint.checkpoint = lambda function, *args: function(*args)
@@ -140,12 +143,15 @@ def fake_xla(monkeypatch):
         "torch_xla.utils": utils,
         "torch_xla.utils.checkpoint": checkpoint,
         "torch_xla.core": core,
+        "torch_xla.runtime": runtime,
         "torch_xla.core.xla_model": xla_model,
     }.items():
         monkeypatch.setitem(sys.modules, name, value)
     monkeypatch.setattr(module, "why_no_xla", lambda: None)
     monkeypatch.setenv("PJRT_DEVICE", "CPU")
-    return SimpleNamespace(calls=calls, checkpoint=checkpoint.checkpoint, memory=xla_model)
+    return SimpleNamespace(
+        calls=calls, checkpoint=checkpoint.checkpoint, memory=xla_model, runtime=runtime
+    )
 
 
 def test_xla_goes_through_the_functions_of_its_last_release(fake_xla):
@@ -157,6 +163,14 @@ def test_xla_goes_through_the_functions_of_its_last_release(fake_xla):
     assert fake_xla.calls == [("sync", False), ("sync", True)]
     assert module.checkpoint_function(torch.device("xla")) is fake_xla.checkpoint
     assert (device.peak_bytes(), device.total_bytes()) == (7, 32)
+
+
+@pytest.mark.parametrize(("name", "count", "is_one"), [("xla", 4, False), ("xla:0", 4, True)])
+def test_one_process_drives_all_chips_unless_one_is_named(fake_xla, name, count, is_one):
+    """By SPMD, which is asked for before there is any tensor."""
+    fake_xla.runtime.global_runtime_device_count = lambda: count
+    Device.detect(name)
+    assert fake_xla.calls == ([] if is_one else [("use_spmd",)])
 
 
 def test_a_place_that_compiles_leaves_odd_shapes_to_the_cpu(fake_xla):
