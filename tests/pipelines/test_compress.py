@@ -95,9 +95,9 @@ def test_more_bytes_are_closer(folder, made):
 @pytest.mark.recipe
 def test_minutes_are_spent_on_training(folder, monkeypatch):
     """Training lowers the validation KL, and the better student is what is exported."""
-    monkeypatch.setattr(compress_stages, "rehearse_training", lambda _settings: 20.0)
+    monkeypatch.setattr(compress_stages, "rehearse_training", lambda _settings: 5.0)
     text = folder / "heldout.txt"
-    config = config_of(folder, "c.gguf", size="52KB", minutes=10, lr=0.02, eval_text=text)
+    config = config_of(folder, "c.gguf", size="44KB", minutes=10, lr=0.05, eval_text=text)
     result = compress(config)
     (file,) = (folder / "work" / "gguf" / "steps").iterdir()
     assert read_json(file)["value"] > 10
@@ -109,8 +109,8 @@ def test_minutes_are_spent_on_training(folder, monkeypatch):
 @pytest.mark.recipe
 def test_time_that_is_up_loses_no_training(folder, monkeypatch):
     """Exported anew after the minutes have passed: the trained student, not the fit."""
-    monkeypatch.setattr(compress_stages, "rehearse_training", lambda _settings: 20.0)
-    config = config_of(folder, "late.gguf", size="52KB", minutes=10, lr=0.02)
+    monkeypatch.setattr(compress_stages, "rehearse_training", lambda _settings: 5.0)
+    config = config_of(folder, "late.gguf", size="44KB", minutes=10, lr=0.05)
     before = compress(config)
     Path(before.path).unlink()
     clock = folder / "work" / "gguf" / "clocks" / "late.gguf.json"
