@@ -14,6 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that tests can say `
 
 import torch  # noqa: E402 the variables above are read at import
 
+from qat.runtime.device import why_absent  # noqa: E402
+
+if why_absent("cuda"):  # read where triton is first imported, by whatever library
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def same_start():
