@@ -85,6 +85,8 @@ def run_case(reader: Reader, number: int, made: Path, root: Path, *, keep: bool 
     is_same = file.is_file() and file.read_bytes() == before
     is_guarded = not is_sealed and any(file.match(one) for one in reader.sealed)
     line = rng.choice(reader.commands).format(case=case, out=out, made=made, file=file)
+    # Before the case: what is imported at a first call counts for the untouched files.
+    untouched = untouched_end(reader, line, made, root)
     started = time.perf_counter()
     end = call(line.split())
     seconds = time.perf_counter() - started
@@ -92,7 +94,6 @@ def run_case(reader: Reader, number: int, made: Path, root: Path, *, keep: bool 
     names = {file.name, file.stem, file.parent.name, str(root), NOT_FINITE, *reader.names}
     problem = judge(code, said, trace, root, names)
     if problem is None:
-        untouched = untouched_end(reader, line, made, root, keep=keep)
         if (is_same or (is_guarded and code == 0)) and end.result != untouched.result:
             problem = f"another result than the untouched {file.name} gives"
         elif end.grown_bytes > 2 * untouched.grown_bytes + SPARE_BYTES:
@@ -117,17 +118,16 @@ def fresh_copy(reader: Reader, made: Path, root: Path) -> tuple[Path, Path]:
     return case, out
 
 
-def untouched_end(reader: Reader, line: str, made: Path, root: Path, *, keep: bool) -> Outcome:
+def untouched_end(reader: Reader, line: str, made: Path, root: Path) -> Outcome:
     """Return what a case's command does with the untouched files, run once a process."""
     if line not in UNTOUCHED:
         kept = root.with_name("kept")
-        if keep and root.is_dir():
-            shutil.move(root, kept)
+        shutil.rmtree(kept, ignore_errors=True)  # of a process that died
+        root.rename(kept)
         fresh_copy(reader, made, root)
         UNTOUCHED[line] = call(line.split())
-        if kept.is_dir():
-            shutil.rmtree(root)
-            shutil.move(kept, root)
+        shutil.rmtree(root)
+        kept.rename(root)
     return UNTOUCHED[line]
 
 
