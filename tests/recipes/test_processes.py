@@ -286,8 +286,9 @@ def test_processes_make_a_file_as_one_does(made, tmp_path):
     alone, two = closing["alone"], closing["two"]
     assert (tmp_path / "two.gguf").stat().st_size == two["file_bytes"]
     assert two["file_bytes"] == pytest.approx(alone["file_bytes"], rel=0.02)
-    assert two["kl_nats_predicted"] == pytest.approx(alone["kl_nats_predicted"], rel=0.3)
-    assert two["kl_nats_fit"] == pytest.approx(alone["kl_nats_fit"], rel=0.3)
+    # Each process draws labels of its own, of a thousand tokens in all.
+    assert two["kl_nats_predicted"] == pytest.approx(alone["kl_nats_predicted"], rel=0.5)
+    assert two["kl_nats_fit"] == pytest.approx(alone["kl_nats_fit"], rel=0.5)
     assert two["kl_nats_validation"] <= two["kl_nats_fit"]
 
 

@@ -1,4 +1,5 @@
 import copy
+import shutil
 import weakref
 from dataclasses import replace
 
@@ -507,6 +508,8 @@ def test_compiled_layers_train_as_others_do(recomputes):
     Differences of 1e-8 move a number to another cell or float16 sooner or later, so only the first
     steps are alike.
     """
+    if not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        pytest.skip("no C++ compiler")
     expected, none = losses_of(("scales", "norms"), "auto", 8)
     found, count = losses_of(("scales", "norms"), "on", 8, recomputes=recomputes)
     assert none == 0
