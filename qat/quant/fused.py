@@ -1,8 +1,9 @@
 """Fake quantization in one pass over a weight, by Triton; `straight_through` has the formulas.
 
 On a GPU each elementwise operation of torch reads and writes the whole weight, and rounding to a
-codebook of C values takes some 2 C of them. The weights that these kernels form are those of torch
-to the bit: quotients are rounded to nearest, and no product is fused with a sum.
+codebook of C values takes some 2 C of them. These kernels are written to form the weights of torch
+to the bit: quotients are rounded to nearest, and no product is fused with a sum. Tests run them by
+Triton's interpreter, and on a GPU where there is one.
 
 The only module that names triton; it is imported where a weight is on a GPU.
 

@@ -130,7 +130,7 @@ def like_weight(latent: Tensor, *others: object) -> Tensor:
 
 
 def scalar_grid(kind: str, bits: float) -> ScalarGrid:
-    """Return the grid of an operation's arguments, which hold no integer or float alike."""
+    """Return a grid of an operation's arguments, where whole numbers of bits are floats as well."""
     return ScalarGrid(int(bits) if bits == int(bits) else bits, kind)
 
 

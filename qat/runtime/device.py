@@ -217,8 +217,8 @@ def num_chips(device: torch.device) -> int:
 def lay_out(tensor: Tensor, *, split: bool) -> Tensor:
     """Have a tensor lie on all chips of its device: rows split over them, or whole on each.
 
-    The compiler splits the work accordingly and adds what chips tell each other. Rows that make no
-    equal parts stay whole; where there is one chip, nothing happens.
+    The compiler splits the work accordingly and adds the communication between chips. Rows that
+    make no equal parts stay whole; where there is one chip, nothing happens.
     """
     count = num_chips(tensor.device)
     if count > 1 and tensor.dim():
