@@ -9,6 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,7 @@ def fork_one(rank, count, port, work):
         return child, reader
     signal.alarm(SECONDS)
     os.environ.update(environment_of(rank, count, port))
+    torch.set_num_threads(torch.get_num_threads())  # the pool anew; threads at once would race to
     try:
         answer = (work(),)
     except BaseException:  # noqa: BLE001 a copy of the test run must not go on as one
