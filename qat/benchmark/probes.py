@@ -13,15 +13,19 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from qat.runtime.device import says_out_of_memory
-from qat.storage.decode import read_as
+from qat.storage.decode import Size, as_type, read_as
 from qat.storage.files import fingerprint, write_json
 
 SCRATCH = ".probe."
 TAIL_LINES = 20  # of a process's messages: an error is at their end, warnings at their start
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+REMEDY = "remove it, and it is measured again"
+Seconds = Annotated[float, msgspec.Meta(ge=1e-9, le=1e9)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +34,35 @@ class Probe:
 
     identity: dict[str, Any]
     row: dict[str, Any]
+    """Fields of `Fitting` or `TooLarge`, as its status says."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fitting:
+    """What a batch costs that fits into memory."""
+
+    configuration: str
+    batch: Size
+    status: Literal["OK"]
+    warm_up_seconds: Seconds
+    seconds: Annotated[list[Seconds], msgspec.Meta(min_length=1)]
+    """Of each step that counts."""
+    step_seconds: Seconds
+    """Their median."""
+    step_bytes: Size
+    peak_bytes: Size
+    loss: float | None
+    flops_per_token: Size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TooLarge:
+    """Why a batch does not fit."""
+
+    configuration: str
+    batch: Size
+    status: Literal["OOM"]
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +82,7 @@ class Probes:
         identity = {**self.identity, "configuration": configuration, "batch": batch}
         path = self.folder / "probes" / f"{configuration}_{batch}_{fingerprint(identity)}.json"
         if path.is_file():
-            return read_as(path, Probe, remedy="remove it").row
+            return read_row(path, identity)
         arguments = self.arguments(batch, configuration == "checkpointing")
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"{SCRATCH}*"):  # by a search that was killed
@@ -61,6 +94,20 @@ class Probes:
         row = {"configuration": configuration, "batch": batch, **result}
         write_json(path, {"identity": identity, "row": row})
         return row
+
+
+def read_row(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the row that the file of a probe keeps.
+
+    Raises:
+        ValueError: If it is no such row, or one of another measurement.
+    """
+    kept = read_as(path, Probe, remedy=REMEDY)
+    kind = Fitting if kept.row.get("status") == "OK" else TooLarge
+    row = as_type(kept.row, kind, path, remedy=REMEDY)
+    if {**kept.identity, "configuration": row.configuration, "batch": row.batch} != identity:
+        raise ValueError(f"{path} is of another measurement; {REMEDY}")
+    return kept.row
 
 
 def run_fresh(

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 FINGERPRINT_HEX = 16  # 64 bits: ample against accident, short enough for a folder name
 FREE_MARGIN_BYTES = 64 << 20  # left free, so that a full disk does not take the system along
+MOST_OWNER_LETTERS = 200  # of who holds a lock: it stands in a line
 MOST_JSON_BYTES = 1 << 28  # a manifest of a million shards; more is no header of anything
 PLAIN_NAME = re.compile(r"(?!\.)[^/\\:\x00-\x1f]{1,255}")
 LEFT_ENDINGS = (".part", ".part.json", ".lock", ".old", ".fetching", ".placing", ".extracting")
@@ -244,9 +245,11 @@ def lock_owner(path: Path) -> str:
     """Return who holds a lock, as far as its file tells."""
     try:
         owner = read_json(path)
-        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+        told = f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (OSError, ValueError, TypeError, KeyError):
-        return "another process"
+        told = ""
+    is_plain = told.isprintable() and 0 < len(told) < MOST_OWNER_LETTERS
+    return told if is_plain else "another process"
 
 
 def is_leftover(path: Path) -> bool:

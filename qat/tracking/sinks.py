@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
 
 from qat.storage.decode import read_as
 from qat.storage.files import write_json
@@ -27,6 +29,13 @@ WANDB_ID = "wandb.json"
 TENSORBOARD = "tensorboard"  # the folder of event files in a run's folder
 COMPARE = "compare"  # the kind of run that a comparison is sent as
 STEP_KEY = "train/global_step"  # the x axis of the Hugging Face trainer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WandbId:
+    """What keeps a run's id at Weights & Biases."""
+
+    id: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]{1,64}\Z")]
 
 
 class WandbSink:
@@ -231,7 +240,7 @@ def indented(values: Mapping[str, Any]) -> str:
 def run_id(path: Path, *, resume: bool) -> str:
     """Return the id kept in a file, or make one and keep it there."""
     if resume and path.is_file():
-        return read_as(path, dict[str, str]).get("id") or secrets.token_hex(4)
+        return read_as(path, WandbId, remedy="remove it to go on as another run").id
     made = secrets.token_hex(4)
     write_json(path, {"id": made})
     return made

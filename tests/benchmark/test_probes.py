@@ -7,7 +7,17 @@ from qat.benchmark.probes import Probes, run_fresh
 
 pytestmark = pytest.mark.recipe
 
-OK = 'print("noise"); print(\'{"status": "OK", "step_bytes": 5}\')'
+MEASURED = {
+    "status": "OK",
+    "warm_up_seconds": 2.5,
+    "seconds": [0.5, 1.0],
+    "step_seconds": 0.75,
+    "step_bytes": 5,
+    "peak_bytes": 6,
+    "loss": None,
+    "flops_per_token": 7,
+}
+OK = f"print('noise'); print({json.dumps(MEASURED)!r})"
 FAILURES = {
     "OOM": [
         "import sys; sys.exit('RuntimeError: [enforce fail] not enough memory: you tried 9')",
@@ -85,7 +95,7 @@ def probes(tmp_path):
 def test_a_batch_is_measured_once(probes, tmp_path):
     """The same of another device, version or length is another."""
     first = probes().measure("baseline", 8)
-    assert first == {"configuration": "baseline", "batch": 8, "status": "OK", "step_bytes": 5}
+    assert first == {"configuration": "baseline", "batch": 8, **MEASURED}
     assert probes().measure("baseline", 8) == first
     probes(seq_len=128).measure("baseline", 8)
     probes().measure("checkpointing", 8)
@@ -93,6 +103,31 @@ def test_a_batch_is_measured_once(probes, tmp_path):
     record = json.loads(next((tmp_path / "out" / "probes").glob("checkpointing_8_*")).read_text())
     assert record["identity"]["dtype"] == "bf16"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["probes"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"status": "OK?"}, "status: Invalid enum value 'OK?'"),
+        ({"status": "OOM"}, "why is missing"),
+        ({"step_seconds": 0}, "step_seconds: Expected"),
+        ({"seconds": []}, "seconds: Expected"),
+        ({"peak_bytes": "6"}, "peak_bytes: Expected"),
+        ({"why": "no room"}, "why is no field"),
+        ({"batch": 16}, "is of another measurement"),
+        ({"configuration": "other"}, "is of another measurement"),
+    ],
+)
+def test_a_damaged_result_is_refused(probes, tmp_path, change, said):
+    """Before any number of it is used."""
+    probes().measure("baseline", 8)
+    (path,) = (tmp_path / "out" / "probes").iterdir()
+    record = json.loads(path.read_text())
+    record["row"] |= change
+    path.write_text(json.dumps(record))
+    told = rf"{re.escape(path.name)}.*{re.escape(said)}.*; remove it"
+    with pytest.raises(ValueError, match=told):
+        probes().measure("baseline", 8)
 
 
 def test_a_failure_is_not_kept(tmp_path):

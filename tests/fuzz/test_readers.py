@@ -40,6 +40,7 @@ def made(tmp_path_factory):
     make_everything(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QAT_STORE", str(folder / "store"))
+        patch.setenv("PIP_NO_INDEX", "1")
         yield folder
 
 

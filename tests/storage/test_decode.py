@@ -6,10 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from qat.benchmark.probes import Fitting, Probe, TooLarge
 from qat.cache.manifest import CacheManifest
 from qat.model.checkpoint import CheckpointHeader
+from qat.model.packaged import Source
+from qat.pipelines.compress_stages import Kept
 from qat.runtime.device import says_out_of_memory
 from qat.storage.decode import Count, FileName, as_type, is_own_mistake, naming, read_as, reading
+from qat.storage.mirror import Pushed
 from qat.storage.receipt import Receipt
 from qat.storage.registry import StoredItem
 from qat.train.state import Progress
@@ -20,6 +24,7 @@ ANY_JSON = some.recursive(
     max_leaves=8,
 )
 SCHEMAS = (CacheManifest, CheckpointHeader, Receipt, StoredItem, Progress)
+SCHEMAS += (Fitting, Kept, Probe, Pushed, Source, TooLarge)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

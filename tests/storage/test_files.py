@@ -229,6 +229,25 @@ def holder(tmp_path):
     process.communicate()
 
 
+DAMAGED_OWNERS = (
+    *(b"", b"\xff", b"[" * 30_000, b"[]", b"{}", b'{"pid": 1, "host": "a"}'),
+    *(b'{"pid": 1, "host": "a\\nb", "since": ""}', b'{"pid": "\\ud800", "host": "", "since": ""}'),
+    b'{"pid": [%s], "host": "a", "since": ""}' % b",".join([b"1"] * 999),
+)
+
+
+@pytest.mark.parametrize("content", DAMAGED_OWNERS)
+def test_a_damaged_lock_holds_as_well(tmp_path, holder, content):
+    """What its file says is only told where it is a line."""
+    (lock,) = tmp_path.glob(".*.lock")
+    lock.write_bytes(content)
+    with (
+        pytest.raises(ValueError, match=r"in use by another process; [^\n]*\Z"),
+        folder_lock(tmp_path / "folder"),
+    ):
+        pass
+
+
 def test_a_lock_tells_who_holds_it_and_ends_with_its_process(tmp_path, holder):
     """The message names process, host and time; a killed process holds nothing."""
     with (

@@ -275,6 +275,24 @@ def test_a_cut_archive_without_a_checksum_is_not_kept(content, base, tmp_path):
     assert same(target, content)
 
 
+@pytest.mark.parametrize("known", ["nothing", "sidecar", "registry"])
+def test_what_no_checksum_is_known_of_is_said_to_be_unverified(
+    content, base, tmp_path, caplog, known
+):
+    """With the one that it has, for the registry."""
+    packed = base / FOLDER / "thing.tgz"
+    pack_folder(content, packed)
+    sha256 = files.sha256_of_file(packed)
+    if known != "sidecar":
+        sidecar(packed).unlink()
+    found = locate([stores.named_store(str(base), "--store")], FOLDER, "thing")
+    with caplog.at_level("INFO"):
+        given = sha256 if known == "registry" else None
+        take(found, tmp_path / "thing", check=accept, sha256=given)
+    said = f"is unverified: no checksum is known of it; it has sha256 {sha256}" in caplog.text
+    assert said == (known == "nothing")
+
+
 def test_what_the_check_refuses_replaces_nothing(content, base, tmp_path, make_store):
     """The check sees the new folder before it has the name."""
     pack_folder(content, base / FOLDER / "thing.tgz")

@@ -56,6 +56,15 @@ def test_the_id_is_kept_for_resume_and_new_for_a_fresh_start(tmp_path):
     assert run_id(path, resume=False) != first
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"id": 3}', '{"id": "a/b"}', '{"id": ""}'])
+def test_a_damaged_id_is_refused(tmp_path, content):
+    """W&B would end on it in its own words, or begin another run."""
+    path = tmp_path / "wandb.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"wandb\.json.*; |wandb\.json is not JSON"):
+        run_id(path, resume=True)
+
+
 @pytest.mark.recipe
 def test_offline_wandb_holds_the_keys_that_hugging_face_users_know(tmp_path, monkeypatch):
     """A real offline run stores keys, steps, config and summary, and resumes under its id."""
