@@ -1,6 +1,8 @@
 """Pushing a cache, a run or a checkpoint into a store: packed, with its checksum."""
 
+import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -13,16 +15,21 @@ from tyro.conf import Positional
 from qat.pipelines.pack import PackResult
 from qat.pipelines.stored_items import check_content, kind_of
 from qat.storage import archive, stores
-from qat.storage.files import require_plain_name
+from qat.storage.files import read_json, require_plain_name
 from qat.storage.registry import REGISTRY, Kind, StoredItem, read_registry
 from qat.tracking.messages import say
 
 LEFT_OUT = ("state", "wandb", "checkpoints")  # of a run: what only serves to resume it
+WORDS = ("tokenizer.json", "vocab.json")  # a token may look like a path
+LOCAL_PATH = re.compile(r"(--[\w.-]+=)?(?:~|[A-Za-z]:)?[\\/].*[\\/]([^\\/]+)[\\/]?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PushConfig:
-    """Pack a cache, a run or a checkpoint and put it into a store; `qat fetch` gets it again."""
+    """Pack a cache, a run or a checkpoint and put it into a store; `qat fetch` gets it again.
+
+    Of absolute paths in its records, the last name alone goes: --model-id says where a base is.
+    """
 
     folder: Positional[Path]
     """A cache, a run, a checkpoint: a folder or a .pt file."""
@@ -49,7 +56,9 @@ def push(config: PushConfig) -> PackResult:
     with tempfile.TemporaryDirectory(prefix=".push.", dir=near) as temporary:
         packed = Path(temporary) / f"{item.name}.{config.suffix}"
         source = folder if folder.is_dir() else gathered(folder, Path(temporary) / item.name)
-        digest = archive.pack_folder(source, packed, leave_out=LEFT_OUT)
+        digest = archive.pack_folder(
+            source, packed, leave_out=LEFT_OUT, instead=without_paths(source)
+        )
         num_bytes = packed.stat().st_size
         address = stores.put(packed, store, item.store_folder)
     say(f"{address}: {num_bytes:,} bytes")
@@ -82,3 +91,27 @@ def gathered(file: Path, folder: Path) -> Path:
         if path.is_file():
             shutil.copy2(path, folder / path.name)
     return folder
+
+
+def without_paths(folder: Path) -> dict[Path, bytes]:
+    """Return what goes in the place of JSON files that hold absolute paths of this machine."""
+    instead = {}
+    for path in folder.rglob("*.json"):
+        if path.name in WORDS or path.relative_to(folder).parts[0] in LEFT_OUT:
+            continue
+        values = read_json(path)
+        shown = shortened(values)
+        if shown != values:
+            instead[path] = (json.dumps(shown, indent=1) + "\n").encode()
+    return instead
+
+
+def shortened(value: object) -> object:
+    """Return a JSON value with the last name alone of strings that are absolute paths."""
+    if isinstance(value, dict):
+        return {key: shortened(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [shortened(one) for one in value]
+    if isinstance(value, str) and (found := LOCAL_PATH.fullmatch(value)):
+        return (found[1] or "") + found[2]
+    return value

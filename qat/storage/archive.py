@@ -6,10 +6,11 @@ only when it is whole. Next to an archive lies `NAME.sha256`, in the form that `
 
 import gzip
 import hashlib
+import io
 import shutil
 import tarfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -69,11 +70,18 @@ def parse_checksum(text: str, where: str) -> str:
     return digest
 
 
-def pack_folder(folder: Path, archive: Path, *, leave_out: Collection[str] = ()) -> str:
+def pack_folder(
+    folder: Path,
+    archive: Path,
+    *,
+    leave_out: Collection[str] = (),
+    instead: Mapping[Path, bytes] | None = None,
+) -> str:
     """Write a folder as one archive, its sha256 in a file next to it, and return the sha256.
 
     The same content gives the same archive: members by name, no owners, no times. `leave_out` are
     names directly in the folder that stay behind, as does what killed processes left half made.
+    Files in `instead` go with that content.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist; give one to pack")
@@ -99,7 +107,12 @@ def pack_folder(folder: Path, archive: Path, *, leave_out: Collection[str] = ())
             tar.add(folder, top, recursive=False, filter=anonymous)
             for path in paths:
                 name = f"{top}/{path.relative_to(folder).as_posix()}"
-                tar.add(path, name, recursive=False, filter=anonymous)
+                if (content := (instead or {}).get(path)) is not None:
+                    member = anonymous(tarfile.TarInfo(name))
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                else:
+                    tar.add(path, name, recursive=False, filter=anonymous)
         digest = sha256_of_file(temporary)
     write_text(sidecar(archive), f"{digest}  {archive.name}\n")
     return digest

@@ -66,6 +66,40 @@ def test_a_run_goes_without_what_only_goes_on_with_it(student, store, capsys):
     assert {path.name for path in out.iterdir()} == {"best", "metrics.jsonl"}
 
 
+def test_paths_of_this_machine_stay_here(student, store, capsys):
+    """The student is found again where `--model-id` says; its own files are as they were."""
+    code, values, err = run(capsys, student / "best", "--store", store)
+    assert code == 0, err
+    out = extract_archive(store / "qwen3_runs" / "best.tar.lz4", store / "out")
+    assert str(student.parent) in (student / "best" / "checkpoint.json").read_text()
+    assert not [path for path in out.iterdir() if str(student.parent).encode() in path.read_bytes()]
+    header = json.loads((out / "checkpoint.json").read_text())
+    assert header["base_model"]["path"] == "teacher"
+    flags = ["--checkpoint", out, "--plan", "q2a4", "--output", store / "s", "--device", "cpu"]
+    flags += ["--model-id", student.parent / "teacher"]
+    assert main("convert", [str(flag) for flag in flags]) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/home/anna/models/qwen", "qwen"),
+        ("--output-dir=/home/anna/runs/one/", "--output-dir=one"),
+        ("~/models/qwen", "qwen"),
+        (r"C:\Users\anna\qwen", "qwen"),
+        ("gs://bucket/anna/run", "gs://bucket/anna/run"),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("</s>", "</s>"),
+        ("/", "/"),
+    ],
+)
+def test_of_a_path_its_last_name_goes(value, expected):
+    """Addresses, hub names and plain words stay."""
+    from qat.pipelines.push import shortened
+
+    assert shortened({"a": [value]}) == {"a": [expected]}
+
+
 def test_a_file_of_the_seeds_goes_with_its_config(store, tmp_path, capsys, fixtures_folder):
     """`qat fetch` then has both in one folder."""
     run_folder = fixtures_folder / "v2_q4a4_qwen3" / "run"
