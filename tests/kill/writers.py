@@ -5,10 +5,13 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from qat.cli.commands import main
 from qat.storage.archive import pack_folder
@@ -85,6 +88,7 @@ def run(line: str, said: Path | None = None) -> int:
     child = os.fork()
     if child:
         return child
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, also where a kill left it
     try:
         with (
             Path(said or os.devnull).open("w") as file,
