@@ -12,7 +12,8 @@ GPU_FLAGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo milestone test check style recipe fuzz kill parity bench gpu xla xla-setup clean
+.PHONY: help setup demo milestone test check style recipe fuzz kill parity bench gpu xla xla-setup \
+    lock clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -21,13 +22,13 @@ setup: $(STAMP)  ## make .venv with the versions of constraints.txt
 	@:
 
 # The stamp comes last, so what an interrupt leaves behind is completed by the next call.
-# torch goes first: it is most of the download, and a later failure does not repeat it.
-$(STAMP): constraints.txt pyproject.toml
+# What has hashes goes first, so that torch, another build on each platform, brings none of it.
+$(STAMP): constraints.txt pyproject.toml requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo 'error: $(PYTHON) is older than 3.11; set PYTHON=python3.11 or newer' >&2; exit 2; }
 	@echo 'setup: making $(VENV), some minutes the first time' >&2
 	@$(PYTHON) -m venv $(VENV)
-	@$(RUN)/python -m pip install -qq -c constraints.txt torch
+	@$(RUN)/python -m pip install -qq --require-hashes --no-deps -r requirements-dev.txt
 	@$(RUN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -91,6 +92,18 @@ $(XLA_STAMP): constraints.txt pyproject.toml
 	@$(XLA_VENV)/bin/python -m pip install -qq -c $(XLA_VENV)/constraints.txt \
 	    torch==2.9.0 -e . pytest
 	@touch $@
+
+# What torch brings along goes with it, without a hash.
+COMPILE := uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate \
+    --python-version 3.11 -c constraints.txt pyproject.toml
+WITHOUT_TORCH := sed -E '/^(torch|triton|nvidia-|cuda-)/,/[^\]$$/d'
+
+lock:  ## write requirements.txt and -dev.txt anew from constraints.txt
+	@$(PYTHON) -m venv $(VENV)-lock
+	@$(VENV)-lock/bin/python -m pip install -qq uv
+	@$(VENV)-lock/bin/$(COMPILE) | $(WITHOUT_TORCH) > requirements.txt
+	@$(VENV)-lock/bin/$(COMPILE) --extra dev | $(WITHOUT_TORCH) > requirements-dev.txt
+	@rm -r $(VENV)-lock
 
 clean:  ## remove what make and the tools made; models, caches and runs stay
 	rm -rf $(VENV) $(XLA_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

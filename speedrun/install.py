@@ -67,11 +67,12 @@ def is_tpu_machine():
 
 
 def pip_commands(python, missing, constraints, *, has_torch, has_qat):
-    """Return the pip calls: everything at once, or next to a torch that stays as it is."""
+    """Return the pip calls: hashed files, then torch; or what lacks next to a torch that stays."""
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if not has_torch:
         package = f"{ROOT}[tpu-xla]" if is_tpu_machine() else str(ROOT)
-        return [[*pip, "--constraint", constraints, "--editable", package]]
+        hashed = ["--require-hashes", "--no-deps", "--requirement", str(ROOT / "requirements.txt")]
+        return [[*pip, *hashed], [*pip, "--constraint", constraints, "--editable", package]]
     # A torch that is too old is the user's to replace: the image pairs it with a driver.
     others = [name for name in missing if not name.startswith("torch>=")]
     commands = [[*pip, "--constraint", constraints, *others]] if others else []

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -293,6 +294,24 @@ def test_every_reader_of_foreign_files_is_listed():
         for name in re.findall(r"`([\w/.]+)`", checks):
             folder = name.rpartition("/")[0] or folder
             assert (PACKAGE / folder / name.rpartition("/")[2]).is_file(), name
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_hashes_are_of_the_versions_that_are_tested(name):
+    """Of all that is asked for but torch; `make lock` writes them."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = {re.sub("[-_.]+", "-", line.partition("==")[0]).lower(): line for line in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    entries = re.split(r"\n(?=\S)", (ROOT / name).read_text(encoding="utf-8").strip())
+    assert all(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", entry) for entry in entries)
+    versions = dict(re.split(r"[ ;\\]", entry)[0].split("==") for entry in entries)
+    there = versions.keys() & tested.keys()  # the others are of other systems
+    assert {name: versions[name] for name in there} == {
+        name: tested[name].partition("==")[2] for name in there
+    }
+    asked = project["dependencies"] + ("dev" in name) * project["optional-dependencies"]["dev"]
+    asked = {re.split(r"[>=\[]", one)[0].replace("_", "-") for one in asked}
+    assert asked - versions.keys() == {"torch"}
 
 
 def test_the_makefile_runs_what_exists():

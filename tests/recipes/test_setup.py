@@ -268,12 +268,13 @@ def test_torch_that_is_there_is_never_touched(tmp_path):
 
 
 def test_a_python_with_nothing_gets_everything(tmp_path):
-    """One pip line, which brings torch along, all of it in the versions of constraints.txt."""
+    """Files with hashes, then torch, all of it in the versions of constraints.txt."""
     said = ask_install(make_python(tmp_path / "bare", {}))
     lines = [line for line in said.splitlines() if "would run" in line]
-    assert len(lines) == 1
-    assert "--no-deps" not in lines[0]
-    assert "--constraint" in lines[0]
+    assert len(lines) == 2
+    assert "--require-hashes --no-deps --requirement" in lines[0]
+    assert "--no-deps" not in lines[1]
+    assert "--constraint" in lines[1]
     assert "torch is not installed" in said
     assert "versions: as tested" in said
 
