@@ -3,6 +3,7 @@
 import inspect
 import sys
 
+from qat import __version__
 from qat.cli import commands
 
 
@@ -14,6 +15,9 @@ def main() -> int:
             what = inspect.getdoc(commands.config_of(name)).splitlines()[0]
             print(f"  {name:<18}{what}")  # noqa: T201
         print("\nqat <command> --help lists its flags")  # noqa: T201
+        return 0
+    if sys.argv[1] == "--version":
+        print(f"qat {__version__}")  # noqa: T201
         return 0
     command = sys.argv[1]
     if command not in commands.PIPELINES:

@@ -26,6 +26,7 @@ from qat.storage.files import (
     replace_folder,
     require_space,
     sha256_of_file,
+    sweep_half_made,
     write_text,
 )
 from qat.storage.receipt import read_receipt, receipt_path, stamp, write_receipt
@@ -96,6 +97,7 @@ def pack_folder(
             raise ValueError(f"{path} is a link or a device; replace it by a file to pack it")
     num_bytes = sum(path.stat().st_size for path in paths if path.is_file())
     archive.parent.mkdir(parents=True, exist_ok=True)
+    sweep_half_made(archive)
     require_space(archive.parent, num_bytes // 4, f"packing {folder}")
     top = folder.resolve().name
     with atomic_file(archive) as temporary:

@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, locks, sha256, canonical JSON, fingerprints."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -122,6 +123,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if path.is_file():
         raise FileExistsError(f"{path} is a file where a folder goes; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_half_made(path)
     recover_interrupted_replace(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
@@ -144,6 +146,7 @@ def atomic_output(path: Path) -> Iterator[Path]:
     """
     missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_half_made(path)
     made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         with hold(made):
@@ -255,6 +258,15 @@ def lock_owner(path: Path) -> str:
 def is_leftover(path: Path) -> bool:
     """Return whether a path is what a killed process left half made, or only served to make it."""
     return path.name.startswith(".") and path.name.endswith(LEFT_ENDINGS)
+
+
+def sweep_half_made(path: Path) -> None:
+    """Remove what killed processes left of a file or folder of this name, which none holds."""
+    for half in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        found = MADE_HALF.fullmatch(half.name)
+        if found and found[1] == path.name:
+            with suppress(FolderInUse), hold(half):
+                remove(half)
 
 
 def sweep_leftovers(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from qat import __main__
+from qat import __main__, __version__
 from qat.cli.command import one_line, run_command
 from qat.cli.commands import PIPELINES
 from qat.tracking.messages import say
@@ -188,6 +188,13 @@ def test_qat_alone_lists_its_commands(capsys, monkeypatch):
     assert __main__.main() == 0
     out = capsys.readouterr().out
     assert all(name in out for name in PIPELINES)
+
+
+def test_the_version_is_told(monkeypatch, capsys):
+    """As `qat doctor` and the records of runs say it."""
+    monkeypatch.setattr(sys, "argv", ["qat", "--version"])
+    assert __main__.main() == 0
+    assert capsys.readouterr().out == f"qat {__version__}\n"
 
 
 def test_an_unknown_command_is_one_line_with_the_choices(capsys, monkeypatch):

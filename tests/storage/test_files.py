@@ -331,6 +331,22 @@ def test_what_another_process_holds_is_not_swept(tmp_path):
     assert left == [".inner.lock", "best", "deep", "file", "inner", "made"]
 
 
+@pytest.mark.parametrize("way", [atomic_folder, atomic_output])
+def test_what_a_killed_process_left_of_an_output_goes_with_the_next(tmp_path, way):
+    """Gigabytes do not stay; those of other names, and what is being written, do."""
+    left, other = tmp_path / ".made.abcdefgh.part", tmp_path / ".made.it.abcdefgh.part"
+    for half in (left, other):
+        half.mkdir()
+        (half / "file").write_text("half")
+    with way(tmp_path / "made") as first:
+        assert not left.exists()
+        first.mkdir(exist_ok=True)
+        with way(tmp_path / "made") as second:
+            assert first.is_dir()
+            second.mkdir(exist_ok=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "made"]
+
+
 def test_an_output_comes_after_what_lies_next_to_it(tmp_path, monkeypatch):
     """Killed between two renames, the output is not there; the same call again gives it all."""
 
