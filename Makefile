@@ -29,7 +29,7 @@ $(STAMP): constraints.txt pyproject.toml requirements-dev.txt
 	@echo 'setup: making $(VENV), some minutes the first time' >&2
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN)/python -m pip install -qq --require-hashes --no-deps -r requirements-dev.txt
-	@$(RUN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@$(RUN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 demo: setup  ## small files of SmolLM2-135M, next to llama.cpp's own (installs llama.cpp)
@@ -57,7 +57,7 @@ style: setup  ## mend what lint and format can mend
 recipe: setup  ## real commands on tiny models
 	@OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m recipe -n 2 --dist loadfile
 
-fuzz: setup  ## N damaged files of every kind that is read (N=500)
+fuzz: setup  ## N damaged files of every kind that is read (N=2000)
 	@OMP_NUM_THREADS=1 FUZZ_CASES=$(N) $(RUN)/python -m pytest -m fuzz -n auto --dist worksteal tests/fuzz
 
 kill: setup  ## N kills at random instants of every command that writes (N=5)

@@ -72,7 +72,8 @@ def pip_commands(python, missing, constraints, *, has_torch, has_qat):
     if not has_torch:
         package = f"{ROOT}[tpu-xla]" if is_tpu_machine() else str(ROOT)
         hashed = ["--require-hashes", "--no-deps", "--requirement", str(ROOT / "requirements.txt")]
-        return [[*pip, *hashed], [*pip, "--constraint", constraints, "--editable", package]]
+        own = ["--constraint", constraints, "--no-build-isolation", "--editable", package]
+        return [[*pip, *hashed], [*pip, *own]]
     # A torch that is too old is the user's to replace: the image pairs it with a driver.
     others = [name for name in missing if not name.startswith("torch>=")]
     commands = [[*pip, "--constraint", constraints, *others]] if others else []

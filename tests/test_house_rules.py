@@ -314,6 +314,23 @@ def test_hashes_are_of_the_versions_that_are_tested(name):
     assert asked - versions.keys() == {"torch"}
 
 
+def test_no_code_of_a_model_is_run():
+    """Each loader of transformers is told so, whatever its default is."""
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "speedrun").glob("*.py")]
+    calls = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    loads = [
+        call
+        for call in calls
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr in ("from_pretrained", "from_config")
+    ]
+    assert len(loads) > 8
+    for call in loads:
+        said = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        assert said.get("trust_remote_code") == "False", ast.unparse(call)
+
+
 def test_the_makefile_runs_what_exists():
     """A target whose script is absent fails only when it is needed."""
     text = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -19,7 +19,13 @@ from qat.data.records import Record, read_lines
 from qat.data.text import require_known_ids
 from qat.evaluate.generate_config import Template
 from qat.storage.decode import Count, as_type, reading
-from qat.storage.files import canonical_json, fingerprint, parse_json, write_text
+from qat.storage.files import (
+    canonical_json,
+    fingerprint,
+    folder_lock,
+    parse_json,
+    write_text,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,7 +172,8 @@ def answer_file(
         Counts: rows, answered (in this call), kept (had an output), resumed (from the part file).
 
     Raises:
-        ValueError: If a row is not of this form, or the part file was begun otherwise.
+        ValueError: If a row is not of this form, the part file was begun otherwise, or another
+            process answers into the same file.
     """
     rows = read_rows(data)
     if output.exists() and not output.samefile(data):
@@ -174,19 +181,20 @@ def answer_file(
     unanswered = [n for n, row in enumerate(rows) if overwrite_outputs or not row.get("output")]
     part = output.with_suffix(".part.jsonl")
     header = {"settings": settings, "rows": fingerprint([prompt_of(rows[n]) for n in unanswered])}
-    answers = read_part(part, header, unanswered)
-    open_rows = [n for n in unanswered if n not in answers]
-    resumed = len(answers)
-    with part.open("a", encoding="utf-8") as file:
-        for position, text in answer([prompt_of(rows[n]) for n in open_rows]):
-            answers[open_rows[position]] = text
-            line = {"row": open_rows[position], "output": text}
-            file.write(canonical_json(line) + "\n")
-            file.flush()
-    for number, text in answers.items():
-        rows[number] = {**rows[number], "output": text}
-    write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
-    part.unlink()
+    with folder_lock(output):
+        answers = read_part(part, header, unanswered)
+        open_rows = [n for n in unanswered if n not in answers]
+        resumed = len(answers)
+        with part.open("a", encoding="utf-8") as file:
+            for position, text in answer([prompt_of(rows[n]) for n in open_rows]):
+                answers[open_rows[position]] = text
+                line = {"row": open_rows[position], "output": text}
+                file.write(canonical_json(line) + "\n")
+                file.flush()
+        for number, text in answers.items():
+            rows[number] = {**rows[number], "output": text}
+        write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
+        part.unlink()
     return {
         "rows": len(rows),
         "answered": len(open_rows),

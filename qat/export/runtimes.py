@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qat.export.gguf_file import read_header, require_vocabulary
 from qat.export.llama_cpp import CONTEXT_TOKENS, LlamaCpp, open_library
 from qat.export.parity import Runtime
+from qat.model.load import require_own_files
 from qat.storage.decode import object_in, reading
 
 
@@ -195,6 +196,7 @@ def transformers_runtime(path: Path, config: dict[str, Any]) -> Runtime:
         with loading("compressed-tensors"):
             import_module("compressed_tensors")
     with reading(path, "export it again"):
+        require_own_files(Path(path))
         model = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=torch.float32, trust_remote_code=False
         ).eval()

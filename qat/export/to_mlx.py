@@ -111,7 +111,7 @@ def load_runtime(path: Path) -> Any:
     import mlx_lm
     import numpy as np
 
-    model, _tokenizer = mlx_lm.load(str(path))
+    model, _tokenizer = mlx_lm.load(str(path), tokenizer_config={"trust_remote_code": False})
 
     def logits(token_ids: list[int]) -> Any:
         return np.array(model(mx.array([token_ids]))[0].astype(mx.float32))

@@ -155,6 +155,7 @@ def run_task(task: FetchTask, *, dry_run: bool) -> FetchedItem:
     """Get one thing, unless it is here already or nothing shall be done."""
     item, target = task.options[0], task.options[0].local_path(task.output_dir)
     if task.found is None:
+        stores.sweep_taken(target)
         say(f"{task.name}: {target} is here and whole: nothing to do")
     elif dry_run:
         say(f"{task.name}: would take {target} from {task.found.address}")

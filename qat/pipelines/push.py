@@ -15,13 +15,14 @@ from tyro.conf import Positional
 from qat.pipelines.pack import PackResult
 from qat.pipelines.stored_items import check_content, kind_of
 from qat.storage import archive, stores
-from qat.storage.files import read_json, require_plain_name
+from qat.storage.files import hold, read_json, require_plain_name, sweep_half_made
 from qat.storage.registry import REGISTRY, Kind, StoredItem, read_registry
 from qat.tracking.messages import say
 
-LEFT_OUT = ("state", "wandb", "checkpoints")  # of a run: what only serves to resume it
+# Of a run: what only serves to resume it, and TensorBoard's copy of metrics.jsonl with its config.
+LEFT_OUT = ("state", "wandb", "checkpoints", "tensorboard")
 WORDS = ("tokenizer.json", "vocab.json")  # a token may look like a path
-LOCAL_PATH = re.compile(r"(--[\w.-]+=)?(?:~|[A-Za-z]:)?[\\/].*[\\/]([^\\/]+)[\\/]?")
+LOCAL_PATH = re.compile(r"((?:[\w.-]+=)*)(?:file://)?(?:~|[A-Za-z]:)?[\\/].*[\\/]([^\\/]+)[\\/]?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +54,12 @@ def push(config: PushConfig) -> PackResult:
     check_content(StoredItem(kind=kind, name=folder.name), folder)
     say(f"packing {config.folder} for {store.address(item.store_folder)}")
     near = folder.parent if os.access(folder.parent, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=".push.", dir=near) as temporary:
+    if near:
+        sweep_half_made(near / "push")
+    with (
+        tempfile.TemporaryDirectory(prefix=".push.", suffix=".part", dir=near) as temporary,
+        hold(Path(temporary)),
+    ):
         packed = Path(temporary) / f"{item.name}.{config.suffix}"
         source = folder if folder.is_dir() else gathered(folder, Path(temporary) / item.name)
         digest = archive.pack_folder(
@@ -113,5 +119,5 @@ def shortened(value: object) -> object:
     if isinstance(value, list):
         return [shortened(one) for one in value]
     if isinstance(value, str) and (found := LOCAL_PATH.fullmatch(value)):
-        return (found[1] or "") + found[2]
+        return found[1] + found[2]
     return value

@@ -60,7 +60,7 @@ def stock_files(
     paths = {folder / f"{name}-{one.name}-{one.embedding}.gguf": one for one in types}
     if missing := {path: one for path, one in paths.items() if not is_made(path, key)}:
         source.work.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=source.work) as temporary:
+        with TemporaryDirectory(prefix=".stock.", suffix=".part", dir=source.work) as temporary:
             dense, importance = Path(temporary) / DENSE, Path(temporary) / IMPORTANCE
             checkpoint = source.config.model
             export(ExportConfig(checkpoint=checkpoint, to="gguf", dtype="fp16", output=dense))

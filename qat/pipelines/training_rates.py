@@ -113,7 +113,8 @@ def make_model(device: Device, config: RatesConfig) -> nn.Module:
     """Return a model of the shape, of random weights, in the compute dtype on the device."""
     torch.manual_seed(0)
     with device.torch_device:
-        model = AutoModelForCausalLM.from_config(SHAPES[config.shape](), dtype=device.dtype)
+        shape = SHAPES[config.shape]()
+        model = AutoModelForCausalLM.from_config(shape, dtype=device.dtype, trust_remote_code=False)
     return model.eval()
 
 

@@ -125,13 +125,15 @@ class PlanRules:
             ValueError: If a rule matches nothing or its format does not fit a tensor.
         """
         specs = {name: F32 if len(info.shape) < 2 else F16 for name, info in tensors.items()}
+        deciding: dict[str, Rule] = {}
         for rule in self.rules:
             found = [name for name, info in tensors.items() if rule.matches(name, info)]
             if not found:
                 raise ValueError(no_match(rule, tensors))
-            for name in found:
-                check_fit(rule, name, tensors[name])
-            specs |= dict.fromkeys(found, rule.spec)
+            deciding |= dict.fromkeys(found, rule)
+        for name, rule in deciding.items():
+            check_fit(rule, name, tensors[name])
+            specs[name] = rule.spec
         shapes = {name: info.shape for name, info in tensors.items()}
         return QuantPlan(name=self.name, specs=specs, shapes=shapes)
 

@@ -4,6 +4,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -66,9 +67,16 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: If it is none, or nested too deeply, or has a number that JSON does not know.
     """
     try:
-        return json.loads(text, parse_constant=refuse_constant)
+        return json.loads(text, parse_constant=refuse_constant, parse_float=finite_float)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def finite_float(text: str) -> float:
+    """Return a number of JSON; refuse one that a float holds as infinity."""
+    if math.isinf(number := float(text)):
+        refuse_constant(text)
+    return number
 
 
 def refuse_constant(name: str) -> None:

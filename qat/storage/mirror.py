@@ -23,7 +23,13 @@ import fsspec
 from qat.storage import download
 from qat.storage.addresses import as_address
 from qat.storage.decode import as_type, read_as, reading
-from qat.storage.files import canonical_json, fingerprint, parse_json, write_json
+from qat.storage.files import (
+    MOST_JSON_BYTES,
+    canonical_json,
+    fingerprint,
+    parse_json,
+    write_json,
+)
 from qat.storage.receipt import Stamp, stamp
 from qat.storage.stores import copy_files, place_folder
 
@@ -146,7 +152,10 @@ class Mirror:
         system, root = self.open()
         staged = self.names(system, f"{root}/{PUSHING}")
         if system.exists(f"{root}/{JOURNAL}"):
-            where, text = f"{self.address}/{JOURNAL}", system.cat_file(f"{root}/{JOURNAL}")
+            where = f"{self.address}/{JOURNAL}"
+            if (num_bytes := system.size(f"{root}/{JOURNAL}")) > MOST_JSON_BYTES:
+                raise ValueError(f"{where} has {num_bytes:,} bytes, too many for JSON; {REMEDY}")
+            text = system.cat_file(f"{root}/{JOURNAL}")
             with reading(where, REMEDY):
                 values = parse_json(text)
             push = as_type(values, Push, where, remedy=REMEDY)

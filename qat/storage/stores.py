@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -32,7 +33,13 @@ from qat.storage.download import (
     record_path,
     stated_sha256,
 )
-from qat.storage.files import folder_lock, recover_interrupted_replace, replace_folder
+from qat.storage.files import (
+    FolderInUse,
+    folder_lock,
+    read_json,
+    recover_interrupted_replace,
+    replace_folder,
+)
 from qat.storage.receipt import receipt_path, write_receipt
 
 LOGGER = logging.getLogger("qat")
@@ -214,8 +221,17 @@ def copy_files(address: str, staging: Path, names: Sequence[str]) -> None:
         if ".." in PurePosixPath(name).parts:
             raise ArchiveMismatch(f"{address}: {name!r} reaches outside; refused")
         download(source, inside / name)
-    for _, name in pairs:
-        record_path(inside / name).unlink()
+    records = [record_path(inside / name) for _, name in pairs]
+    unknown = [name for (_, name), path in zip(pairs, records, strict=True) if not states(path)]
+    if unknown:
+        LOGGER.info(f"{address} is unverified: no checksum is known of {', '.join(unknown[:3])}")
+    for path in records:
+        path.unlink()
+
+
+def states(record: Path) -> bool:
+    """Return whether the record of a download has the checksum that the store states."""
+    return "sha256" in read_json(record)
 
 
 def place_folder(made: Path, target: Path) -> None:
@@ -227,6 +243,16 @@ def place_folder(made: Path, target: Path) -> None:
     shutil.move(made, near)
     receipt_path(target).unlink(missing_ok=True)
     replace_folder(near, target)
+
+
+def sweep_taken(target: Path) -> None:
+    """Remove what a process left that was killed after it gave a thing its name."""
+    for ending in ("", *SUFFIXES):
+        folder = target.with_name(target.name + ending)
+        left = folder.with_name(f".{folder.name}.fetching")
+        if left.is_dir():
+            with suppress(FolderInUse), folder_lock(folder, patience_seconds=0):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def require_writable(store: Store) -> None:

@@ -86,6 +86,8 @@ def test_paths_of_this_machine_stay_here(student, store, capsys):
         ("/home/anna/models/qwen", "qwen"),
         ("--output-dir=/home/anna/runs/one/", "--output-dir=one"),
         ("~/models/qwen", "qwen"),
+        ("math=/data/anna/math.parquet", "math=math.parquet"),
+        ("file:///home/anna/text.txt", "text.txt"),
         (r"C:\Users\anna\qwen", "qwen"),
         ("gs://bucket/anna/run", "gs://bucket/anna/run"),
         ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),

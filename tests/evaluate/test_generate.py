@@ -110,7 +110,8 @@ def test_a_file_can_be_answered_in_place(tmp_path):
     data = write_jsonl(tmp_path / "data.jsonl", rows_with_gap())
     answer_file(data, data, shout, settings={}, overwrite_outputs=True)
     assert outputs(data)[0] == "ONE"
-    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+    names = [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"]
+    assert names == ["data.jsonl"]
 
 
 def interrupt_after(count):
@@ -153,6 +154,18 @@ def test_a_part_file_of_other_settings_is_refused(tmp_path):
         answer_file(data, out, interrupt_after(1), settings={"checkpoint": "a"})
     with pytest.raises(ValueError, match="begun for other rows or settings"):
         answer_file(data, out, shout, settings={"checkpoint": "b"})
+
+
+def test_two_processes_do_not_answer_into_one_file(tmp_path):
+    """The second is told; the first goes on."""
+    data, out = write_jsonl(tmp_path / "data.jsonl", rows_with_gap()), tmp_path / "out.jsonl"
+
+    def answer(prompts):
+        with pytest.raises(ValueError, match=r"out\.jsonl is in use by process \d+"):
+            answer_file(data, out, shout, settings={})
+        return shout(prompts)
+
+    assert answer_file(data, out, answer, settings={})["answered"] > 0
 
 
 def test_an_output_that_exists_is_refused(tmp_path):

@@ -447,6 +447,25 @@ READERS = (
         share=0.5,
     ),
     Reader(
+        name="model-bin",
+        source="torch_weights",
+        files=("pytorch_model.bin",),
+        commands=(
+            "evaluate --checkpoint {case} " + ON_TEXT,
+            "init-student --model {case} --plan q4a4 --fit moments --output {out}/s --device cpu",
+        ),
+        names=("the weight holds NaN",),
+        share=0.5,
+    ),
+    Reader(
+        name="tokenizer-model",
+        source="sentencepiece",
+        files=("tokenizer.model", "tokenizer.model", "tokenizer_config.json"),
+        commands=(TOKENIZE.replace("{made}/model", "{case}") + "{out}/s",),
+        names=("this tokenizer has no",),
+        share=0.5,
+    ),
+    Reader(
         name="teacher-text",
         source="model",
         files=TOKENIZER,
@@ -466,6 +485,7 @@ def make_everything(folder: Path) -> None:
     shutil.copytree(folder / "model", folder / "sharded")
     (folder / "sharded" / "model.safetensors").unlink()
     teacher.save_pretrained(folder / "sharded", max_shard_size="30KB")
+    make_older_forms(folder, teacher)
     (folder / "text.txt").write_text("the cat sees a red boat and two small birds " * 8)
     make_caches(folder, teacher)
     call(
@@ -502,6 +522,28 @@ def make_everything(folder: Path) -> None:
     (folder / "compress" / "a.gguf").unlink()
     for name in ("results", "students"):  # a student knows the place of its plan
         shutil.rmtree(folder / "compress" / "work" / name)
+
+
+def make_older_forms(folder: Path, teacher: torch.nn.Module) -> None:
+    """Make weights as torch stores them, and a tokenizer that SentencePiece alone has written."""
+    import sentencepiece
+
+    shutil.copytree(folder / "model", folder / "torch_weights")
+    (folder / "torch_weights" / "model.safetensors").unlink()
+    torch.save(teacher.state_dict(), folder / "torch_weights" / "pytorch_model.bin")
+    place = folder / "sentencepiece"
+    place.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([record["output"] for record in tiny_records(40)]),
+        model_prefix=str(place / "tokenizer"),
+        model_type="bpe",
+        vocab_size=290,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (place / "tokenizer.vocab").unlink()
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (place / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def make_copy(folder: Path) -> None:

@@ -84,6 +84,23 @@ def test_each_write_may_be_the_one_that_fails(write, disk, tmp_path):
 
 
 @pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.name)
+def test_a_disk_that_takes_nothing_is_told(writer, made, tmp_path, disk):
+    """One line, before long work or after; the same command goes on when it may write."""
+    said, (folder, resize) = tmp_path / "said", disk
+    resize(256 << 20)
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True, capture_output=True)
+    line = writer.line.format(made=made, out=folder)
+    code, told = end_of(run(line, said)), said.read_text()
+    assert code == 2, told[-2000:]
+    errors = [one for one in told.splitlines() if one.startswith("error: ")]
+    assert len(errors) == 1, told[-2000:]
+    assert "Read-only file system" in errors[0]
+    assert str(folder) in errors[0]
+    subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True, capture_output=True)
+    assert end_of(run(line, said)) == 0, said.read_text()[-2000:]
+
+
+@pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.name)
 def test_a_full_disk_is_told_and_costs_nothing(writer, made, tmp_path, disk):
     """Whichever write it is that fails, the same command goes on when there is space."""
     straight, said, (folder, resize) = tmp_path / "straight", tmp_path / "said", disk

@@ -169,6 +169,13 @@ def test_a_format_that_does_not_fit_names_rule_and_tensor():
         parse_plan("q4_g48").resolve(tensors())
 
 
+def test_a_rule_that_another_overrides_need_not_fit():
+    """A preset of groups of 32, where one kind of row is no multiple of them."""
+    text = "mlp=lut4-g48, mlp=lut4-g32, attention=lut4-g48, attention=lut4-g16"
+    plan = parse_plan(text).resolve(tensors())
+    assert {spec.name for spec in plan.quantized.values()} == {"lut4-g32", "lut4-g16"}
+
+
 @pytest.mark.parametrize(
     "text", ["q2a4", "q4_r32", "deploy, embed=gguf:q4_0", "q2a4_int, layers.0.*=affine4-g64-bf16"]
 )

@@ -140,11 +140,35 @@ def test_every_size_has_its_own_values(checkout, tmp_path, size, teacher, words)
     assert ("fetch smollm2" in asked) == (size == "demo")
 
 
+def test_a_new_model_from_text_to_files_in_two_processes(checkout, environment, tmp_path):
+    """Each stage, trained by torchrun; the second call finds all of them made."""
+    (tmp_path / "records.jsonl").unlink()
+    paragraphs = (ROOT / "speedrun" / "log.md").read_text().split("\n\n")
+    write_jsonl(tmp_path / "records.jsonl", [{"text": text} for text in paragraphs])
+    save_tiny(tmp_path / "shape", tiny_llama(vocab_size=500))
+    (tmp_path / "shape" / "model.safetensors").unlink()
+    environment |= {"ARCH": str(tmp_path / "shape"), "VOCABULARY": "500", "PROCESSES": "2"}
+    environment |= {"ACCUMULATION": "1", "STEPS": "4", "BATCH": "4", "STUDENT_STEPS": "2"}
+    environment |= {"STUDENT_BATCH": "4", "CACHE_SEQUENCES": "32", "CACHE_SEQ_LEN": "16"}
+    environment |= {"HELDOUT_RATIO": "0.2", "FORMATS": "q4_0", "RUNS": str(tmp_path / "runs")}
+    for count in (9, 7):  # exports that are there print nothing
+        done = call(checkout, environment, "speedrun/new_model.sh", "medium")
+        assert done.returncode == 0, done.stderr
+        closing = [json.loads(line) for line in done.stdout.splitlines()]
+        assert len(closing) == count
+        assert closing[2]["steps"] == 4
+    files = sorted(path.name for path in (tmp_path / "runs").glob("*.gguf"))
+    assert files == ["f16.gguf", "q4_0.gguf"]
+
+
 def test_an_unknown_size_is_told(checkout, environment):
     """With those that there are."""
     done = call(checkout, environment, "speedrun/run.sh", "huge")
     assert done.returncode == 2
     assert "none of demo, colab, tpu" in done.stderr
+    done = call(checkout, environment, "speedrun/new_model.sh", "huge")
+    assert done.returncode == 2
+    assert "none of medium, full" in done.stderr
 
 
 def test_the_notebook_runs_from_top_to_bottom(checkout, environment, monkeypatch):

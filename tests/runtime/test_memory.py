@@ -1,6 +1,7 @@
 """What the process holds, and how its memory is given out."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -44,6 +45,10 @@ def test_the_peak_counts_what_was_held():
     assert len(block) < peak_rss_bytes() < host_bytes()
 
 
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be tuned")
+
+
+@GLIBC
 def test_freed_memory_is_there_at_once():
     """A block as large as one just freed touches no page that the system must clear first."""
     faults = [
@@ -53,6 +58,7 @@ def test_freed_memory_is_there_at_once():
     assert faults[1] < 100 < faults[0]
 
 
+@GLIBC
 @pytest.mark.recipe
 def test_large_tensors_begin_on_a_page():
     """All of them, also once torch was imported; unasked, torch does not do so."""

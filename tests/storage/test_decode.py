@@ -95,7 +95,7 @@ def test_any_value_is_the_type_or_refused_in_one_line(value, schema):
     assert isinstance(found, schema) or str(refused).startswith("FILE: ")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 30_000, "NaN", "[1e999, Infinity]", "9" * 5000])
+@pytest.mark.parametrize("text", ["", "{", "[" * 30_000, "NaN", "1e999", "Infinity", "9" * 5000])
 def test_what_is_no_json_is_named(tmp_path, text):
     """Also what Python would read, or would end in its own words on."""
     path = tmp_path / "a.json"
