@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qat.runtime.config import require_at_least
+from qat.runtime.config import require_at_least, require_seed
 
 Format = Literal["auto", "alpaca", "sharegpt", "messages", "dolly", "text"]
 Thinking = Literal["none", "false", "true", "both", "all"]
@@ -63,6 +63,7 @@ class TrainTokenizerConfig(CorpusConfig):
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        require_seed(self)
         require_at_least(1, self, "num_lines")
         require_at_least(2, self, "vocab_size")
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qat.runtime.config import PlaceConfig, require_at_least
+from qat.runtime.config import PlaceConfig, require_at_least, require_seed
 
 Template = Literal["chat", "none"]
 
@@ -38,6 +38,7 @@ class GenerateConfig(PlaceConfig):
     """For sampling."""
 
     def __post_init__(self):
+        require_seed(self)
         if bool(self.prompt) == bool(self.data):
             raise ValueError("give either --prompt TEXT... or --data FILE.jsonl with --output")
         if (self.data is None) != (self.output is None):

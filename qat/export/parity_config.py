@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qat.runtime.config import require_at_least
+from qat.runtime.config import require_at_least, require_seed
 from qat.storage.addresses import TAKES_ADDRESS
 
 
@@ -32,4 +32,5 @@ class ParityConfig:
 
     def __post_init__(self) -> None:
         """Refuse counts below one."""
+        require_seed(self)
         require_at_least(1, self, "num_prompts", "num_new_tokens", "num_sequences")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from qat.pipelines.quantize_config import Fit
-from qat.runtime.config import PlaceConfig, require_at_least
+from qat.runtime.config import PlaceConfig, require_at_least, require_seed
 
 Target = Literal["gguf", "mlx", "compressed-tensors", "hf-quantized", "coreml"]
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20}
@@ -65,6 +65,7 @@ class SourceConfig(PlaceConfig):
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        require_seed(self)
         require_at_least(2, self, "seq_len", "eval_sequences")
         require_at_least(1, self, "batch_size", "num_sequences")
         require_at_least(0, self, "minutes")

@@ -33,6 +33,12 @@ def require_at_most(most: int, config: object, *names: str) -> None:
             )
 
 
+def require_seed(config: object) -> None:
+    """Refuse a seed that not every generator takes: torch has signed ones, numpy no negative."""
+    require_at_least(0, config, "seed")
+    require_at_most(2**63 - 1, config, "seed")
+
+
 def split_list(values: Iterable[str]) -> tuple[str, ...]:
     """Return values that a flag was given with spaces or commas between; a path stays whole."""
     found: list[str] = []

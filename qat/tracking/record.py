@@ -35,11 +35,17 @@ class Row(TypedDict):
     step: Count
 
 
+class Decided(TypedDict, total=False):
+    """What is read of the identity of a run, which holds more."""
+
+    settings: dict[str, Any]
+
+
 class Asked(TypedDict, total=False):
     """What is read of config.json, which holds more."""
 
     config: dict[str, Any]
-    identity: dict[str, Any]
+    identity: Decided
 
 
 class Summary(TypedDict, total=False):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qat.runtime.config import PlaceConfig, require_at_least, require_at_most
+from qat.runtime.config import PlaceConfig, require_at_least, require_at_most, require_seed
 from qat.storage.addresses import TAKES_ADDRESS
 
 MOST_SEQUENCES = 2**16  # of a micro-batch, and micro-batches of a step, which are read before it
@@ -264,6 +264,7 @@ class TrainConfig(PlaceConfig):
     def __post_init__(self) -> None:
         """Refuse values out of range and parts that exclude each other."""
         require_at_least(1, self, "max_steps", "batch_size", "accumulation_steps")
+        require_seed(self)
         require_at_most(MOST_SEQUENCES, self, "batch_size", "accumulation_steps")
         if not self.trainable:
             raise ValueError("--trainable is empty, nothing would move; name weights or scales")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from qat.runtime.config import PlaceConfig, require_at_least, require_at_most
+from qat.runtime.config import PlaceConfig, require_at_least, require_at_most, require_seed
 from qat.storage.addresses import TAKES_ADDRESS
 from qat.train.config import (
     MOST_SEQUENCES,
@@ -84,6 +84,7 @@ class DenseConfig(PlaceConfig):
         require_at_least(1, self, "max_steps", "batch_size", "accumulation_steps")
         require_at_most(MOST_SEQUENCES, self, "batch_size", "accumulation_steps")
         require_at_least(2, self, "seq_len")
+        require_seed(self)
 
     def stages(self) -> list[Stage]:
         """Return the stages in order; the first begins at step 0."""

@@ -149,6 +149,7 @@ def test_a_row_that_is_none_is_named_with_its_line(tmp_path, line, said):
     ("name", "read", "values"),
     [
         ("config.json", read_config, {"identity": []}),
+        ("config.json", read_config, {"identity": {"settings": []}}),
         ("config.json", read_config, {"config": 3}),
         ("config.json", read_config, []),
         ("summary.json", read_summary, {"steps": "4"}),

@@ -57,6 +57,8 @@ def test_auto_is_what_suits_the_students_scales(trainable, grouped, low_rank):
         (config, {"trainable": ()}, "--trainable is empty"),
         (config, {"trainable": ("scales", "directions")}, "directions are scales without"),
         (config, {"max_steps": 0}, "--max-steps 0 must be 1 or more"),
+        (config, {"seed": -1}, "--seed -1 must be 0 or more"),
+        (config, {"seed": 2**63}, "--seed 9223372036854775808 must be 9223372036854775807 or less"),
         (config, {"batch_size": -1}, "--batch-size -1 must be 1 or more"),
         (config, {"accumulation_steps": 0}, "--accumulation-steps 0 must be 1 or more"),
         (config, {"batch_size": 2**31}, "--batch-size 2147483648 must be 65536 or less"),
