@@ -24,7 +24,6 @@ from tests.tiny import quick_fits
 MOST_SECONDS = 60
 NOT_FINITE = "computes no finite numbers"  # of what the number is, the command line names
 MOST_BYTES = 1 << 30  # of addresses, beyond what the process had before the case
-SPARE_BYTES = 1 << 26  # beyond twice the untouched file's: what an allocator keeps, another layout
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def run_case(reader: Reader, number: int, made: Path, root: Path, *, keep: bool 
     if problem is None:
         if (is_same or (is_guarded and code == 0)) and end.result != untouched.result:
             problem = f"another result than the untouched {file.name} gives"
-        elif end.grown_bytes > 2 * untouched.grown_bytes + SPARE_BYTES:
+        elif end.grown_bytes > 2 * untouched.grown_bytes + reader.spare_bytes:
             problem = f"takes {end.grown_bytes:,} bytes, untouched {untouched.grown_bytes:,}"
     if problem is None and not is_same and is_guarded and code == 0 and "inspect" in line:
         problem = f"a change of {file.name} is not found"

@@ -49,6 +49,8 @@ class Reader:
     """What else an error may name in the place of the file."""
     share: float = 1.0
     """Of all cases, next to other readers'."""
+    spare_bytes: int = 1 << 26
+    """Beyond twice the untouched file's memory: what an allocator keeps, another layout."""
     needs: str | None = None
     """A module without which the commands do not read."""
 
@@ -316,9 +318,10 @@ READERS = (
         name="pretrain-config",
         source="pretrain",
         files=("config.json",),
-        names=("--", "holds no", "File name too long"),
+        names=("--", "holds no", "File name too long", "less than one block of"),
         commands=("pretrain --config {case}/config.json --output-dir {out}/r --max-steps 1",),
         share=0.5,
+        spare_bytes=1 << 29,  # without its shape the usual one is made, of 15 M weights
     ),
     Reader(
         name="work",
