@@ -10,6 +10,7 @@ what it has made before.
 import ast
 import json
 import sysconfig
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -19,6 +20,7 @@ from typing import Any
 from qat.cli.command import run_command
 from qat.data.config import TokenizerKind
 from qat.runtime.config import PlaceConfig, require_at_least
+from qat.tracking.messages import say
 
 SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idlelib")  # of the standard library
 HELDOUT_RATIO = 0.05
@@ -39,7 +41,7 @@ class MilestoneConfig(PlaceConfig):
     """As in `qat pretrain`."""
     kind: TokenizerKind = "sentencepiece-bpe"
     """As in `qat train-tokenizer`."""
-    vocab_size: int = 8192
+    vocab_size: int = 7680
     """Tokens of the tokenizer, and rows of the model's embedding."""
     seq_len: int = 256
     """Tokens of a block in pretraining."""
@@ -69,6 +71,7 @@ def run_milestone(config: MilestoneConfig) -> dict[str, Any]:
     """Take all stages; return what the model came to and a row for each file."""
     import qat
 
+    started = time.perf_counter()
     train_text, heldout_text = write_text(config)
     trained = make_model(config)
     teacher = Path(trained["checkpoint"])
@@ -86,7 +89,9 @@ def run_milestone(config: MilestoneConfig) -> dict[str, Any]:
         student = make_student(config, teacher, cache, name, plan)
         rows.append(file_row(config, teacher, student, name, heldout_text))
     show(rows)
-    return {"pretrain": trained, "files": rows}
+    minutes = round((time.perf_counter() - started) / 60, 1)
+    say(f"{trained['tokens_per_second']:.0f} tokens/s in pretraining, {minutes} minutes in all")
+    return {"pretrain": trained, "files": rows, "minutes": minutes}
 
 
 def write_text(config: MilestoneConfig) -> tuple[Path, Path]:

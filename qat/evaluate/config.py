@@ -26,8 +26,9 @@ class EvaluateConfig(PlaceConfig):
     """Plain text file to measure on."""
     perplexity: tuple[str, ...] = ()
     """Texts to measure perplexity on, NAME=SOURCE or SOURCE each: json, jsonl, parquet or text
-    files, folders or hub names, such as wiki=Salesforce/wikitext:wikitext-2-raw-v1:test. Documents
-    are joined by an empty line."""
+    files, folders or hub names, such as wiki=Salesforce/wikitext:wikitext-2-raw-v1:test; wikitext
+    for that one, c4 for 256 windows of allenai/c4:en:validation. A #COLUMN at the end takes the
+    place of --text-column. Documents are joined by an empty line."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-eval, such as arc_easy,hellaswag or mmlu_*, or YAML files of tasks; needs the
     package lm-eval."""

@@ -146,10 +146,12 @@ def is_due(step: int, every: int) -> bool:
 
 
 def look(progress: Progress, hooks: Hooks) -> None:
-    """Evaluate, track, and keep the student if it is the best so far."""
+    """Evaluate, track, and keep the student if it is the best so far; refuse what is not finite."""
     values = progress.last_eval = hooks.evaluate()
-    hooks.track(progress.step, {f"eval/{name}": v for name, v in values.items() if v is not None})
     name = kl_name(values) or "perplexity"
+    if values.get(name) is not None and not math.isfinite(values[name]):
+        raise DivergedError(f"{name} is {values[name]} at step {progress.step}")
+    hooks.track(progress.step, {f"eval/{name}": v for name, v in values.items() if v is not None})
     if values.get(name) is None:
         return
     best = getattr(progress, f"best_{name}")

@@ -94,6 +94,42 @@ def test_names_are_given_or_those_of_files(folder):
         evaluate(config_for(folder, perplexity=twice))
 
 
+def test_a_source_may_name_its_column(folder):
+    """Of one call that measures texts of several forms; a path with the sign stays a path."""
+    odd = folder / "a#b.txt"
+    odd.write_text("two small birds near the old boat. " * 9)
+    words = f"words={folder / 'words.jsonl'}#output"
+    found = read_domains((words, str(odd)), tiny_tokenizer(), window=16, stride=8)
+    assert [one.name for one in found] == ["words", "a#b"]
+    text = "\n\n".join(record["output"] for record in tiny_records(8))
+    assert int(found[0].counts.sum()) == len(tiny_tokenizer()(text).input_ids) - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("wikitext", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
+        ("c4", ("allenai/c4", "en", "validation")),
+    ],
+)
+def test_the_texts_that_papers_name_have_names(monkeypatch, name, asked):
+    """They are streamed from the hub, and of C4 a part is read."""
+    read = []
+
+    def stream(repository, *, name, split, streaming, revision):
+        assert (repository, name, split) == asked
+        assert streaming
+        for number in range(3000):
+            read.append(number)
+            yield {"text": "two small birds near the old boat. " * 30}
+
+    monkeypatch.setattr("datasets.load_dataset", stream)
+    (domain,) = read_domains((name,), tiny_tokenizer(), window=16, stride=16)
+    assert domain.name == name
+    assert (len(domain.ids) == 256) == (name == "c4")
+    assert (len(read) == 3000) == (name == "wikitext")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -21,14 +21,13 @@ SIZES = {
 }
 
 
-def test_the_path_from_text_to_files(tmp_path):
-    """Perplexity falls, fewer bits are smaller and further away; a second call makes nothing."""
+def config_of(script, folder, **changes):
+    """Return settings that take seconds."""
     shape = LlamaConfig(vocab_size=ROWS, tie_word_embeddings=True, **SIZES)
-    shape.save_pretrained(tmp_path / "shape")
-    script = runpy.run_path(str(SCRIPT))
-    config = script["MilestoneConfig"](
-        output_dir=tmp_path / "made",
-        arch=str(tmp_path / "shape"),
+    shape.save_pretrained(folder / "shape")
+    return script["MilestoneConfig"](
+        output_dir=folder / "made",
+        arch=str(folder / "shape"),
         vocab_size=ROWS,
         seq_len=64,
         batch_size=4,
@@ -38,7 +37,14 @@ def test_the_path_from_text_to_files(tmp_path):
         documents=60,
         device="cpu",
         dtype="fp32",
+        **changes,
     )
+
+
+def test_the_path_from_text_to_files(tmp_path):
+    """Perplexity falls, fewer bits are smaller and further away; a second call makes nothing."""
+    script = runpy.run_path(str(SCRIPT))
+    config = config_of(script, tmp_path)
     with quick_fits():
         made = script["run_milestone"](config)
     rows = read_rows(config.output_dir / "pretrain")

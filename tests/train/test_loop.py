@@ -214,6 +214,18 @@ def test_a_loss_that_breaks_out_stops_the_run(loss):
     assert story.events == ["evaluate", ("best", 0)]
 
 
+@pytest.mark.parametrize("distance", [math.nan, math.inf])
+@pytest.mark.parametrize("before", [[], [1.0]])
+def test_an_evaluation_that_is_not_finite_stops_the_run(distance, before):
+    """It is never the best, which nothing would come below; at the start or later."""
+    story = Story([*before, distance], restores=False)
+    with pytest.raises(DivergedError, match=rf"kl_nats is \w+ at step {3 * len(before)}"):
+        settings = intervals(eval_steps=3)
+        train_end_to_end(FakeTrainer(), batches_from, settings, story.hooks())
+    assert story.events.count(("best", 0)) == len(before)
+    assert len(story.events) == 1 + 2 * len(before)
+
+
 def test_going_back_replays_from_the_state_at_half_the_rate():
     """The steps since the state are taken again, with the same batches."""
     story, trainer = Story(), FakeTrainer({4: math.nan})
