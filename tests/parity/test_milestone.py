@@ -13,7 +13,7 @@ pytestmark = pytest.mark.parity
 
 @pytest.mark.parametrize("kind", ["sentencepiece-bpe", "sentencepiece-unigram", "byte-level-bpe"])
 def test_a_new_model_answers_in_llama_cpp(tmp_path, kind):
-    """Greedy and sampled tokens of the f16 file are equal, the others near, by its own tokenizer."""
+    """Greedy and sampled tokens of the f16 file are equal, the others near."""
     need("xllamacpp", "xllamacpp")
     script = runpy.run_path(str(SCRIPT))
     with quick_fits():

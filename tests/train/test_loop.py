@@ -218,9 +218,8 @@ def test_a_loss_that_breaks_out_stops_the_run(loss):
 @pytest.mark.parametrize("before", [[], [1.0]])
 def test_an_evaluation_that_is_not_finite_stops_the_run(distance, before):
     """It is never the best, which nothing would come below; at the start or later."""
-    story = Story([*before, distance], restores=False)
+    story, settings = Story([*before, distance], restores=False), intervals(eval_steps=3)
     with pytest.raises(DivergedError, match=rf"kl_nats is \w+ at step {3 * len(before)}"):
-        settings = intervals(eval_steps=3)
         train_end_to_end(FakeTrainer(), batches_from, settings, story.hooks())
     assert story.events.count(("best", 0)) == len(before)
     assert len(story.events) == 1 + 2 * len(before)
