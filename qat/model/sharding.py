@@ -58,6 +58,19 @@ def spread_rows(model: nn.Module) -> None:
         for name, values in named.items():
             if values is not None and values.numel():
                 lay_out(values.data, split=name not in WHOLE_PARTS)
+    keep_sequences_apart(model)
+
+
+@torch.no_grad()
+def spread_dense_rows(model: nn.Module) -> None:
+    """Spread the rows of a dense model's weights over the chips of its device, as `spread_rows`."""
+    for parameter in model.parameters():
+        lay_out(parameter.data, split=parameter.dim() > 1)
+    keep_sequences_apart(model)
+
+
+def keep_sequences_apart(model: nn.Module) -> None:
+    """Have hidden states split by sequences, whatever they are multiplied with."""
     for decoder_layer in model.get_decoder().layers:
         decoder_layer.register_forward_hook(split_by_sequences)
 

@@ -131,8 +131,8 @@ def planned_hours(config: PlanConfig, sizes: ModelSizes) -> dict[str, Forecast]:
     say(
         f"assumed: {config.mfu:.0%} of the makers' peak rates in 16 bits, batches of "
         f"{config.batch_size} x {config.seq_len} tokens on all chips together, no gradient "
-        "checkpointing; several chips train with --shard, in pretraining each holds all weights. "
-        "Nothing of this table was measured"
+        "checkpointing; of several chips each holds rows of the weights. Nothing of this table was "
+        "measured"
     )
     return found
 

@@ -61,7 +61,7 @@ class Forecast:
     distil_hours: float
     cache_hours: float
     pretrain_bytes: int
-    """Of each chip, at its peak; weights are copied to all chips."""
+    """Of each chip, at its peak; several hold rows of the weights each."""
     distil_bytes: int
     """The same of `qat train` end to end, with `--shard` where there are several chips."""
     memory: int

@@ -243,9 +243,14 @@ def training_bytes(sizes: ModelSizes, there: Situation) -> float:
 
 
 def pretraining_bytes(sizes: ModelSizes, there: Situation) -> float:
-    """Return what `qat pretrain` holds of the model, of AdamW and of a step."""
+    """Return what `qat pretrain` holds of the model, of AdamW and of a step.
+
+    Split by rows, as on the chips of one XLA process, it gathers a decoder layer at a time.
+    """
     read = there.dtype.itemsize if there.dtype != torch.float32 else 0
     weights = (DENSE_TRAINING_BYTES + read) * (sizes.quantized + sizes.dense)
+    if there.is_split:
+        weights = weights / there.num_processes + there.dtype.itemsize * sizes.layer
     return weights + activation_bytes(sizes, there) + logit_bytes(sizes, there)
 
 

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from qat.data.token_dataset import PackedBlocks, TokenBatch, TokenBlocks, shuffled_indices
 from qat.distill.objective import TEXT_LOSS, make_divergence
 from qat.distill.teacher import text_signal
-from qat.runtime.device import loader_settings
+from qat.model.sharding import spread_dense_rows
+from qat.runtime.device import lay_out, loader_settings, num_chips
 from qat.runtime.distributed import share
 from qat.train.config import RateConfig
 from qat.train.dense_config import DenseConfig
@@ -35,6 +36,8 @@ def make_pretrainer(
         enable_gradient_checkpointing(model)
     compile_decoder_layers(model, config.compile)
     parameters = [parameter for part in chosen.values() for parameter in part]
+    if num_chips(parameters[0].device) > 1:
+        spread_dense_rows(model)
     return Trainer(
         model=model,
         layers=[],
@@ -100,7 +103,9 @@ def token_batches(
             **loader_settings(device),
         )
         for batch in loader:
-            token_ids, document_ids, mask = (ids.to(device, non_blocking=True) for ids in batch)
+            token_ids, document_ids, mask = (
+                lay_out(ids.to(device, non_blocking=True), split=True) for ids in batch
+            )
             yield Batch(
                 token_ids=token_ids,
                 mask=mask,

@@ -60,10 +60,56 @@ print(json.dumps([num_chips(there), losses, compiled, spec, layer.latent_weight.
 """
 
 
-def train_on(count):
-    """Return what the runner prints on so many chips."""
+# The same of a dense model that pretrains.
+DENSE_RUNNER = f"""
+import json
+import torch
+from pathlib import Path
+import torch_xla
+from functools import partial
+from qat.distill.teacher import text_signal
+from qat.runtime.device import Device, lay_out, num_chips
+from qat.train.dense_config import DenseOptimConfig
+from qat.train.pretrain_config import PretrainConfig
+from qat.train.pretraining import make_pretrainer
+from qat.train.step import Batch
+from tests.tiny import tiny_llama
+from tests.xla.counters import happened
+
+device = Device.detect("xla")
+there = device.torch_device
+optim = DenseOptimConfig(lr=1e-3)
+config = PretrainConfig(data_dir=Path("/"), output_dir=Path("/"), optim=optim)
+model = tiny_llama().float().train()
+device.place(model)
+trainer = make_pretrainer(config, model, torch.float32, sync=device.sync)
+generator = torch.Generator().manual_seed(0)
+ids = lay_out(torch.randint(261, (8, 16), generator=generator).to(there), split=True)
+mask = lay_out((torch.rand(8, 15, generator=generator) < 0.7).to(there), split=True)
+part = Batch(
+    token_ids=ids, mask=mask, document_ids=None, unpack=partial(text_signal, ids, mask),
+    num_sequences=8,
+)
+losses, compiled = [], 0
+for step in range({STEPS}):
+    torch_xla.sync()
+    before = happened("CompileTime")
+    loss, _ = trainer.step([part], 1.0)
+    losses.append(float(loss))
+    if step >= {WARM_UP}:
+        compiled += happened("CompileTime") - before
+weight = model.model.layers[0].mlp.up_proj.weight
+specs = [torch_xla._XLAC._get_xla_sharding_spec(x) for x in
+         (weight, trainer.optimizer.state[weight]["exp_avg"])]
+total = weight.sum().item()
+print(json.dumps([num_chips(there), losses, compiled, " ".join(specs), total]))
+"""
+
+
+def train_on(count, runner):
+    """Return what a runner prints on so many chips."""
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
+        [sys.executable, "-c", runner],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -79,11 +125,12 @@ def train_on(count):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_four_chips_train_as_one_does():
+@pytest.mark.parametrize("runner", [RUNNER, DENSE_RUNNER], ids=["student", "dense"])
+def test_four_chips_train_as_one_does(runner):
     """Losses within 1e-5, weights split by rows, and no compilation after the first steps."""
-    chips, alone, _, whole, total = train_on(1)
-    assert (chips, whole) == (1, "")
-    chips, losses, compiled, split, other = train_on(NUM_CHIPS)
+    chips, alone, _, whole, total = train_on(1, runner)
+    assert (chips, whole.strip()) == (1, "")
+    chips, losses, compiled, split, other = train_on(NUM_CHIPS, runner)
     assert chips == NUM_CHIPS
     assert losses == pytest.approx(alone, abs=1e-5, rel=0)
     assert losses[-1] < losses[0]
