@@ -1,5 +1,7 @@
 """Models from folders and hub names: tokenizer, dense model, student, and who they are."""
 
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -25,6 +27,7 @@ WHAT_TO_GIVE = (
 )
 # Of tokens: tokenizers lists every number below the largest as it is saved, 4 bytes each.
 MOST_IDS = 1 << 24
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust's libraries tell them
 
 
 def model_folder(name: str | Path) -> Path:
@@ -84,6 +87,21 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             "make that folder again"
         )
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files.
+
+    Raises:
+        OSError: Also where its library raises the system's errors in a form of its own.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception and (found := SYSTEM_ERROR.search(str(error))):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(folder)) from error
+        raise
 
 
 def vocabulary_size(name: str | Path) -> int:

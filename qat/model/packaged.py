@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qat.model.load import save_tokenizer
 from qat.storage.decode import FileName, Sha256, read_as
 from qat.storage.files import atomic_folder, sha256_of_file, write_json
 from qat.tracking.messages import say
@@ -157,7 +158,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
     split_digits(tokenizer)
     tokenizer.model_max_length = CONTEXT_TOKENS
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors makes its file private
 

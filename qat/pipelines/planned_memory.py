@@ -202,6 +202,7 @@ def predict_memory(sizes: ModelSizes, there: Situation) -> dict[str, int]:
         "quantize": quantize_bytes(sizes, there) + FIT_LIBRARIES_BYTES * there.has_process,
         "build-cache": cache_bytes(sizes, there),
         "train": training_bytes(sizes, there),
+        "pretrain": pretraining_bytes(sizes, there),
         "layer-wise": layerwise_bytes(sizes, there),
         "evaluate": evaluation_bytes(sizes, there),
     }

@@ -28,7 +28,7 @@ from qat.data.token_shards import (
     write_manifest,
 )
 from qat.data.token_writer import Source, tokenize_source
-from qat.model.load import load_tokenizer
+from qat.model.load import load_tokenizer, save_tokenizer
 from qat.storage.files import (
     atomic_folder,
     folder_lock,
@@ -73,7 +73,7 @@ def tokenize(config: TokenizeConfig) -> TokenizeResult:
         else:
             write_json(folder / BUILDING_FILE, asdict(identity))
             with atomic_folder(folder / TOKENIZER_FOLDER) as copy:
-                tokenizer.save_pretrained(copy)
+                save_tokenizer(tokenizer, copy)
             manifest = TokenManifest(
                 identity=identity,
                 data_name=source_name(config.data),

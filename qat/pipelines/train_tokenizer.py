@@ -8,7 +8,7 @@ from qat.data.config import TrainTokenizerConfig
 from qat.data.records import read_records, source_revision
 from qat.data.text import tokenizer_sha256
 from qat.data.vocabulary import train_tokenizer as learn
-from qat.model.load import load_tokenizer
+from qat.model.load import load_tokenizer, save_tokenizer
 from qat.storage.decode import object_in
 from qat.storage.files import atomic_folder, folder_lock, write_json
 from qat.tracking.messages import say
@@ -51,7 +51,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
                 seed=config.seed,
             )
             with atomic_folder(config.output) as folder:
-                made.save_pretrained(folder)
+                save_tokenizer(made, folder)
                 write_json(folder / RECORD, asked)
     tokenizer = load_tokenizer(config.output)
     return TrainTokenizerResult(

@@ -37,6 +37,8 @@ class Writer:
         return name.endswith(self.outputs)
 
 
+TOKENIZE = "tokenize --data {made}/data.jsonl --tokenizer {made}/teacher --shard-tokens 300 "
+TOKENIZE += "--heldout-ratio 0.2 "
 WRITERS = (
     Writer(
         "build-cache",
@@ -69,6 +71,18 @@ WRITERS = (
     Writer("pack", "pack {made}/student --output {out}/s.tar.lz4"),
     Writer("fetch", "fetch {made}/student.tgz --output-dir {out}"),
     Writer("push", "push {made}/student --store {out}"),
+    Writer(
+        "train-tokenizer",
+        "train-tokenizer --data {made}/data.jsonl --kind byte-level-bpe --vocab-size 280 "
+        "--output {out}/v",
+    ),
+    Writer("tokenize", TOKENIZE + "--output-dir {out}/t"),
+    Writer(
+        "pretrain",
+        "pretrain --arch {made}/teacher --data-dir {made}/shards --seq-len 8 --batch-size 2 "
+        "--max-steps 6 --intervals.save-steps 1 --intervals.log-steps 1 --intervals.eval-steps 3 "
+        f"--output-dir {{out}}/p {USUAL}",
+    ),
 )
 
 
@@ -80,6 +94,7 @@ def make_everything(folder: Path) -> None:
     write_jsonl(folder / "data.jsonl", tiny_records(120))
     line = WRITERS[1].line.format(made=folder, out=folder).replace("/s ", "/student ")
     assert end_of(run(line)) == 0
+    assert end_of(run((TOKENIZE + "--output-dir {made}/shards").format(made=folder))) == 0
     pack_folder(folder / "student", folder / "student.tgz")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import qat
 from qat.export.from_gguf import read_gguf_model
 from qat.export.to_gguf import export_to_gguf
 from qat.model.load import load_dense
@@ -88,6 +89,13 @@ def test_a_factorized_embedding_is_saved_as_one_matrix(config, tmp_path):
     export_to_gguf(model, file, text_source=folder, dtype=torch.float32)
     ids = torch.arange(32)[None]
     assert torch.equal(read_gguf_model(file, folder)(ids).logits, model(ids).logits)
+    place = {"device": "cpu", "dtype": "fp32"}
+    data = write_jsonl(tmp_path / "data.jsonl", tiny_records(40))
+    cache = qat.build_cache(folder, data, seq_len=16, output_dir=tmp_path, **place).cache
+    student = tmp_path / "student"
+    qat.quantize(folder, "q2a4, embed=int4-g32", cache=cache, output=student, **place)
+    trained = qat.train(student, cache, output_dir=tmp_path / "r", max_steps=12, **place)
+    assert trained.best_step > 0
 
 
 def test_the_first_weights_follow_from_the_seed(config):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import qat
 from qat.cache.config import BuildCacheConfig
 from qat.cache.read import TeacherCache
 from qat.model.load import load_dense, load_tokenizer
@@ -73,6 +74,15 @@ def test_the_assistant_is_learned_and_the_model_teaches(config):
     logits = load_dense(result.checkpoint)(batch.input_ids).logits
     likeliest = batch.fields["token_ids"][0, :, 0]
     assert torch.equal(likeliest.long(), logits[0, :-1].argmax(-1))
+    place = {"device": "cpu", "dtype": "fp32"}
+    student = config.output_dir.parent / "student"
+    start = {"fit": "moments", "cache": cache.folder, "output": student, **place}
+    qat.quantize(result.checkpoint, "q2a2", **start)
+    run = config.output_dir.parent / "distilled"
+    settings = {"max_steps": 32, "optim": {"lr": 5e-4}, **place}
+    trained = qat.train(student, cache.folder, output_dir=run, **settings)
+    measured = [row["eval/kl_nats_lower"] for row in read_rows(run) if "eval/kl_nats_lower" in row]
+    assert trained.best_kl_nats_lower < measured[0], measured
 
 
 def test_what_the_user_says_has_no_gradient(config):
