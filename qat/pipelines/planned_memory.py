@@ -56,7 +56,6 @@ FIT_COPIES = 20  # of the largest weight in float32 while it is fitted
 LOGIT_COPIES = 5  # of a chunk of logits: student, teacher, exponents, gradient
 CHUNK_TOKENS = 256
 CACHE_TOKENS = 1024  # that the teacher reads at once on a CPU
-DENSE_TRAINING_BYTES = 16  # of a weight, its gradient and AdamW's two, float32
 ADAM_BYTES = 8  # two float32 numbers for each that trains
 BLOCK_BYTES = 24  # of a number of the decoder layer that trains alone
 STATE_BYTES = 22  # it and those two, copied, and once more while they are written
@@ -248,11 +247,13 @@ def pretraining_bytes(sizes: ModelSizes, there: Situation) -> float:
 
     Split by rows, as on the chips of one XLA process, it gathers a decoder layer at a time.
     """
+    count, share = sizes.quantized + sizes.dense, there.num_processes if there.is_split else 1
     read = there.dtype.itemsize if there.dtype != torch.float32 else 0
-    weights = (DENSE_TRAINING_BYTES + read) * (sizes.quantized + sizes.dense)
-    if there.is_split:
-        weights = weights / there.num_processes + there.dtype.itemsize * sizes.layer
-    return weights + activation_bytes(sizes, there) + logit_bytes(sizes, there)
+    gathered = there.dtype.itemsize * sizes.layer if there.is_split else 0
+    gradients = (4 + read) * count / share + gathered
+    step = gradients + activation_bytes(sizes, there) + logit_bytes(sizes, there)
+    state = STATE_BYTES * count / share if there.keeps_states else 0
+    return (4 + ADAM_BYTES) * count / share + max(step, state)
 
 
 def layerwise_bytes(sizes: ModelSizes, there: Situation) -> float:

@@ -109,7 +109,20 @@ def commands(folder):
             folder / "s", cache, output_dir=folder / "r", batch_size=8, **train
         ),
         "layer-wise": lambda: layer_wise(folder, cache),
+        "pretrain": lambda: new_model(folder),
     }
+
+def new_model(folder):
+    from qat.pipelines.pretrain import pretrain
+    from qat.train.config import IntervalsConfig
+    from qat.train.pretrain_config import PretrainConfig
+    pretrain(
+        PretrainConfig(
+            arch=str(folder / "teacher"), data_dir=folder / "shards", output_dir=folder / "p",
+            seq_len=16, batch_size=8, max_steps=3,
+            intervals=IntervalsConfig(save_steps=2, eval_steps=0), **PLACE
+        )
+    )
 
 class StageOver(Exception):
     pass
@@ -142,7 +155,8 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 def make(folder, shape):
-    from tests.tiny import save_tiny, tiny_records, write_jsonl
+    from tests.tiny import save_tiny, tiny_records, tiny_shards, write_jsonl
+    tiny_shards(folder)
     save_tiny(folder / "teacher", tiny_llama(**shape, initializer_range=0.02))
     write_jsonl(folder / "records.jsonl", tiny_records(24))
 
