@@ -90,6 +90,22 @@ def test_workers_change_no_byte(config):
     assert contents(other.output_dir) == contents(config.output_dir)
 
 
+def test_a_folder_of_300_files_is_read_in_the_order_of_their_names(config, tmp_path):
+    """Parquet with the text in a column of another name, in several processes as in one."""
+    data = tmp_path / "many"
+    data.mkdir()
+    for number in range(300):
+        table = pyarrow.table({"content": [f"file {number} of many boats"], "url": [""]})
+        pyarrow.parquet.write_table(table, data / f"train-{number:05d}-of-00300.parquet")
+    settings = {"data": str(data), "text_column": "content", "heldout_ratio": 0.1}
+    alone = replace(config, output_dir=tmp_path / "alone", **settings)
+    assert tokenize(alone).documents == 300
+    tokens = TokenDataset.open(alone.output_dir)
+    assert [shard.source for shard in tokens.manifest.shards][-1] == 299
+    assert tokenize(replace(alone, output_dir=tmp_path / "four", workers=4)).documents == 300
+    assert contents(tmp_path / "four") == contents(alone.output_dir)
+
+
 def test_data_without_training_text_is_refused(config, tmp_path):
     """Empty texts make no shards."""
     empty = write_jsonl(tmp_path / "e.jsonl", [{"text": " "}, {"text": ""}])

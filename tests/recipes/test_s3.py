@@ -14,6 +14,7 @@ from qat.storage.files import read_json, sha256_of_file
 from qat.storage.mirror import Mirror
 from tests.recipes.test_kill import flags, kill_when, rows_of, start  # noqa: F401 a fixture
 from tests.servers import bucket, cutting_proxy, name_server
+from tests.tiny import tiny_llama, tiny_shards
 
 pytestmark = pytest.mark.recipe
 STEPS = 12
@@ -31,18 +32,31 @@ def states_in(receipt):
     return [name for name in read_json(receipt)["files"] if name.endswith("/state.json")]
 
 
-def test_a_run_goes_on_where_its_machine_was_lost(flags, tmp_path, monkeypatch):  # noqa: F811 the fixture
+@pytest.fixture(params=["train", "pretrain"])
+def command(request, flags, tmp_path):  # noqa: F811 the fixture
+    """A run that saves a state now and then, without its output, and its models' weight file."""
+    often = {"--max-steps": STEPS, "--intervals.save-steps": 3, "--intervals.eval-steps": 4}
+    if request.param == "train":
+        flags = [*flags]
+        for flag, value in often.items():
+            flags[flags.index(flag) + 1] = str(value)
+        return ["train", *flags], "student.safetensors"
+    tiny_llama().config.save_pretrained(tmp_path / "shape")
+    flags = ["--arch", tmp_path / "shape", "--data-dir", tiny_shards(tmp_path), "--seq-len", 16]
+    flags += ["--batch-size", 4, "--intervals.log-steps", 1, "--device", "cpu", "--dtype", "fp32"]
+    flags += [word for pair in often.items() for word in pair]
+    return ["pretrain", *map(str, flags)], "model.safetensors"
+
+
+def test_a_run_goes_on_where_its_machine_was_lost(command, tmp_path, monkeypatch):
     """Killed with SIGKILL, its folder removed: the bucket has all that it takes to go on.
 
     Losses and weights are those of a run that was never interrupted.
     """
-    flags = [*flags]
-    often = {"--max-steps": STEPS, "--intervals.save-steps": 3, "--intervals.eval-steps": 4}
-    for flag, value in often.items():
-        flags[flags.index(flag) + 1] = str(value)
-    assert main("train", [*flags, "--output-dir", str(tmp_path / "straight")]) == 0
+    (verb, *asked), weights = command
+    assert main(verb, [*asked, "--output-dir", str(tmp_path / "straight")]) == 0
     with bucket(monkeypatch):
-        command = ["train", *flags, "--output-dir", "s3://bucket/deep/run"]
+        command = [verb, *asked, "--output-dir", "s3://bucket/deep/run"]
         machine = tmp_path / "lost"
         machine.mkdir()
         monkeypatch.chdir(machine)
@@ -63,7 +77,7 @@ def test_a_run_goes_on_where_its_machine_was_lost(flags, tmp_path, monkeypatch):
         assert rows_of(run) == rows_of(tmp_path / "straight")
         for name in ("best", "final"):
             sums = [
-                sha256_of_file(one / name / "student.safetensors")
+                sha256_of_file(one / name / weights)
                 for one in (run, tmp_path / "straight")
             ]
             assert sums[0] == sums[1]
