@@ -76,10 +76,7 @@ def test_a_run_goes_on_where_its_machine_was_lost(command, tmp_path, monkeypatch
     for run in (folder, copy):
         assert rows_of(run) == rows_of(tmp_path / "straight")
         for name in ("best", "final"):
-            sums = [
-                sha256_of_file(one / name / weights)
-                for one in (run, tmp_path / "straight")
-            ]
+            sums = [sha256_of_file(one / name / weights) for one in (run, tmp_path / "straight")]
             assert sums[0] == sums[1]
 
 
