@@ -24,11 +24,14 @@ from qat.model.surgery import dense_weights, is_tied_to, model_tensors, swap
 from qat.quant.plan import plan_from_dict
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
+from qat.storage.decode import reading
 
 METHOD = "qat"
 MODEL_TYPE = "qat-student (import qat.export.plugin first)"  # transformers' error quotes it
 BASE_TYPE_KEY = "qat_base_model_type"
 BITS_DTYPES = {"float16": torch.int16, "bfloat16": torch.int16, "float32": torch.int32}
+STORED_NAMES = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}  # of safetensors
+REMEDY = "export it again"
 
 
 class PackedWeight(nn.Module):
@@ -154,7 +157,7 @@ class StudentQuantizer(HfQuantizer):
             if is_tied and isinstance(packed, PackedEmbedding):
                 model.set_output_embeddings(PackedHead(packed))
                 model.config.tie_word_embeddings, model.all_tied_weights_keys = False, {}
-        refuse_missing(model, options.get("checkpoint_files") or ())
+        refuse_others(model, options.get("checkpoint_files") or ())
 
 
 def packed_layer(module: nn.Module, spec: TensorSpec) -> PackedWeight:
@@ -167,17 +170,25 @@ def packed_layer(module: nn.Module, spec: TensorSpec) -> PackedWeight:
         )
 
 
-def refuse_missing(model: nn.Module, files: tuple[str, ...]) -> None:
-    """Refuse files that lack a tensor of a packed layer; transformers would only warn."""
-    found: set[str] = set()
+def refuse_others(model: nn.Module, files: tuple[str, ...]) -> None:
+    """Refuse files whose tensors are not those of the model; transformers would take some as is."""
+    found: dict[str, tuple[str, list[int]]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as handle:
-            found |= set(handle.keys())
-    for name, module in model.named_modules():
-        if isinstance(module, PackedWeight):
-            for part in module.state_dict():
-                if found and f"{name}.{part}" not in found:
-                    raise ValueError(f"{name}.{part} is missing from the folder; export it again")
+        with reading(file, REMEDY), safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 not a dict
+                one = handle.get_slice(name)
+                found[name] = (one.get_dtype(), one.get_shape())
+    for name, _ in model.named_parameters():
+        if name in found and "F" not in found[name][0]:
+            raise ValueError(f"{name} is of {found[name][0]}, not of floats; {REMEDY}")
+    modules = model.named_modules() if found else ()
+    for name, module in modules:
+        for part, values in module.state_dict().items() if isinstance(module, PackedWeight) else ():
+            if (told := found.get(f"{name}.{part}")) is None:
+                raise ValueError(f"{name}.{part} is missing from the folder; {REMEDY}")
+            expected = (STORED_NAMES.get(values.dtype), list(values.shape))
+            if not values.is_floating_point() and told != expected:
+                raise ValueError(f"{name}.{part} is {told}, not {expected}; {REMEDY}")
 
 
 AutoConfig.register(MODEL_TYPE, StudentConfig, exist_ok=True)

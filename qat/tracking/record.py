@@ -11,9 +11,21 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypedDict,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from qat.storage.decode import Count, as_type, object_in, read_as
+import msgspec
+
+from qat.storage.decode import MOST, Count, as_type, object_in, read_as
 from qat.storage.files import parse_json, write_json, write_text
 
 CONFIG = "config.json"
@@ -26,7 +38,7 @@ SETTINGS = "config"  # the key of config.json that holds a command's whole confi
 Config = TypeVar("Config")
 
 
-Number = int | float | None
+Number = Annotated[int, msgspec.Meta(ge=-MOST, le=MOST)] | float | None
 
 
 class Row(TypedDict):

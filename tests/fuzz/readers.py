@@ -227,7 +227,8 @@ READERS = (
     Reader(
         name="config",
         source="run",
-        names=("cache ", "checkpoint ", "--"),  # where a path that it names is not there
+        # Where a path that it names is not there.
+        names=("cache ", "checkpoint ", "--", "no folder", "File name too long"),
         files=("config.json",),
         commands=("train --config {case}/config.json --output-dir {out}/r --max-steps 1",),
     ),
