@@ -11,6 +11,16 @@ import pytest
 pytestmark = pytest.mark.xla
 ROOT = Path(__file__).parent.parent.parent
 NUM_CHIPS, STEPS, WARM_UP = 4, 6, 2
+LOOP = f"""
+losses, compiled = [], 0
+for step in range({STEPS}):
+    torch_xla.sync()
+    before = happened("CompileTime")
+    loss, _ = trainer.step([part], 1.0)
+    losses.append(float(loss))
+    if step >= {WARM_UP}:
+        compiled += happened("CompileTime") - before
+"""
 # Trains a student for some steps; prints losses, what was compiled after those that warm up, how
 # weights and batches lie, and what is read back of a weight.
 RUNNER = f"""
@@ -45,16 +55,8 @@ def batch(seed):
     lay_out(made.mask, split=True)
     return made
 
-losses, compiled = [], 0
 part = batch(0)
-for step in range({STEPS}):
-    torch_xla.sync()
-    before = happened("CompileTime")
-    loss, _ = trainer.step([part], 1.0)
-    losses.append(float(loss))
-    if step >= {WARM_UP}:
-        compiled += happened("CompileTime") - before
-layer = next(iter(quantized_layers(student).values()))
+{LOOP}layer = next(iter(quantized_layers(student).values()))
 spec = torch_xla._XLAC._get_xla_sharding_spec(layer.latent_weight)
 print(json.dumps([num_chips(there), losses, compiled, spec, layer.latent_weight.sum().item()]))
 """
@@ -90,15 +92,7 @@ part = Batch(
     token_ids=ids, mask=mask, document_ids=None, unpack=partial(text_signal, ids, mask),
     num_sequences=8,
 )
-losses, compiled = [], 0
-for step in range({STEPS}):
-    torch_xla.sync()
-    before = happened("CompileTime")
-    loss, _ = trainer.step([part], 1.0)
-    losses.append(float(loss))
-    if step >= {WARM_UP}:
-        compiled += happened("CompileTime") - before
-weight = model.model.layers[0].mlp.up_proj.weight
+{LOOP}weight = model.model.layers[0].mlp.up_proj.weight
 specs = [torch_xla._XLAC._get_xla_sharding_spec(x) for x in
          (weight, trainer.optimizer.state[weight]["exp_avg"])]
 total = weight.sum().item()
