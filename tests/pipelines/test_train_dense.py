@@ -8,8 +8,9 @@ import qat
 from qat.export.from_gguf import read_gguf_model
 from qat.export.to_gguf import export_to_gguf
 from qat.model.load import load_dense
+from qat.pipelines.place import Place
 from qat.pipelines.pretrain import open_run, pretrain
-from qat.pipelines.train_dense import held_out_numbers
+from qat.pipelines.train_dense import FLOAT8, held_out_numbers, run_settings
 from qat.tracking.record import read_rows
 from qat.train.config import IntervalsConfig, TrackingConfig
 from qat.train.dense_config import DenseOptimConfig
@@ -96,6 +97,17 @@ def test_a_factorized_embedding_is_saved_as_one_matrix(config, tmp_path):
     qat.quantize(folder, "q2a4, embed=int4-g32", cache=cache, output=student, **place)
     trained = qat.train(student, cache, output_dir=tmp_path / "r", max_steps=12, **place)
     assert trained.best_step > 0
+
+
+def test_float8_is_a_part_of_what_a_run_is(config, monkeypatch, caplog):
+    """A run in it goes on in it alone; why there is none is said."""
+    place = Place.of(config)
+    with caplog.at_level("INFO"):
+        without = run_settings(config, place)
+    assert "no float8: " in caplog.text
+    monkeypatch.setattr("qat.pipelines.train_dense.why_no_float8", lambda *_: None)
+    assert run_settings(config, place) == {**without, FLOAT8: "tensorwise"}
+    assert run_settings(replace(config, fp8=False), place) == without
 
 
 def test_the_first_weights_follow_from_the_seed(config):
