@@ -9,7 +9,13 @@ Shape legend: B batch, T tokens, D hidden size.
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
 from itertools import starmap
 from typing import Any
@@ -62,6 +68,8 @@ def walk_decoder_layers(
     *,
     head: str | None = None,
     reference: nn.Module | None = None,
+    stream: Stream | None = None,
+    opened: Callable[[str], AbstractContextManager[None]] = lambda _name: nullcontext(),
 ) -> Iterator[tuple[list[str], InputStatistics]]:
     """Yield linears that share an input, with its statistics, in the order of the forward pass.
 
@@ -74,6 +82,8 @@ def walk_decoder_layers(
         batches: Token ids, (B, T) each, on the model's device; `Tokens` where documents are packed.
         head: Name under which the inputs of the head are yielded last; None = not at all.
         reference: The full-precision model; the model itself as it comes when not given.
+        stream: What `open_stream` returns, of a model whose values are not all in memory.
+        opened: Gives a decoder layer, or the norm after them, its values inside a block.
 
     Raises:
         ValueError: If there is no batch, a statistic is not finite, or the model's decoder layers
@@ -83,37 +93,53 @@ def walk_decoder_layers(
         raise ValueError("calibration has no tokens; give a cache with at least one sequence")
     linears = linears_by_layer(names)
     last = list(linears)[-1] if head is None else last_decoder_layer(model)
-    stream = open_stream(model, batches, last)
+    stream = stream or open_stream(model, batches, last)
     dense = stream if reference is None else open_stream(reference, batches, last)
     dense = Stream(list(dense.hidden), dense.arguments)
     for name in stream.arguments[0]:
-        layer = model.get_submodule(name)
-        dense_layer = copy.deepcopy(layer) if reference is None else reference.get_submodule(name)
-        wanted = linears.get(name, [])
-        writes = residual_writes(*in_float32(dense_layer, wanted, dense, name))
-        points = {write.after for write in writes.values()} - {""}
-        watched = watch_inputs(dense, name, dense_layer, [*wanted, *points])
-        inputs = inputs_in_order(name, wanted, watched)
-        with ExitStack() as replays:
-            done: list[Replay] = []
-            for group in groups_that_share(inputs):
-                shared = [f"{name}.{linear}" for linear in group]
-                write = writes.get(group[0]) if len(group) == 1 else None
-                turn = Turn(stream, name, layer, group[0], write)
-                ends = watched[write.after] if write and write.after else dense.hidden
-                fed = turn.feed(inputs[group[0]], ends, done)
-                yield shared, input_statistics(shared[0], fed)
-                for linear in group:
-                    del inputs[linear], watched[linear]
-                for module in finished_modules(group, inputs):
-                    done.append(replays.enter_context(Replay(layer.get_submodule(module))))
-            rewind(done)
-            stream.advance(name, layer)
-        del watched, dense_layer  # not held while the next layer's are made, or the head is fitted
+        with opened(name):
+            layer = model.get_submodule(name)
+            own = copy.deepcopy(layer) if reference is None else reference.get_submodule(name)
+            yield from walk_one(name, (layer, own), linears.get(name, []), stream, dense)
+            del own  # not held while the next layer's is made, or the head is fitted
     if head is not None:
         norm, dense_norm = (one.get_decoder().norm for one in (model, reference or model))
-        fed = zip(map(norm, stream.hidden), map(dense_norm, dense.hidden), strict=True)
-        yield [head], input_statistics(head, starmap(Fed, fed))
+        with opened(next(name for name, module in model.named_modules() if module is norm)):
+            fed = zip(map(norm, stream.hidden), map(dense_norm, dense.hidden), strict=True)
+            yield [head], input_statistics(head, starmap(Fed, fed))
+
+
+def walk_one(
+    name: str,
+    layers: tuple[nn.Module, nn.Module],
+    wanted: Sequence[str],
+    stream: Stream,
+    dense: Stream,
+) -> Iterator[tuple[list[str], InputStatistics]]:
+    """Yield what `walk_decoder_layers` does of one layer, given with its full-precision form.
+
+    Both streams go past it.
+    """
+    layer, dense_layer = layers
+    writes = residual_writes(*in_float32(dense_layer, wanted, dense, name))
+    points = {write.after for write in writes.values()} - {""}
+    watched = watch_inputs(dense, name, dense_layer, [*wanted, *points])
+    inputs = inputs_in_order(name, wanted, watched)
+    with ExitStack() as replays:
+        done: list[Replay] = []
+        for group in groups_that_share(inputs):
+            shared = [f"{name}.{linear}" for linear in group]
+            write = writes.get(group[0]) if len(group) == 1 else None
+            turn = Turn(stream, name, layer, group[0], write)
+            ends = watched[write.after] if write and write.after else dense.hidden
+            fed = turn.feed(inputs[group[0]], ends, done)
+            yield shared, input_statistics(shared[0], fed)
+            for linear in group:
+                del inputs[linear], watched[linear]
+            for module in finished_modules(group, inputs):
+                done.append(replays.enter_context(Replay(layer.get_submodule(module))))
+        rewind(done)
+        stream.advance(name, layer)
 
 
 @torch.no_grad()

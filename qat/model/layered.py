@@ -76,9 +76,9 @@ class LayeredModel:
         try:
             yield
         finally:
-            for key in keys:
-                value = self.model.state_dict(keep_vars=True)[key]
-                put_value(self.model, key, torch.empty_like(value, device="meta"))
+            there = self.model.state_dict(keep_vars=True)
+            for key in there.keys() & set(keys):  # others have been taken out
+                put_value(self.model, key, torch.empty_like(there[key], device="meta"))
 
 
 def open_layered(name: str | Path, dtype: torch.dtype) -> LayeredModel:

@@ -5,7 +5,7 @@ what the quantized body makes of the text.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qat.calibrate.decoder_layers import walk_decoder_layers
-from qat.calibrate.statistics import Batch
+from qat.calibrate.statistics import Batch, InputStatistics
 from qat.model.surgery import put_layer, quantized_layer, release_weights
 from qat.quant.drift import (
     Correction,
@@ -33,6 +33,7 @@ from qat.runtime.distributed import total_of
 WeightOf = Callable[[str], Tensor]
 GramsByName = Mapping[str, Sequence[Tensor]]
 NUMBERED = re.compile(r"\.\d+\.")  # the name of a module inside a decoder layer
+WalkLayers = Callable[..., Iterator[tuple[list[str], InputStatistics]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +162,7 @@ def fit_by_decoder_layers(
     *,
     reference: nn.Module | None = None,
     dtype: torch.dtype,
+    walk_layers: WalkLayers = walk_decoder_layers,
 ) -> None:
     """Put fitted layers in the place of a model's, in the order of its forward pass.
 
@@ -170,6 +172,7 @@ def fit_by_decoder_layers(
         batches: Token ids, (B, T) each, on the model's device.
         reference: The full-precision model; the model itself as it comes when not given.
         dtype: Compute dtype of the walk.
+        walk_layers: `walk_decoder_layers`, or what is called as it.
     """
     progress = tqdm(total=len(task.specs), desc="fit", unit="layer")
 
@@ -181,7 +184,7 @@ def fit_by_decoder_layers(
 
     head = head_weight(model, task.specs)
     body = [name for name in task.specs if NUMBERED.search(name)]
-    walk = walk_decoder_layers(model, body, batches, head=head, reference=reference)
+    walk = walk_layers(model, body, batches, head=head, reference=reference)
     with closing(walk):
         for names, statistics in walk if body or head else ():
             weights = [task.weight_of(name) for name in names]

@@ -13,7 +13,7 @@ from qat.calibrate.fisher import Grams
 from qat.calibrate.statistics import collect_second_moments
 from qat.model.checkpoint import CheckpointHeader, HeldTensors, empty_student, fill
 from qat.model.head import Tokens
-from qat.model.layered import NeedsWhole, open_layered
+from qat.model.layered import LayeredModel, NeedsWhole, open_layered
 from qat.model.layers import FakeQuantLinear
 from qat.model.load import base_weights, load_dense, model_folder, model_identity
 from qat.model.surgery import dense_weights, model_tensors
@@ -26,15 +26,17 @@ from qat.pipelines.quantize_config import (
     FitConfig,
     InitStudentConfig,
 )
-from qat.pipelines.quantize_layered import fit_layered
+from qat.pipelines.quantize_layered import fit_layered, fit_layered_against
 from qat.quant.hessian import NUM_SWEEPS
 from qat.quant.plan import QuantPlan, read_plan
 from qat.runtime.device import Device, is_traced
 from qat.runtime.distributed import from_first, joined, share
 from qat.runtime.launch import num_processes
+from qat.runtime.memory import host_bytes
 from qat.tracking.messages import say
 
 LINEARS = (nn.Linear, FakeQuantLinear)
+WHOLE_SHARE = 0.25  # of the host's memory, for a model whose layers' gradients are taken as well
 GRAM_TOKENS = 12288  # that gradients are taken on, or a quarter of the text
 NO_CACHE = "no --cache-dir: every weight counts alike, which costs most of a 2-bit student"
 
@@ -114,12 +116,14 @@ def fit_student(
 ) -> Fitted:
     """Fit a model to the plan: layer by layer where the fit lets that, else in memory as a whole.
 
-    Second moments come from one pass over the text, in which no layer waits for another one's fit;
-    a fit against all inputs goes to and fro.
+    Turns need gradients through all of it: where it is too large for that, there are none.
     """
-    if (config.fit == "moments" or cache is None) and not is_traced(place.device.torch_device):
+    if not is_traced(place.device.torch_device):
+        is_one_pass = config.fit == "moments" or cache is None
         try:
-            return fit_from_files(config, cache, place)
+            layered = open_layered(config.model, place.dtype)
+            if is_one_pass or (grams is None and (not config.turns or is_large(layered))):
+                return fit_from_files(layered, config, cache, place)
         except NeedsWhole as why:
             say(f"{why}: the model is loaded as a whole")
     model = load_dense(config.model, dtype=place.dtype)
@@ -129,16 +133,31 @@ def fit_student(
     return Fitted(plan, model)
 
 
-def fit_from_files(config: InitStudentConfig, cache: TeacherCache | None, place: Place) -> Fitted:
-    """Fit a model by second moments with one decoder layer in memory at a time."""
-    layered = open_layered(config.model, place.dtype)
+def is_large(layered: LayeredModel) -> bool:
+    """Whether a model takes so much of the host's memory that it is better not there as a whole."""
+    count = sum(tensor.numel() for tensor in layered.tensors().values())
+    needed = count * layered.dtype.itemsize
+    if needed <= WHOLE_SHARE * host_bytes():
+        return False
+    say(f"{needed / 1e9:.1f} GB of weights are fitted layer by layer, without --turns")
+    return True
+
+
+def fit_from_files(
+    layered: LayeredModel, config: InitStudentConfig, cache: TeacherCache | None, place: Place
+) -> Fitted:
+    """Fit a model with one decoder layer in memory at a time."""
     plan = read_plan(config.plan, model_tensors(layered.model))
     dense_weights(layered.model, plan)  # refuses a plan that quantizes nothing
     batches = calibration_batches(cache, config)
     if not batches:
         say(NO_CACHE)
     rows = row_weights(layered.model, plan, batches)
-    tensors = fit_layered(layered, plan, batches, rows, place.device)
+    if config.fit == "hessian" and batches:
+        sweeps = config.sweeps
+        tensors = fit_layered_against(layered, plan, batches, rows, place.device, sweeps)
+    else:
+        tensors = fit_layered(layered, plan, batches, rows, place.device)
     return Fitted(plan, layered.model, tensors)
 
 

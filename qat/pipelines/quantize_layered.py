@@ -4,18 +4,21 @@ Each decoder layer is read from the weight files, computes, and is dropped; each
 read again, fitted, and kept as the file holds it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qat.calibrate.layered import walk_second_moments
+from qat.calibrate.decoder_layers import walk_decoder_layers
+from qat.calibrate.layered import begin_stream, keys_in, walk_second_moments
 from qat.model.checkpoint import dense_targets, dense_tensors, layer_tensors, smallest_lossless
 from qat.model.head import Tokens
 from qat.model.layered import LayeredModel, NeedsWhole, put_value
 from qat.model.surgery import empty_layer, put_layer, quantized_layer
-from qat.pipelines.fit_layers import FitTask, head_weight
+from qat.pipelines.fit_layers import FitTask, fit_by_decoder_layers, head_weight
 from qat.quant.plan import QuantPlan
 from qat.runtime.device import Device
 
@@ -71,9 +74,68 @@ def fit_layered(
                 fit(name, moments.get(name))
         for name in [one for one in task.specs if not in_layers(layered, one)]:
             fit(name, last.get(name))
+    return tensors | read_dense(layered)
+
+
+@torch.no_grad()
+def fit_layered_against(
+    layered: LayeredModel,
+    plan: QuantPlan,
+    batches: Sequence[Tokens],
+    row_weights: Mapping[str, Tensor],
+    device: Device,
+    num_sweeps: int,
+) -> dict[str, Tensor]:
+    """Return the same of a fit against H of all inputs, which the layers fitted before feed.
+
+    No gradient goes through the whole model, so no linear is fitted in turns.
+
+    Args:
+        layered: As in `fit_layered`, like plan, row_weights and the errors.
+        plan: Format of every tensor.
+        batches: Text that calibrates.
+        row_weights: As `FitTask` has them.
+        device: Where decoder layers compute and are fitted.
+        num_sweeps: Of a fit.
+    """
+    task = FitTask(
+        specs=plan.quantized,
+        weight_of=layered.weight,
+        row_weights=row_weights,
+        num_sweeps=num_sweeps,
+    )
+    check(layered, task)
+    linears = linears_in_layers(layered, task, head_weight(layered.model, task.specs))
+    tensors: dict[str, Tensor] = {}
+
+    def take_out(names: Iterable[str]) -> None:
+        for name in names:
+            made = layered.model.get_submodule(name)
+            made.held_weight = None
+            tensors.update(layer_tensors(name, made))
+            made.to("meta")  # its sizes stay
+
+    @contextmanager
+    def opened(name: str) -> Iterator[None]:
+        part = layered.model.get_submodule(name)
+        with layered.loaded(keys_in(layered, part)):
+            with device.hosting(part):
+                yield
+            take_out(one for one in linears if one.startswith(f"{name}."))
+
+    placed = [batch.to(device.torch_device) for batch in batches]
+    stream = begin_stream(layered, placed, device)
+    walk = partial(walk_decoder_layers, stream=stream, opened=opened)
+    fit_by_decoder_layers(layered.model, task, placed, dtype=layered.dtype, walk_layers=walk)
+    take_out(name for name in task.specs if name not in linears)
+    return tensors | read_dense(layered)
+
+
+def read_dense(layered: LayeredModel) -> dict[str, Tensor]:
+    """Give what stays dense its values in the smallest lossless dtype; return them by name."""
     for key in dense_targets(layered.model):
         put_value(layered.model, key, smallest_lossless(layered.read(key)))
-    return tensors | dense_tensors(layered.model)
+    return dense_tensors(layered.model)
 
 
 def check(layered: LayeredModel, task: FitTask) -> None:

@@ -33,11 +33,12 @@ def files_of(folder):
     }
 
 
+@pytest.mark.parametrize("fit", [{"fit": "moments"}, {"fit": "hessian", "turns": False}])
 @pytest.mark.parametrize(("family", "tied", "plan"), CASES)
-def test_a_student_is_that_of_the_whole_model(family, tied, plan, tmp_path, monkeypatch):
+def test_a_student_is_that_of_the_whole_model(family, tied, plan, fit, tmp_path, monkeypatch):
     """Its files to the bit, and what is measured of it."""
     cache = tiny_cache(tmp_path, tiny_model(family, tied=tied))
-    settings = {"cache": cache, "fit": "moments", "device": "cpu", "dtype": "fp32"}
+    settings = {"cache": cache, **fit, "device": "cpu", "dtype": "fp32"}
     made = []
     with quick_fits():
         for name in ("layered", "whole"):
@@ -58,6 +59,23 @@ RSS = "peak_rss_bytes"
 
 def refuse(*_args):
     raise NeedsWhole("it is asked for as a whole")
+
+
+def test_a_model_that_is_large_for_the_memory_is_fitted_without_turns(
+    tmp_path, monkeypatch, caplog
+):
+    """Which is said; the student is that of `--no-turns`."""
+    cache = tiny_cache(tmp_path, tiny_llama())
+    settings = {"cache": cache, "fit": "hessian", "device": "cpu", "dtype": "fp32"}
+    plan, made = "gguf:q4_0", []
+    with quick_fits():
+        monkeypatch.setattr(quantize, "WHOLE_SHARE", 0)
+        with caplog.at_level("INFO"):
+            made.append(qat.quantize(tmp_path / "teacher", plan, output=tmp_path / "b", **settings))
+        assert "fitted layer by layer, without --turns" in caplog.text
+        settings["turns"] = False
+        made.append(qat.quantize(tmp_path / "teacher", plan, output=tmp_path / "c", **settings))
+    assert files_of(made[0].checkpoint) == files_of(made[1].checkpoint)
 
 
 def test_a_student_in_the_form_of_the_seeds_has_its_values(tmp_path):
