@@ -54,6 +54,11 @@ class Fitting:
     loss: float | None
     flops_per_token: Size
 
+    def __post_init__(self) -> None:
+        """Refuse a median of other numbers."""
+        if not min(self.seconds) <= self.step_seconds <= max(self.seconds):
+            raise ValueError(f"step_seconds {self.step_seconds} is outside those of the steps")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TooLarge:

@@ -112,6 +112,7 @@ def test_a_batch_is_measured_once(probes, tmp_path):
         ({"status": "OOM"}, "why is missing"),
         ({"step_seconds": 0}, "step_seconds: Expected"),
         ({"seconds": []}, "seconds: Expected"),
+        ({"step_seconds": 2}, "step_seconds 2.0 is outside"),
         ({"peak_bytes": "6"}, "peak_bytes: Expected"),
         ({"why": "no room"}, "why is no field"),
         ({"batch": 16}, "is of another measurement"),
