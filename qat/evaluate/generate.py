@@ -180,7 +180,9 @@ def answer_file(
         raise ValueError(f"--output {output} exists; remove it or name another file")
     unanswered = [n for n, row in enumerate(rows) if overwrite_outputs or not row.get("output")]
     part = output.with_suffix(".part.jsonl")
-    header = {"settings": settings, "rows": fingerprint([prompt_of(rows[n]) for n in unanswered])}
+    with reading(data, "correct that record"):
+        prompts = [prompt_of(rows[n]) for n in unanswered]
+    header = {"settings": settings, "rows": fingerprint(prompts)}
     with folder_lock(output):
         answers = read_part(part, header, unanswered)
         open_rows = [n for n in unanswered if n not in answers]

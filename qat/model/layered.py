@@ -60,9 +60,10 @@ class LayeredModel:
         tensor, target = self.readers[key](), self.model.state_dict(keep_vars=True)[key]
         if tensor.shape != target.shape or not tensor.is_floating_point():
             raise NeedsWhole(f"{key} is not as config.json has it")
+        value = tensor.to(self.dtype)  # which may not hold what the file does
         with naming(self.folder):
-            require_finite(tensor, key)
-        return tensor.to(self.dtype)
+            require_finite(value, key)
+        return value
 
     def weight(self, name: str) -> Tensor:
         """Return the weight of a module, (O, I)."""
