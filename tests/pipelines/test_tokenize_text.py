@@ -90,6 +90,7 @@ def test_workers_change_no_byte(config):
     assert contents(other.output_dir) == contents(config.output_dir)
 
 
+@pytest.mark.recipe
 def test_a_folder_of_300_files_is_read_in_the_order_of_their_names(config, tmp_path):
     """Parquet with the text in a column of another name, in several processes as in one."""
     data = tmp_path / "many"
