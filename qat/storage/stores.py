@@ -28,7 +28,6 @@ from qat.storage.download import (
     is_file,
     is_folder,
     is_web,
-    may_be_seen,
     open_files,
     record_path,
     stated_sha256,
@@ -210,7 +209,7 @@ def copy_files(address: str, staging: Path, names: Sequence[str]) -> None:
     inside = staging / PurePosixPath(address).name
     if names:
         pairs = [(f"{address}/{name}", name) for name in names]
-        pairs = [pair for number, pair in enumerate(pairs) if not number or may_be_seen(pair[0])]
+        pairs = pairs[:1] + [pair for pair in pairs[1:] if is_seen(pair[0])]
     else:
         files, root = open_files(address)
         found = [path for path in files.find(root) if not path.endswith(".sha256")]
@@ -227,6 +226,15 @@ def copy_files(address: str, staging: Path, names: Sequence[str]) -> None:
         LOGGER.info(f"{address} is unverified: no checksum is known of {', '.join(unknown[:3])}")
     for path in records:
         path.unlink()
+
+
+def is_seen(address: str) -> bool:
+    """Return whether there is a file that may be read; say so where a store does not tell."""
+    try:
+        return is_file(address)
+    except PermissionError:
+        LOGGER.info(f"{address} is not there, or may not be read: it is left out")
+        return False
 
 
 def states(record: Path) -> bool:

@@ -18,7 +18,7 @@ from qat.pipelines.compress_config import CompressConfig, parse_size
 from qat.pipelines.compress_stages import Clock, trained_formats
 from qat.pipelines.evaluate import evaluate
 from qat.quant.allocate import Allocation, Choice
-from qat.storage.files import read_json, sha256_of_file, write_json
+from qat.storage.files import folder_lock, read_json, sha256_of_file, write_json
 from tests.tiny import save_tiny, tiny_llama, tiny_records, write_jsonl
 
 
@@ -50,6 +50,14 @@ def config_of(folder, name="a.gguf", **changes):
 def made(folder):
     """The result of one call."""
     return compress(config_of(folder))
+
+
+def test_a_work_folder_is_of_one_call_at_a_time(folder, tmp_path):
+    """The second is told who holds it, before any stage."""
+    config = replace(config_of(folder), work=tmp_path / "work")
+    refusal = pytest.raises(ValueError, match=r"work is in use by process \d+ on \S+ since")
+    with folder_lock(tmp_path / "work"), refusal:
+        compress(config)
 
 
 @pytest.mark.recipe

@@ -66,7 +66,7 @@ def test_a_download_continues_where_it_was_cut(folder, target, half, ranges):
     assert list(target.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("told_by", ["etag", "size", "checksum"])
+@pytest.mark.parametrize("told_by", ["etag", "size", "checksum", "nothing"])
 def test_a_half_file_is_not_continued_into_another_version(folder, target, half, told_by):
     """The new version is downloaded from its start; no mix of both gets the name."""
     changed = DATA[::-1] + b"more" * (told_by == "size")

@@ -186,7 +186,7 @@ def test_the_first_store_that_has_it_gives_it(content, tmp_path):
     assert "second" in locate(both, FOLDER, "thing").address
 
 
-def test_a_bucket_that_may_not_be_listed_gives_what_it_has(content, base, tmp_path):
+def test_a_bucket_that_may_not_be_listed_gives_what_it_has(content, base, tmp_path, caplog):
     """It says 403 of all that is not there; where nothing is found, that is told."""
     pack_folder(content, base / FOLDER / "thing.tgz")
     (base / FOLDER / "thing.tgz.sha256").unlink()
@@ -198,7 +198,9 @@ def test_a_bucket_that_may_not_be_listed_gives_what_it_has(content, base, tmp_pa
         assert found.address.endswith("/thing.tgz")
         assert same(take(found, tmp_path / "thing", check=accept), content)
         single = locate(places, FOLDER, "x.pt")
-        take(single, tmp_path / "x.pt", check=accept)
+        with caplog.at_level("INFO"):
+            take(single, tmp_path / "x.pt", check=accept)
+        assert "config.json is not there, or may not be read: it is left out" in caplog.text
         assert [path.name for path in (tmp_path / "x.pt").iterdir()] == ["x.pt"]
         with pytest.raises(PermissionError, match=r"none\.tar\.lz4 is refused \(403\)"):
             locate(places, FOLDER, "none")
