@@ -57,6 +57,8 @@ class StoredList(NamedTuple):
     of: int
     """Type of its values."""
     count: int
+    distinct: int = 0
+    """Different strings, of a list of strings."""
 
 
 class Header(NamedTuple):
@@ -117,7 +119,8 @@ def read_header(path: Path) -> Header:
 def require_vocabulary(path: Path, header: Header) -> None:
     """Refuse a vocabulary over whose lists runtimes would read beyond their ends.
 
-    They take as many scores and types as there are tokens, of the types that they write.
+    They take as many scores and types as there are tokens, of the types that they write, and no
+    token twice.
     """
     tokens = header.lists.get(f"{VOCABULARY}tokens", StoredList(STRING, 0))
     expected = {"tokens": StoredList(STRING, tokens.count), "merges": StoredList(STRING, 0)}
@@ -129,6 +132,10 @@ def require_vocabulary(path: Path, header: Header) -> None:
                 f"{path} has {found.count} {name} of type {found.of} for {tokens.count} tokens; "
                 "make it again"
             )
+    if tokens.distinct != tokens.count:
+        raise ValueError(
+            f"{path} has {tokens.distinct} different tokens among {tokens.count}; make it again"
+        )
     for name, index in header.keys.items():
         is_id = name.startswith(VOCABULARY) and name.endswith("_token_id")
         if is_id and not (isinstance(index, int) and 0 <= index < tokens.count):
@@ -226,11 +233,18 @@ def value(file: BinaryIO, kind: int) -> str | int | float | StoredList:
     if kind != ARRAY:
         raise ValueError(f"a key has type {kind}")
     of, count = number(file, "I"), number(file, "Q")
+    place = file.tell()
     if of in FORMS:
         file.seek(struct.calcsize(FORMS[of]) * count, 1)
     elif of == STRING:
+        size, seen = file.seek(0, 2), set()
+        file.seek(place)
         for _ in range(count):
-            file.seek(number(file, "Q"), 1)
+            length = number(file, "Q")
+            if length > size:
+                raise ValueError("a string is longer than the file")
+            seen.add(file.read(length))
+        return StoredList(of, count, len(seen))
     else:
         raise ValueError(f"a key has a list of type {of}")
     return StoredList(of, count)

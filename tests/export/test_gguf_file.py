@@ -79,7 +79,7 @@ def test_keys_with_one_value_are_read_and_lists_passed_over(small_file):
     assert keys["llama.block_count"] == 3
     assert keys["llama.attention.layer_norm_rms_epsilon"] == 0.5
     assert keys["tokenizer.ggml.add_bos_token"] is True
-    assert lists == {"tokenizer.ggml.tokens": (8, 2), "x.numbers": (5, 3)}
+    assert lists == {"tokenizer.ggml.tokens": (8, 2, 2), "x.numbers": (5, 3, 0)}
     assert read_weight(small_file, tensors["a"]).tolist() == [[1.0] * 3] * 2
     assert read_weight(small_file, tensors["b"]).tolist() == [[1.0] * 64]
 
@@ -108,6 +108,17 @@ def test_a_vocabulary_of_uneven_lists_is_refused(tmp_path, add, told):
         refusal = pytest.raises(ValueError, match=told) if is_odd else nullcontext()
         with refusal:
             require_vocabulary(path, read_header(path))
+
+
+def test_a_token_that_is_there_twice_is_refused(tmp_path):
+    """llama.cpp ends the process on it."""
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
+    writer.add_token_list(["a", "bc", "a"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"2 different tokens among 3; make it again"):
+        require_vocabulary(tmp_path / "v.gguf", read_header(tmp_path / "v.gguf"))
 
 
 @pytest.mark.parametrize("offset", [0, 32, 63, 2**63])
