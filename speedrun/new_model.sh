@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # A new model from text to files, one command a stage:  speedrun/new_model.sh medium|full
 #
-#   medium  200 M weights, 4 B tokens: a day and a half on one H100, hours on eight
-#   full    1.5 B weights, 30 B tokens: days on eight H100
+#   medium  200 M weights, 4 B tokens: 4 hours on one H100
+#   full    1.5 B weights, 30 B tokens: 25 hours on eight
 #
+# Hours are predicted, of 40% of the peak (qat plan --model plan-1.5b --tokens 3e10), none measured.
 # The recipe of `make milestone` with other numbers, training and its cache by torchrun. A stage is
 # found again when it is made, and training goes on from its last state: cut short, it is run again.
 # A variable set before the call takes the place of a size's own:
