@@ -21,7 +21,8 @@ H hidden size, N processes. All bytes are of one process:
     train        M, L, S of W and P are in layers that train, move, and are parts of the first:
                  4 L + (W - L) + 2 (M - L) + 4 P + d D + d W held + 8 (L + S) of AdamW
                    + max(step: d M gradients + activations + logits; state: 22 (L + S), 12 of
-                   them a copy of what is saved, the others while it is written)
+                   them a copy of what is saved, the others while it is written). With averages in
+                   8 bits 2 in the place of 8 for AdamW, and of a state as much less as is saved
     pretrain     (16 + d) (W + D)       weights, gradients, AdamW in float32, and as products read
                                         them; + activations + logits; of every process
     layer-wise   4 L + (W - L) + 4 P + d D, d W held, d (W + D) of the teacher, and of one layer
@@ -39,7 +40,7 @@ feed-forward parts and attention keep other activations. On a GPU nothing was me
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -57,8 +58,9 @@ LOGIT_COPIES = 5  # of a chunk of logits: student, teacher, exponents, gradient
 CHUNK_TOKENS = 256
 CACHE_TOKENS = 1024  # that the teacher reads at once on a CPU
 ADAM_BYTES = 8  # two float32 numbers for each that trains
+ADAM_8BIT_BYTES = 2 * (1 + 4 / 256)  # a code each, and a scale of a block
 BLOCK_BYTES = 24  # of a number of the decoder layer that trains alone
-STATE_BYTES = 22  # it and those two, copied, and once more while they are written
+STATE_RATIO = 22 / 12  # a copy of it and those two, and most of that while they are written
 KV_BYTES = 2  # of a number in the KV cache of a runtime, float16
 
 
@@ -178,6 +180,8 @@ class Situation:
     """Of the device."""
     has_process: bool = True
     """Whether the process itself is in the device's memory, as on a CPU."""
+    adam_bytes: float = ADAM_BYTES
+    """Of a number that trains, in AdamW."""
     keeps_states: bool = True
     """Whether states to resume from are copied to the same memory, as on a CPU."""
 
@@ -194,6 +198,11 @@ class Situation:
         """Return the tokens of a micro-batch that one process reads."""
         return -(-self.batch_size // self.num_processes) * self.seq_len
 
+    @property
+    def state_bytes(self) -> float:
+        """Return the bytes that saving a state takes for each number that trains."""
+        return STATE_RATIO * (4 + self.adam_bytes) if self.keeps_states else 0.0
+
 
 def predict_memory(sizes: ModelSizes, there: Situation) -> dict[str, int]:
     """Return the peak bytes of one process of each command."""
@@ -201,6 +210,7 @@ def predict_memory(sizes: ModelSizes, there: Situation) -> dict[str, int]:
         "quantize": quantize_bytes(sizes, there) + FIT_LIBRARIES_BYTES * there.has_process,
         "build-cache": cache_bytes(sizes, there),
         "train": training_bytes(sizes, there),
+        "train, 8-bit averages": training_bytes(sizes, replace(there, adam_bytes=ADAM_8BIT_BYTES)),
         "pretrain": pretraining_bytes(sizes, there),
         "layer-wise": layerwise_bytes(sizes, there),
         "evaluate": evaluation_bytes(sizes, there),
@@ -238,8 +248,8 @@ def training_bytes(sizes: ModelSizes, there: Situation) -> float:
         held = 4 * sizes.quantized / share + width * sizes.layer
         gradients = 4 * sizes.trained / share + width * sizes.layer
     step = gradients + activation_bytes(sizes, there) + logit_bytes(sizes, there)
-    state = STATE_BYTES * moved / share if there.keeps_states else 0
-    return model + held + ADAM_BYTES * moved / share + max(step, state)
+    state = there.state_bytes * moved / share
+    return model + held + there.adam_bytes * moved / share + max(step, state)
 
 
 def pretraining_bytes(sizes: ModelSizes, there: Situation) -> float:
@@ -252,8 +262,8 @@ def pretraining_bytes(sizes: ModelSizes, there: Situation) -> float:
     gathered = there.dtype.itemsize * sizes.layer if there.is_split else 0
     gradients = (4 + read) * count / share + gathered
     step = gradients + activation_bytes(sizes, there) + logit_bytes(sizes, there)
-    state = STATE_BYTES * count / share if there.keeps_states else 0
-    return (4 + ADAM_BYTES) * count / share + max(step, state)
+    state = there.state_bytes * count / share
+    return (4 + there.adam_bytes) * count / share + max(step, state)
 
 
 def layerwise_bytes(sizes: ModelSizes, there: Situation) -> float:

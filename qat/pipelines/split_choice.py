@@ -23,7 +23,8 @@ def needs_split(
     Rows are never chosen where they cannot be had, or would be as large as a copy.
     """
     count, total = num_processes(), place.device.total_bytes()
-    if count == 1 or config.shard or total is None or place.dtype == torch.float16:
+    is_whole = place.dtype == torch.float16 or config.optim.averages == "8bit"
+    if count == 1 or config.shard or total is None or is_whole:
         return config.shard
     model = empty_model(student.text_folder, device="meta")
     plan = plan_from_dict(student.header.plan, model_tensors(model))

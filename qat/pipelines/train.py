@@ -54,7 +54,7 @@ from qat.train.layerwise import layerwise_stage
 from qat.train.loop import DivergedError, Hooks, train_end_to_end
 from qat.train.state import Progress, StateWriter, has_state, read_state
 from qat.train.step import Trainer
-from qat.train.trainable import mode
+from qat.train.trainable import check_averages, mode
 
 Keep = Callable[[str, dict[str, Any], int], None]
 
@@ -152,6 +152,7 @@ def open_run(config: TrainConfig) -> Run:
     teacher = header.base_model["weights"]
     cache = open_cache(config.cache_dir, student.text_folder, teacher)
     eval_cache = open_cache(config.eval_cache_dir, student.text_folder, teacher) or cache
+    check_averages(config.optim.averages, place.device.torch_device)
     run_folder.check_processes(config)
     run_folder.check_lengths(config, cache.seq_len)
     run_folder.check_content(config, cache.manifest.identity.content)

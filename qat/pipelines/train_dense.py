@@ -40,7 +40,7 @@ from qat.train.loop import Hooks, train_end_to_end
 from qat.train.pretraining import make_pretrainer
 from qat.train.state import Progress, StateWriter, has_state, read_state
 from qat.train.step import Batch, Trainer
-from qat.train.trainable import mode
+from qat.train.trainable import check_averages, mode
 
 FLOAT8 = "float8"  # in the identity of runs whose linears multiply so
 
@@ -103,7 +103,12 @@ def train_dense(run: DenseRun) -> DenseResult | MeasuredResult:
 
 
 def run_settings(config: DenseConfig, place: Place) -> dict[str, Any]:
-    """Return the part of a run's identity that its settings make; say where float8 is not used."""
+    """Return the part of a run's identity that its settings make; say where float8 is not used.
+
+    Raises:
+        ValueError: If the optimizer cannot be had here.
+    """
+    check_averages(config.optim.averages, place.device.torch_device)
     settings = run_folder.deciding_settings(config, place.device.kind, dtype_name(place.dtype))
     del settings["fp8"]
     why = why_no_float8(place.device.torch_device, place.dtype) if config.fp8 else "--no-fp8"

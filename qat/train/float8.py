@@ -24,7 +24,7 @@ def why_no_float8(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype != torch.bfloat16:
         return "what is not in float8 must be bf16; give --dtype bf16"
     if find_spec("torchao") is None:
-        return "torchao is not installed; pip install '.[fp8]'"
+        return "torchao is not installed; pip install '.[torchao]'"
     return None
 
 

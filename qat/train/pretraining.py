@@ -42,7 +42,11 @@ def make_pretrainer(
         model=model,
         layers=[],
         optimizer=make_optimizer(
-            chosen, dict.fromkeys(chosen, optim.lr), optim.weight_decay, betas=optim.betas
+            chosen,
+            dict.fromkeys(chosen, optim.lr),
+            optim.weight_decay,
+            betas=optim.betas,
+            averages=optim.averages,
         ),
         divergence=make_divergence(TEXT_LOSS),
         dtype=dtype,

@@ -206,6 +206,8 @@ def check_processes(config: TrainConfig) -> None:
         )
     if config.shard and config.dtype == "fp16":
         raise ValueError("--shard with --dtype fp16: loss scales are of one process; use bf16")
+    if config.shard and config.optim.averages == "8bit":
+        raise ValueError("--shard with --optim.averages 8bit: a scale is of several rows; use one")
 
 
 def check_share(batch_size: int) -> None:
@@ -268,6 +270,7 @@ def make_trainer(
             peak_rates(optim, optim.lr),
             weight_decay=optim.weight_decay,
             units=trainable.rate_units(model) if optim.relative else None,
+            averages=optim.averages,
         ),
         divergence=make_divergence(
             config.loss.divergence, temperature=config.loss.used_temperature

@@ -205,13 +205,23 @@ def state_tensors(trainer: Trainer) -> dict[str, Tensor]:
 
     for parameter in trainer.parameters:
         add("trained", parameter, parameter.detach())
-        for key, values in trainer.optimizer.state.get(parameter, {}).items():
+        for key, values in stored_state(trainer.optimizer, parameter).items():
             add(f"optimizer.{key}", parameter, values)
     if trainer.ema:
         for parameter, average in zip(trainer.ema.parameters, trainer.ema.averages, strict=True):
             add("average", parameter, average)
     is_far = is_traced(trainer.device)
     return {name: value.cpu() for name, value in found.items()} if is_far else found
+
+
+def stored_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Return what an optimizer keeps of a parameter, as plain tensors."""
+    state = optimizer.state.get(parameter, {})
+    if isinstance(optimizer, torch.optim.AdamW):
+        return state
+    from qat.train.adamw_8bit import stored_averages  # takes torchao
+
+    return stored_averages(state)
 
 
 def random_tensors(device: torch.device) -> dict[str, Tensor]:
@@ -314,6 +324,10 @@ def put_back(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
         kind, _, name = rest.partition(".")
         if part == "optimizer":
             states.setdefault(places[name], {})[kind] = tensors[key]
+    if not isinstance(trainer.optimizer, torch.optim.AdamW):
+        from qat.train.adamw_8bit import read_averages  # takes torchao
+
+        states = {place: read_averages(state) for place, state in states.items()}
     # Rates follow from the step, and how the optimizer works from the device, which may be another.
     groups = trainer.optimizer.state_dict()["param_groups"]
     trainer.optimizer.load_state_dict({"state": states, "param_groups": groups})

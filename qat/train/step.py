@@ -166,8 +166,7 @@ def optimizer_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = gradient_norm(parameters, split)
     nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm or float("inf"), norm)
-    for group in optimizer.param_groups:
-        group["lr"] = as_operand(group["peak_lr"] * rate, norm.device)
+    set_rates(optimizer, rate, norm.device)
     if scaler is None:
         optimizer.step()
     else:
@@ -177,6 +176,16 @@ def optimizer_step(
         norm = torch.where(overflowed, torch.zeros_like(norm), norm)
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float, device: torch.device) -> None:
+    """Give each group of parameters a share of its peak rate, in a tensor where it is in one."""
+    for group in optimizer.param_groups:
+        value = as_operand(group["peak_lr"] * rate, device)
+        if isinstance(group["lr"], Tensor) and not isinstance(value, Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
 
 
 def gradient_norm(parameters: list[Tensor], split: Collection[Tensor]) -> Tensor:

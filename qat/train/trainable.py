@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -9,9 +10,14 @@ from torch import Tensor, nn
 
 from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import layers_of_kind, quantized_layers, thaw_indices
-from qat.runtime.device import checkpoint_function, optimizer_settings, waits_for_python
+from qat.runtime.device import (
+    checkpoint_function,
+    is_traced,
+    optimizer_settings,
+    waits_for_python,
+)
 from qat.runtime.distributed import total
-from qat.train.config import Compile
+from qat.train.config import Averages, Compile
 
 SUPER_NAMES = ("super_scale", "sub_scale", "super_offset", "sub_offset")
 DIRECTION_NAMES = ("scale", "offset", *SUPER_NAMES, "scale_a", "scale_b")
@@ -169,6 +175,7 @@ def make_optimizer(
     units: Mapping[nn.Parameter, float] | None = None,
     *,
     betas: tuple[float, float] = (0.9, 0.999),
+    averages: Averages | None = None,
 ) -> torch.optim.Optimizer:
     """Return AdamW with one group of parameters a part; with units, one a parameter."""
 
@@ -182,7 +189,23 @@ def make_optimizer(
     else:
         groups = [group(part, [p], units[p]) for part, some in chosen.items() for p in some]
     device = next(iter(chosen.values()))[0].device
-    return torch.optim.AdamW(groups, betas=betas, **optimizer_settings(device))
+    if averages is None:
+        return torch.optim.AdamW(groups, betas=betas, **optimizer_settings(device))
+    from qat.train.adamw_8bit import AdamW8bitInRows  # takes torchao
+
+    return AdamW8bitInRows(groups, betas=betas)
+
+
+def check_averages(averages: Averages | None, device: torch.device) -> None:
+    """Refuse averages of 8 bits where they cannot be had."""
+    if averages is None:
+        return
+    if is_traced(device):
+        raise ValueError(f"--optim.averages 8bit: there is no such step on {device}; leave it out")
+    if find_spec("torchao") is None:
+        raise ValueError(
+            "--optim.averages 8bit: torchao is not installed; pip install '.[torchao]'"
+        )
 
 
 def compile_decoder_layers(model: nn.Module, choice: Compile) -> None:

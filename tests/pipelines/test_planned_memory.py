@@ -71,12 +71,15 @@ def test_what_takes_less_is_predicted_to():
     long = {"batch_size": 64, "seq_len": 64}
     assert train(**long, recomputes=True) < train(**long)
     assert train(dtype=torch.bfloat16) < train()
+    both = predict_memory(sizes, FP32)
+    assert both["train, 8-bit averages"] < both["train"]
 
 
 # Each command in a fork of a process that has loaded what they need and holds no model.
 CHILD = """
 import json, os, sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 import torch
 import qat
@@ -95,7 +98,7 @@ SHAPES = json.loads(sys.argv[2])
 def commands(folder):
     cache = next((one.parent for one in folder.glob("cache/*/manifest.json")), None)
     train = {**PLACE, "max_steps": 3, "intervals": {"save_steps": 2, "eval_steps": 0}}
-    return {
+    found = {
         "build-cache": lambda: qat.build_cache(
             folder / "teacher", folder / "records.jsonl", seq_len=16, top_k=8, batch_size=64,
             output_dir=folder / "cache", **PLACE
@@ -110,6 +113,14 @@ def commands(folder):
         ),
         "layer-wise": lambda: layer_wise(folder, cache),
         "pretrain": lambda: new_model(folder),
+    }
+    if find_spec("torchao") is None:
+        return found
+    small = {**train, "optim": {"averages": "8bit"}}
+    return found | {
+        "train, 8-bit averages": lambda: qat.train(
+            folder / "s", cache, output_dir=folder / "r8", batch_size=8, **small
+        )
     }
 
 def new_model(folder):

@@ -9,7 +9,7 @@ from qat.pipelines.place import Place
 from qat.pipelines.split_choice import needs_split
 from qat.runtime.config import PlaceConfig
 from qat.runtime.device import Device
-from qat.train.config import TrainConfig
+from qat.train.config import OptimConfig, TrainConfig
 from tests.tiny import quantize_plainly, save_student, tiny_cache, tiny_llama
 
 GIB = 2**30
@@ -64,8 +64,9 @@ def test_what_was_asked_for_stays(choose):
 
 
 def test_rows_are_not_chosen_where_they_cannot_be_had(choose, monkeypatch):
-    """One process, loss scales of float16, a format with one scale for all rows."""
+    """One process, loss scales of float16, averages of 8 bits, one scale for all rows."""
     assert not choose(GIB, dtype="fp16")[0]
+    assert not choose(GIB, optim=OptimConfig(averages="8bit"))[0]
     assert not choose(GIB, plan="gguf:i2_s")[0]
     monkeypatch.delenv("RANK")
     assert not choose(GIB)[0]

@@ -16,6 +16,7 @@ import pytest
 from qat.cache import build, shard
 from qat.cli.commands import main
 from qat.model.surgery import quantized_layers
+from qat.pipelines import compress_stages
 from qat.pipelines.open_checkpoint import open_checkpoint
 from qat.runtime.launch import rank
 from qat.storage.files import folder_lock
@@ -290,6 +291,40 @@ def test_processes_make_a_file_as_one_does(made, tmp_path):
     assert two["kl_nats_predicted"] == pytest.approx(alone["kl_nats_predicted"], rel=0.5)
     assert two["kl_nats_fit"] == pytest.approx(alone["kl_nats_fit"], rel=0.5)
     assert two["kl_nats_validation"] <= two["kl_nats_fit"]
+
+
+def test_a_file_of_killed_processes_is_that_of_whole_ones(made, tmp_path):
+    """One of two is killed as it enters each stage; then both end, and nothing else is left."""
+    flags = ["--model", made[0].parent / "teacher", "--data", made[0].parent / "records.jsonl"]
+    flags += ["--bits-per-weight", 6, "--to", "gguf", "--minutes", 0, "--seq-len", 16]
+    flags += ["--num-sequences", 64, "--device", "cpu", "--dtype", "fp32", "--output"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    words = {one: [*map(str, flags), str(one / "small.gguf")] for one in (whole, killed)}
+    closing = {}
+    for folder, stages in ((whole, ()), (killed, ("build_cache", "measure_costs", "quantize"))):
+        for stage in stages:
+            with pytest.raises(AssertionError, match="ended without a word"):
+                forked(2, partial(call_killed_at, stage, "compress", words[folder]))
+            assert not (folder / "small.gguf").exists()
+        ended = forked(2, partial(call, "compress", words[folder]))
+        assert [code for code, _, _ in ended] == [0, 0], ended
+        closing[folder] = json.loads(ended[0][1])
+    for name in ("kl_nats", "kl_nats_predicted", "plan", "file_bytes"):
+        assert closing[killed][name] == closing[whole][name], name
+    assert (killed / "small.gguf").read_bytes() == (whole / "small.gguf").read_bytes()
+    assert names_below(killed) == names_below(whole)
+
+
+def names_below(folder):
+    """Return the paths of all files in a folder, relative to it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def call_killed_at(stage, command, words):
+    """Run a command whose process of rank 1 is killed as it enters a stage."""
+    if rank() == 1:
+        setattr(compress_stages, stage, lambda *_args, **_kw: os.kill(os.getpid(), signal.SIGKILL))
+    return call_to_the_end(command, words)
 
 
 def contents_of(folder):

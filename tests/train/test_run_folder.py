@@ -7,6 +7,7 @@ import torch
 from qat.cache.read import TeacherCache
 from qat.storage.files import write_json
 from qat.tracking.record import CONFIG, SUMMARY
+from qat.train import run_folder
 from qat.train.config import (
     IntervalsConfig,
     LossConfig,
@@ -17,6 +18,7 @@ from qat.train.config import (
 from qat.train.run_folder import (
     check_content,
     check_lengths,
+    check_processes,
     finished_run,
     peak_rates,
     rate_at,
@@ -237,3 +239,19 @@ def test_old_students_make_room_for_the_last(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
     rotate(tmp_path, 2)
     assert {p.name for p in tmp_path.iterdir()} == {"step_0000010", "step_0000100", "notes"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dtype": "fp16"}, "--shard with --dtype fp16: loss scales are of one process; use bf16"),
+        ({"optim": OptimConfig(averages="8bit")}, "--shard with --optim.averages 8bit: a scale"),
+    ],
+)
+def test_what_rows_cannot_have_is_refused(monkeypatch, changes, said):
+    """One process takes it, and so do several with copies."""
+    check_processes(config(shard=True, **changes))
+    monkeypatch.setattr(run_folder, "num_processes", lambda: 2)
+    check_processes(config(**changes))
+    with pytest.raises(ValueError, match=said):
+        check_processes(config(shard=True, **changes))

@@ -26,13 +26,13 @@ PARTS = ("weights", "scales", "codebooks", "norms")
 TOKEN_IDS = torch.arange(12).view(2, 6)
 
 
-def make_run(plan="q2a4", decay=0.0):
+def make_run(plan="q2a4", decay=0.0, averages=None, **changes):
     """Return a trainer of a student, with a moving average where it decays."""
-    student = tiny_student(plan=plan)
+    student = tiny_student(plan=plan, **changes)
     chosen = choose_trainable(
         student, kinds=("mlp", "attention"), parts=PARTS, weight_of=lambda _name: None
     )
-    optimizer = make_optimizer(chosen, dict.fromkeys(chosen, 1e-2), 0.0)
+    optimizer = make_optimizer(chosen, dict.fromkeys(chosen, 1e-2), averages=averages)
     parameters = [p for part in chosen.values() for p in part]
     return Trainer(
         model=student,

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from qat.model.surgery import quantized_layers
+from qat.train import trainable
 from qat.train.trainable import (
+    check_averages,
     choose_trainable,
     enable_gradient_checkpointing,
     make_optimizer,
@@ -193,3 +195,13 @@ def test_relative_rates_are_shares_of_what_they_move():
         assert rates[id(layer.latent_weight)] == pytest.approx(0.5 * size)
         assert rates[id(layer.scale)] == pytest.approx(0.1 * float(scale.square().mean().sqrt()))
     assert len({round(rate, 9) for rate in rates.values()}) == len(rates)
+
+
+def test_averages_of_8_bits_are_refused_where_they_cannot_be_had(monkeypatch):
+    """Without torchao, and where steps are traced; in float32 they can be had anywhere."""
+    monkeypatch.setattr(trainable, "find_spec", lambda _name: None)
+    check_averages(None, torch.device("xla"))
+    with pytest.raises(ValueError, match="--optim.averages 8bit: torchao is not installed; pip"):
+        check_averages("8bit", torch.device("cpu"))
+    with pytest.raises(ValueError, match="no such step on xla; leave it out"):
+        check_averages("8bit", torch.device("xla"))
