@@ -29,7 +29,7 @@ OWNERS = {
     "torch_tpu": ("runtime/device.py",),
     "wandb": ("tracking/sinks.py",),
     "tensorboard": ("tracking/sinks.py",),
-    "sklearn": ("grids/codebook.py",),
+    "sklearn": ("grids/codebook.py", "calibrate/token_groups.py"),
     "mlx": ("export/to_mlx.py",),
     "coremltools": ("export/to_coreml",),
     "compressed_tensors": ("export/to_compressed_tensors.py",),

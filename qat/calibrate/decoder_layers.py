@@ -16,8 +16,7 @@ from contextlib import (
     nullcontext,
     suppress,
 )
-from dataclasses import dataclass
-from itertools import starmap
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from qat.calibrate.statistics import (
 from qat.model.head import Tokens, hidden_states
 from qat.model.layered import NeedsWhole
 
+SAMPLED_TOKENS = 2**14  # of a head's inputs
 NORM_EPS = 1e-6  # as norms have it: a token whose stream is next to nothing rules no fit
 LayerArguments = dict[str, dict[str, Any]]  # of a forward pass: by layer name, then by keyword
 
@@ -105,8 +105,19 @@ def walk_decoder_layers(
     if head is not None:
         norm, dense_norm = (one.get_decoder().norm for one in (model, reference or model))
         with opened(next(name for name, module in model.named_modules() if module is norm)):
-            fed = zip(map(norm, stream.hidden), map(dense_norm, dense.hidden), strict=True)
-            yield [head], input_statistics(head, starmap(Fed, fed))
+            pairs = list(zip(stream.hidden, dense.hidden, strict=True))
+            statistics = input_statistics(head, (Fed(norm(x), dense_norm(y)) for x, y in pairs))
+            some = [
+                (norm(x).flatten(0, -2), dense_norm(y).flatten(0, -2)) for x, y in sampled(pairs)
+            ]
+            sample = Fed(*map(torch.cat, zip(*some, strict=True)))
+            yield [head], replace(statistics, sample=sample)
+
+
+def sampled(pairs: Sequence[tuple[Tensor, Tensor]]) -> Sequence[tuple[Tensor, Tensor]]:
+    """Return batches, spread over all, of not many more than `SAMPLED_TOKENS`."""
+    count = sum(own.shape[:-1].numel() for own, _ in pairs)
+    return pairs[:: max(1, count // SAMPLED_TOKENS)]
 
 
 def walk_one(

@@ -99,15 +99,6 @@ def finite_mean(name: str, total: Tensor, count: int | Tensor) -> Tensor:
     return total / count
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InputStatistics:
-    """What a linear's inputs are like: on all tokens, and on each half of them."""
-
-    all: Moments
-    halves: tuple[Moments, ...]
-    """Two; one if there is a single token."""
-
-
 class Fed(NamedTuple):
     """A batch of a linear's inputs, and what shows what its output should be."""
 
@@ -119,6 +110,17 @@ class Fed(NamedTuple):
     """y, (B, T, O), in the place of W x."""
     weights: Tensor | None = None
     """How much each token counts, (B, T, 1); all alike when not given."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputStatistics:
+    """What a linear's inputs are like: on all tokens, and on each half of them."""
+
+    all: Moments
+    halves: tuple[Moments, ...]
+    """Two; one if there is a single token."""
+    sample: Fed | None = None
+    """Some of the inputs themselves, (N, I), of a head."""
 
 
 def input_statistics(name: str, batches: Iterable[Fed]) -> InputStatistics:

@@ -54,9 +54,9 @@ CACHE_SHARE = 1 / 30  # of the minutes: as much text as training then reads abou
 FIT_SHARE = 0.7  # of the minutes: when the fit should end; what is left trains and measures
 FINAL_FIT_SHARE = 0.9  # the same of a fit that no training is expected to improve
 FIT_PASSES = 3  # a fit goes over a token in what the teacher takes for so many
-# Costs and the search of every weight, whatever the text, take what the teacher takes to read so
+# Costs, groups of tokens and the search of every weight take what the teacher takes to read so
 # many tokens (SmolLM2 on two cores): both are in proportion to the weights.
-FIXED_TOKENS, FIXED_TOKENS_SHORT, FIXED_TOKENS_FINAL = 368_000, 136_000, 480_000
+FIXED_TOKENS, FIXED_TOKENS_SHORT, FIXED_TOKENS_FINAL = 400_000, 136_000, 520_000
 MOST_CALIBRATION_TOKENS = 262144  # of a fit
 MEMORY_STEP = 8192  # tokens that memory decides by: a little more or less makes no other fit
 CALIBRATION_SHARE = 0.4  # of the memory: what their activations may take

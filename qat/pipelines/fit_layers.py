@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from tqdm import tqdm
 
 from qat.calibrate.decoder_layers import walk_decoder_layers
 from qat.calibrate.statistics import Batch, InputStatistics
+from qat.calibrate.token_groups import TokenGroups, group_tokens
+from qat.model.head import logits_of
 from qat.model.surgery import put_layer, quantized_layer, release_weights
 from qat.quant.drift import (
     Correction,
@@ -130,6 +133,33 @@ class FitTask:
             return {names[0]: fitted}
         return dict(zip(names, fitted.split([len(weight) for weight in weights]), strict=True))
 
+    def takes_groups(self, head: str) -> bool:
+        """Return whether a head's rows are fitted in groups: where others are in turns."""
+        return bool(self.grams.runs) and self.specs[head].has_own_rows
+
+    def fit_in_groups(
+        self,
+        name: str,
+        moments: Moments,
+        correction: Correction,
+        kept: Tensor | None,
+        groups: TokenGroups,
+    ) -> QuantizedTensor:
+        """Return a head's weight, the rows of each group fitted against an H of their own."""
+        weight, runs = self.weight_of(name).to(moments.hessian.device), []
+        wanted = wanted_weight(weight, moments, correction, kept)
+        for group, rows in enumerate(groups.groups):
+            hessian = groups.hessian(group, moments.hessian)
+            fitted = fit_with_hessian(
+                weight[rows],
+                self.specs[name],
+                hessian if kept is None else hessian + kept,
+                target=None if wanted is None else wanted[rows],
+                num_sweeps=self.num_sweeps,
+            )
+            runs.append(fitted)
+        return QuantizedTensor.join(runs).rows(torch.cat(groups.groups).argsort())
+
     def of_one_format(self, names: Sequence[str]) -> list[list[str]]:
         """Return names in groups whose weights may be fitted as one, in order."""
         groups: dict[object, list[str]] = {}
@@ -190,12 +220,19 @@ def fit_by_decoder_layers(
             weights = [task.weight_of(name) for name in names]
             found = choose_corrections(weights, statistics.halves)
             corrections = dict(zip(names, found, strict=True))
-            moments = statistics.all
+            moments, groups = statistics.all, None
+            if names == [head] and task.takes_groups(head):
+                groups = group_tokens(partial(logits_of, reference or model), statistics.sample)
             del statistics, weights  # halves of a wide layer's are gigabytes
             kept = embedding_moment(model, task, names, moments)
             for some in task.of_one_format(names):
                 progress.set_postfix_str(some[0].removeprefix("model.layers."), refresh=False)
-                for name, quantized in task.fit_against(some, moments, corrections, kept).items():
+                if groups is None:
+                    fitted = task.fit_against(some, moments, corrections, kept)
+                else:
+                    one = (moments, corrections[head], kept, groups)
+                    fitted = {head: task.fit_in_groups(head, *one)}
+                for name, quantized in fitted.items():
                     put(name, quantized)
     for name in task.specs:  # an untied embedding, whose inputs are tokens
         if name != head and name not in body:

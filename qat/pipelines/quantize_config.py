@@ -37,7 +37,8 @@ class FitConfig(PlaceConfig):
     turns: bool = True
     """Of hessian: fit the outputs of a linear in turns, so that later ones make up for errors of
     earlier ones, where gradients on one half of the text say that it pays on the other. Up to a
-    tenth less KL at 2 to 4 bits; on little text for up to two and a half times the time."""
+    tenth less KL at 2 to 4 bits; on little text for up to two and a half times the time. Rows of a
+    head are then fitted in groups of tokens that are likely after alike states."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "calibration_sequences")

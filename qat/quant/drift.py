@@ -45,7 +45,7 @@ class Moments:
     wanted: Tensor | None = None
     """mean y x_q^T, (O, I) float32, where another output is."""
 
-    def aim(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+    def aim(self, weight: Tensor, rows: slice | Tensor = slice(None)) -> Tensor:
         """Return mean (y - W x_q) x_q^T of a weight's rows, (O, I) float32."""
         weight = weight[rows].detach().to(self.hessian)
         if self.wanted is None:
@@ -128,7 +128,7 @@ class WantedWeight:
             both = ridge_factor(moments.hessian + kept, RIDGES[0])
             self.pull = solved(moments.hessian, *both)
 
-    def __getitem__(self, rows: slice) -> Tensor:
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
         """Return some rows."""
         change = solved(self.moments.aim(self.weight, rows), *self.factor)
         change = change if self.pull is None else change @ self.pull
