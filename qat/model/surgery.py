@@ -179,6 +179,12 @@ def layers_of_kind(model: nn.Module, kind: TensorKind) -> dict[str, FakeQuantWei
     return {name: m for name, m in quantized_layers(model).items() if tensor_kind(name) == kind}
 
 
+def outer_layers(model: nn.Module) -> dict[str, FakeQuantWeight]:
+    """Return the quantized layers of a model that no decoder layer has, by name."""
+    inner = set(quantized_layers(model.get_decoder().layers).values())
+    return {name: layer for name, layer in quantized_layers(model).items() if layer not in inner}
+
+
 @torch.no_grad()
 def hold_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Form each quantized weight once, in the compute dtype, for every later forward."""
@@ -188,6 +194,14 @@ def hold_weights(model: nn.Module, dtype: torch.dtype) -> None:
         hold_weight(layer, dtype)
     if layers:
         run_recorded(next(iter(layers.values())).held_weight.device)
+
+
+@torch.no_grad()
+def hold_outer_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Form the quantized weights outside decoder layers once; those inside are formed in use."""
+    release_weights(model)
+    for layer in outer_layers(model).values():
+        hold_weight(layer, dtype)
 
 
 def hold_weight(layer: FakeQuantWeight, dtype: torch.dtype) -> None:

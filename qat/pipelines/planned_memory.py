@@ -22,7 +22,9 @@ H hidden size, N processes. All bytes are of one process:
                  4 L + (W - L) + 2 (M - L) + 4 P + d D + d W held + 8 (L + S) of AdamW
                    + max(step: d M gradients + activations + logits; state: 22 (L + S), 12 of
                    them a copy of what is saved, the others while it is written). With averages in
-                   8 bits 2 in the place of 8 for AdamW, and of a state as much less as is saved
+                   8 bits 2 in the place of 8 for AdamW, and of a state as much less as is saved.
+                   With weights formed in use d (W + M) are of one decoder layer and of what is
+                   outside of them
     pretrain     (16 + d) (W + D)       weights, gradients, AdamW in float32, and as products read
                                         them; + activations + logits; of every process
     layer-wise   4 L + (W - L) + 4 P + d D, d W held, d (W + D) of the teacher, and of one layer
@@ -182,6 +184,8 @@ class Situation:
     """Whether the process itself is in the device's memory, as on a CPU."""
     adam_bytes: float = ADAM_BYTES
     """Of a number that trains, in AdamW."""
+    forms_in_use: bool = False
+    """Whether decoder layers form their weights as they run."""
     keeps_states: bool = True
     """Whether states to resume from are copied to the same memory, as on a CPU."""
 
@@ -211,6 +215,9 @@ def predict_memory(sizes: ModelSizes, there: Situation) -> dict[str, int]:
         "build-cache": cache_bytes(sizes, there),
         "train": training_bytes(sizes, there),
         "train, 8-bit averages": training_bytes(sizes, replace(there, adam_bytes=ADAM_8BIT_BYTES)),
+        "train scales, formed in use": training_bytes(
+            replace(sizes, latent=0), replace(there, forms_in_use=True, recomputes=True)
+        ),
         "pretrain": pretraining_bytes(sizes, there),
         "layer-wise": layerwise_bytes(sizes, there),
         "evaluate": evaluation_bytes(sizes, there),
@@ -242,11 +249,15 @@ def training_bytes(sizes: ModelSizes, there: Situation) -> float:
     width, share = there.dtype.itemsize, there.num_processes if there.is_split else 1
     moved = sizes.latent + sizes.trained_parts
     looked_up = 2 * (sizes.trained - sizes.latent)  # grid values in float16
-    model = (indices_bytes(sizes) + looked_up) / share + 4 * sizes.parts + width * sizes.dense
     held, gradients = width * sizes.quantized, width * sizes.trained
     if there.is_split:
         held = 4 * sizes.quantized / share + width * sizes.layer
         gradients = 4 * sizes.trained / share + width * sizes.layer
+    if there.forms_in_use:
+        outer = max(0, sizes.quantized - sizes.linears)
+        looked_up, held = 2 * outer, width * (outer + sizes.layer)
+        gradients = held
+    model = (indices_bytes(sizes) + looked_up) / share + 4 * sizes.parts + width * sizes.dense
     step = gradients + activation_bytes(sizes, there) + logit_bytes(sizes, there)
     state = there.state_bytes * moved / share
     return model + held + there.adam_bytes * moved / share + max(step, state)

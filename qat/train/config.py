@@ -17,6 +17,7 @@ Layers = Literal["mlp", "attention", "embedding", "body", "all"]
 Part = Literal["auto", "weights", "scales", "directions", "magnitudes", "codebooks", "norms"]
 Compile = Literal["auto", "on", "off"]
 Averages = Literal["8bit"]
+FormWeights = Literal["once", "in-use"]
 Divergence = Literal[
     "forward-kl",
     "reverse-kl",
@@ -254,6 +255,11 @@ class TrainConfig(PlaceConfig):
     unless by prediction their devices do not hold that."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    form_weights: FormWeights = "once"
+    """once: before a step, in the compute dtype, with a gradient of the same size for each weight.
+    in-use: by each decoder layer as it runs and again in the backward pass, which turns gradients
+    into those of scales or latent weights one layer at a time, for models that do not fit
+    otherwise. Takes --gradient-checkpointing."""
     compile: Compile = "auto"
     """Run each decoder layer as a compiled program (torch.compile), which the first steps take a
     minute to make. auto: on CUDA."""
@@ -270,6 +276,15 @@ class TrainConfig(PlaceConfig):
         require_at_least(1, self, "max_steps", "batch_size", "accumulation_steps")
         require_seed(self)
         require_at_most(MOST_SEQUENCES, self, "batch_size", "accumulation_steps")
+        if self.form_weights == "in-use" and not self.gradient_checkpointing:
+            raise ValueError(
+                "--form-weights in-use without --gradient-checkpointing would keep all weights "
+                "until the backward pass; give both"
+            )
+        if self.form_weights == "in-use" and self.shard:
+            raise ValueError(
+                "--form-weights in-use with --shard, which gathers weights layer by layer; use one"
+            )
         if not self.trainable:
             raise ValueError("--trainable is empty, nothing would move; name weights or scales")
         if "directions" in self.trainable and {"scales", "magnitudes"} & set(self.trainable):

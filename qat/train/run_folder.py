@@ -16,7 +16,7 @@ from qat.distill.objective import TEXT_LOSS, make_divergence
 from qat.distill.teacher import TeacherSignal, text_signal
 from qat.grids.scales import TensorScale
 from qat.model.sharding import spread_rows
-from qat.model.surgery import has_low_rank_scales, hold_weights
+from qat.model.surgery import has_low_rank_scales, hold_outer_weights, hold_weights
 from qat.quant.spec import TensorSpec
 from qat.runtime import distributed
 from qat.runtime.device import num_chips
@@ -34,7 +34,7 @@ COMMAND = "train"
 # Settings that do not decide a run's numbers; what lies at a path is in the identity by its hash.
 PLACES = (
     *("checkpoint", "cache_dir", "eval_cache_dir", "output_dir", "model", "shard", "tracking."),
-    *("data", "arch", "eval_sets", "eval_only", "compile"),
+    *("data", "arch", "eval_sets", "eval_only", "compile", "form_weights"),
     *("intervals.log_steps", "intervals.save_steps", "intervals.keep_"),
 )
 FOREIGN_FILES = ("config.json", "checkpoint.json", "*.pt", "*.safetensors")
@@ -255,7 +255,11 @@ def make_trainer(
         weight_of=weight_of,
         formats=config.formats,
     )
-    hold_weights(model, dtype)
+    in_use = config.form_weights == "in-use"
+    if in_use:
+        hold_outer_weights(model, dtype)
+    else:
+        hold_weights(model, dtype)
     if config.gradient_checkpointing:
         trainable.enable_gradient_checkpointing(model)
     trainable.compile_decoder_layers(model, config.compile)
@@ -279,6 +283,7 @@ def make_trainer(
         clip_grad_norm=optim.clip_grad_norm,
         sync=sync,
         ema=MovingAverage(parameters, optim.ema_decay) if optim.ema_decay else None,
+        forms_in_use=in_use,
         scaler=loss_scaler(parameters[0].device, dtype),
     )
 

@@ -22,7 +22,13 @@ from qat.distill.teacher import TeacherSignal
 from qat.grids.scales import TensorScale
 from qat.model.head import hidden_states, logits_at, logits_of
 from qat.model.layers import FakeQuantWeight, TiedHead
-from qat.model.surgery import hold_values, hold_weight, keep_scales_storable
+from qat.model.surgery import (
+    hold_values,
+    hold_weight,
+    keep_scales_storable,
+    outer_layers,
+    release_weights,
+)
 from qat.quant.straight_through import multiply_by_values, weight_gradients
 from qat.runtime import distributed
 from qat.runtime.device import as_operand
@@ -224,6 +230,8 @@ class Trainer:
     """What float32 weights are multiplied in; None where layers hold weights of the dtype."""
     split: dict[Tensor, int] = field(default_factory=dict)
     """Parameters of which this process has some rows, and how many all have."""
+    forms_in_use: bool = False
+    """Whether decoder layers form their weights as they run, recomputed in the backward pass."""
     before_update: Callable[[], None] = lambda: None
     """Waits for who still reads what an update changes, such as a state that is being copied."""
     sums: Gradients = field(default_factory=dict)
@@ -262,11 +270,13 @@ class Trainer:
     def form(self) -> None:
         """Hold the weights that this step runs on."""
         distributed.drop_gathered(self.model)
-        form_weights(self.layers, self.dtype)
+        if self.forms_in_use:
+            release_weights(self.model.get_decoder().layers)  # an evaluation may have held them
+        form_weights(self.formed, self.dtype)
 
     def pull(self) -> None:
         """Bring the gradients of held weights to what trains."""
-        pull_gradients(self.layers, self.sums)
+        pull_gradients(self.formed, self.sums)
         if self.seen is not None:
             for layer in token_layers(self.model) & set(self.layers):
                 drop_unseen(layer, self.seen)
@@ -299,9 +309,17 @@ class Trainer:
             loss.backward()
             total += loss.detach()
             if is_summed:
-                add_gradients(self.layers, self.sums)
+                add_gradients(self.formed, self.sums)
         total = distributed.total(total)
         return total if scale is None else total / scale
+
+    @property
+    def formed(self) -> list[FakeQuantWeight]:
+        """Return the trained layers whose weights are formed once a step."""
+        if not self.forms_in_use:
+            return self.layers
+        outer = set(outer_layers(self.model).values())
+        return [layer for layer in self.layers if layer in outer]
 
     @property
     def parameters(self) -> list[Tensor]:

@@ -72,7 +72,7 @@ def test_what_takes_less_is_predicted_to():
     assert train(**long, recomputes=True) < train(**long)
     assert train(dtype=torch.bfloat16) < train()
     both = predict_memory(sizes, FP32)
-    assert both["train, 8-bit averages"] < both["train"]
+    assert both["train scales, formed in use"] < both["train, 8-bit averages"] < both["train"]
 
 
 # Each command in a fork of a process that has loaded what they need and holds no model.
@@ -113,6 +113,10 @@ def commands(folder):
         ),
         "layer-wise": lambda: layer_wise(folder, cache),
         "pretrain": lambda: new_model(folder),
+        "train scales, formed in use": lambda: qat.train(
+            folder / "s", cache, output_dir=folder / "u", batch_size=8, trainable=("scales",),
+            gradient_checkpointing=True, form_weights="in-use", **train
+        ),
     }
     if find_spec("torchao") is None:
         return found

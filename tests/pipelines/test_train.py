@@ -52,6 +52,24 @@ def test_a_run_is_a_function_from_its_config_to_its_result(config):
     assert train(config) == result
 
 
+def test_weights_formed_in_use_end_where_those_formed_once_do(config, tmp_path):
+    """The same losses, of the same run by its identity."""
+    recomputed = replace(config, gradient_checkpointing=True)
+    losses = {}
+    for how in ("once", "in-use"):
+        run = replace(recomputed, form_weights=how, output_dir=tmp_path / how)
+        train(run)
+        losses[how] = [
+            row["train/loss"] for row in read_rows(run.output_dir) if "train/loss" in row
+        ]
+        assert read_config(run.output_dir)["identity"]["settings"].get("form_weights") is None
+    assert losses["in-use"] == pytest.approx(losses["once"], rel=1e-5)
+    with pytest.raises(ValueError, match="in-use without --gradient-checkpointing would keep all"):
+        replace(config, form_weights="in-use")
+    with pytest.raises(ValueError, match="in-use with --shard, which gathers weights layer by"):
+        replace(recomputed, form_weights="in-use", shard=True)
+
+
 def test_texts_are_measured_next_to_the_cache(config, tmp_path):
     """At every evaluation, kept with the student; a look without training finds them again."""
     (tmp_path / "birds.txt").write_text("two small birds near the old boat. " * 3)

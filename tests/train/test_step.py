@@ -562,3 +562,51 @@ def test_float16_on_an_accelerator_loses_no_gradient(accelerator):
             loss, _ = trainer.step([part], 1.0)
         ends[dtype] = float(loss)
     assert ends[torch.float16] == pytest.approx(ends[torch.float32], rel=0.1)
+
+
+IN_USE = [
+    ("q2a4, embed=int4-g8", PARTS),
+    ("linears=gguf:q4_1, embed=gguf:q4_0", PARTS),
+    ("q4_r4", ("scales",)),  # with weights a rounding of a gradient's sum decides the next step
+]
+
+
+@pytest.mark.parametrize(("plan", "parts"), IN_USE)
+def test_weights_formed_in_use_train_as_those_formed_once(plan, parts):
+    """Two steps of two micro-batches; between them no decoder layer holds a weight."""
+    found = {}
+    for in_use in (False, True):
+        student = quantize_plainly(tiny_llama(hidden_size=32, intermediate_size=64), plan)
+        kinds = ("mlp", "attention", "embedding")
+        trainer = make_trainer(student, parts, kinds, forms_in_use=in_use)
+        enable_gradient_checkpointing(student)
+        losses = []
+        for step in range(2):
+            loss, norm = trainer.step([batch(step), batch(step + 2)], 1.0)
+            losses += [float(loss), float(norm)]
+            held = [layer.held_weight for layer in quantized_layers(student.model.layers).values()]
+            assert all((weight is None) == in_use for weight in held)
+        found[in_use] = losses, {name: p.detach() for name, p in student.named_parameters()}
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
+    for name, values in found[True][1].items():
+        torch.testing.assert_close(values, found[False][1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_of_weights_formed_in_use_are_gone_layer_by_layer(monkeypatch):
+    """When a layer's scales get theirs, no other layer has a formed weight or its gradient."""
+    student = tiny_student(plan="q4a4", num_hidden_layers=4)
+    trainer = make_trainer(student, ("scales",), forms_in_use=True)
+    enable_gradient_checkpointing(student)
+    alive, most = weakref.WeakSet(), []
+    formed = FakeQuantWeight.fake_quantized_weight
+
+    def form(layer, dtype=torch.float32):
+        weight = formed(layer, dtype)
+        alive.add(weight)
+        most.append(len(alive))
+        return weight
+
+    monkeypatch.setattr(FakeQuantWeight, "fake_quantized_weight", form)
+    trainer.step([batch()], 1.0)
+    assert len(most) == 2 * 4 * 7  # forward, and again backward
+    assert max(most) <= 7 + 1
