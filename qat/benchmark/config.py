@@ -83,8 +83,13 @@ class BenchmarkConfig(PlaceConfig):
     """Leave out the steps that keep all activations."""
     gradient_checkpointing: bool = True
     """Measure steps with gradient checkpointing as well."""
+    processes: int = 1
+    """Processes that share each batch, on CUDA one to a GPU; torchrun starts them anew for each."""
+    shard: bool = False
+    """They hold some rows of every quantized weight each, as with `qat train --shard`."""
     memory_limit: float | None = None
-    """GB (10**9 bytes) that a batch may hold: of a GPU's memory, else resident in the host's."""
+    """GB (10**9 bytes) that a batch may hold: of a GPU's memory, else resident in the host's. Of
+    several processes each may."""
     probe_seconds: float = 3600.0
     """Longest that one batch may take."""
     output_dir: Path | None = None
@@ -108,8 +113,10 @@ class BenchmarkConfig(PlaceConfig):
                 f"--save-model {self.save_model} writes a student that was made here; "
                 "drop --load-model or it"
             )
-        require_at_least(1, self, "steps")
+        require_at_least(1, self, "steps", "processes")
         require_at_least(2, self, "seq_len")
+        if self.shard and self.processes == 1:
+            raise ValueError("--shard spreads weights over processes; give --processes as well")
         for flag in ("memory_limit", "probe_seconds"):
             value = getattr(self, flag)
             if value is not None and value <= 0:

@@ -22,8 +22,10 @@ from qat.storage.decode import Size, as_type, read_as
 from qat.storage.files import fingerprint, write_json
 
 SCRATCH = ".probe."
-TAIL_LINES = 20  # of a process's messages: an error is at their end, warnings at their start
+# Of a process's messages: an error is at their end, before some 30 lines of torchrun's own.
+TAIL_LINES = 60
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+KILLED_BY_TORCHRUN = "Signal 9 (SIGKILL) received"  # in what it says of a process
 REMEDY = "remove it, and it is measured again"
 Seconds = Annotated[float, msgspec.Meta(ge=1e-9, le=1e9)]
 
@@ -145,10 +147,11 @@ def run_fresh(
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     last = [line.strip() for line in done.stderr.splitlines() if line.strip()][-TAIL_LINES:]
-    if done.returncode in KILLED:
+    if done.returncode in KILLED or any(KILLED_BY_TORCHRUN in line for line in last):
         return {"status": "OOM", "why": "killed by the system"}
     if says_out_of_memory("\n".join(last)):
         why = next(line for line in reversed(last) if says_out_of_memory(line))
         return {"status": "OOM", "why": why}
-    message = last[-1] if last else f"exit code {done.returncode}"
+    told = [line for line in last if line.startswith("error: ")] or last
+    message = told[-1] if told else f"exit code {done.returncode}"
     raise ValueError(message.removeprefix("error: "))

@@ -56,6 +56,7 @@ SHARED = (
     "tune",
     "compress",
     "evaluate",
+    "benchmark",
 )
 
 

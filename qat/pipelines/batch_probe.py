@@ -17,18 +17,21 @@ from qat.cache.read import TeacherCache
 from qat.evaluate.kl import evaluate_batches
 from qat.model.checkpoint import CheckpointHeader
 from qat.model.load import load_dense, model_folder, model_identity, vocabulary_size
+from qat.model.sharding import gather_in_use, split_parameters, split_rows
 from qat.model.surgery import hold_weights, model_tensors
 from qat.pipelines.open_cache import open_teacher_cache
 from qat.pipelines.open_checkpoint import load_model, open_checkpoint
 from qat.pipelines.students import write_student
 from qat.quant.plan import parse_plan
+from qat.runtime import distributed
 from qat.runtime.device import Device, dtype_name
+from qat.runtime.launch import num_processes
 from qat.runtime.memory import peak_rss_bytes
 from qat.storage.files import fingerprint
 from qat.tracking.environment import describe_environment
 from qat.train.baselines import round_linears
 from qat.train.config import TrainConfig
-from qat.train.run_folder import make_trainer, training_batches
+from qat.train.run_folder import check_share, make_trainer, training_batches
 from qat.train.state import Progress, write_state
 from qat.train.step import Batch
 
@@ -56,8 +59,12 @@ def describe(config: BenchmarkConfig) -> dict[str, Any]:
         cache.require_vocabulary(vocabulary_size(text_folder))
     if config.save_model:
         save_student(config, base, text_folder)
+    count = config.processes
+    times = f"{count} x " if count > 1 else ""
+    rows = " (--shard)" if config.shard else ""
+    total, peak = device.total_bytes(), peak_flops(device.chip(), dtype)
     identity = {
-        "device": f"{device.torch_device} {device.chip() or environment['machine']}",
+        "device": f"{times}{device.torch_device} {device.chip() or environment['machine']}{rows}",
         "model": model,
         "cache": cache and cache.fingerprint,
         "dtype": dtype,
@@ -71,10 +78,10 @@ def describe(config: BenchmarkConfig) -> dict[str, Any]:
         "identity": identity,
         "environment": environment,
         "key": fingerprint(identity),
-        "total_bytes": device.total_bytes(),
+        "total_bytes": total // count if total and device.shares_host_memory else total,
         "compiles_steps": device.compiles_steps,
         "chip": device.chip(),
-        "peak_flops": peak_flops(device.chip(), dtype),
+        "peak_flops": peak and peak * count,
     }
 
 
@@ -90,16 +97,27 @@ def save_student(config: BenchmarkConfig, base: str, text_folder: Path) -> None:
 
 
 def probe(config: BenchmarkConfig) -> dict[str, Any]:
-    """Measure one batch size in this process; "status" tells whether its memory sufficed."""
+    """Measure one batch size in this process; "status" tells whether its memory sufficed.
+
+    Of several processes that share a batch the first to run out ends all, and the caller reads why.
+    """
+    check_share(config.probe)
     device = Device.detect(config.device)
     if config.limit_bytes is not None:
         device.limit_memory(config.limit_bytes)
     try:
-        return {"status": "OK", **measure(config, device)}
+        with distributed.joined(device):
+            return {"status": "OK", **most_bytes(measure(config, device))}
     except (RuntimeError, MemoryError) as error:
-        if not device.is_out_of_memory(error):
+        if not device.is_out_of_memory(error) or num_processes() > 1:
             raise
         return {"status": "OOM", "why": " ".join(str(error).split())[:400]}
+
+
+def most_bytes(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with the most bytes that any process held."""
+    rows = distributed.gathered(row)
+    return row | {key: max(one[key] for one in rows) for key in ("step_bytes", "peak_bytes")}
 
 
 def measure(config: BenchmarkConfig, device: Device) -> dict[str, Any]:
@@ -113,11 +131,17 @@ def measure(config: BenchmarkConfig, device: Device) -> dict[str, Any]:
         batch_size=config.probe,
         gradient_checkpointing=config.gradient_checkpointing,
         curriculum=f"{length(config, cache)}:0",
+        shard=config.shard,
     )
     dtype = device.dtype_from_name(config.dtype)
     model = load_student(config, base, dtype)
+    if config.shard:
+        split_rows(model)
     device.place(model)
     trainer = make_trainer(settings, model, dtype, weight_of=lambda _layer: None, sync=device.sync)
+    if config.shard:
+        gather_in_use(model, dtype)
+        trainer.split = split_parameters(model)
     batches = batches_of(settings, cache, model.config.vocab_size, device.torch_device)
 
     def evaluate_and_save() -> None:
@@ -127,7 +151,7 @@ def measure(config: BenchmarkConfig, device: Device) -> dict[str, Any]:
         pairs = [(held_out.token_ids, held_out.unpack())]
         evaluate_batches(model, pairs, description="evaluate")
         with tempfile.TemporaryDirectory() as folder:
-            write_state(Path(folder), Progress(), trainer)
+            write_state(Path(distributed.from_first(lambda: folder)), Progress(), trainer)
 
     return measure_steps(
         lambda: trainer.step([next(batches)], 1.0)[0],
@@ -175,5 +199,8 @@ def batches_of(
     if cache is not None:
         return training_batches(cache, settings, torch_device, start_step=0)
     _first, seq_len = settings.lengths()[0]
-    shape = (settings.batch_size, seq_len)
-    return repeat(Batch.of(*random_batch(vocab_size, *shape, torch_device)))
+    token_ids, signal = random_batch(
+        vocab_size, len(distributed.share(range(settings.batch_size))), seq_len, torch_device
+    )
+    batch = Batch.of(token_ids, signal)
+    return repeat(replace(batch, num_sequences=settings.batch_size))

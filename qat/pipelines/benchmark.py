@@ -12,6 +12,7 @@ from qat.benchmark.throughput import rates
 from qat.pipelines.batch_probe import describe, probe
 from qat.reports.benchmark import results_of, row_line, write_report
 from qat.reports.log import command_line
+from qat.runtime.launch import num_processes
 from qat.storage.files import folder_lock
 from qat.tracking.messages import say
 
@@ -68,6 +69,11 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkResult | dict[str, Any]:
     """Measure training steps by batch size; with `probe`, one batch size in this process."""
     if config.probe is not None:
         return describe(config) if config.probe == 0 else probe(config)
+    if num_processes() > 1:
+        raise ValueError(
+            "`qat benchmark` has torchrun start the processes of each batch; call it without, with "
+            f"--processes {num_processes()}"
+        )
     # This process never opens the device: some can be held by one process only.
     facts = run_fresh(arguments(replace(config, probe=0)), config.probe_seconds)
     say(facts["environment"]["device"])
@@ -117,7 +123,11 @@ def measure_all(
 
 def arguments(config: BenchmarkConfig) -> list[str]:
     """Return the command line, after python, that a process with these flags is started by."""
-    return as_arguments(command(config, "qat benchmark"))
+    own = as_arguments(command(config, "qat benchmark"))
+    if config.processes == 1 or config.probe == 0:
+        return own
+    count = str(config.processes)
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, *own]
 
 
 def as_arguments(command: str) -> list[str]:

@@ -259,6 +259,8 @@ def training_bytes(sizes: ModelSizes, there: Situation) -> float:
         gradients = held
     model = (indices_bytes(sizes) + looked_up) / share + 4 * sizes.parts + width * sizes.dense
     step = gradients + activation_bytes(sizes, there) + logit_bytes(sizes, there)
+    if there.forms_in_use:  # an evaluation holds all where there is room
+        step = max(step, held_bytes(sizes, there) - held + logit_bytes(sizes, there))
     state = there.state_bytes * moved / share
     return model + held + there.adam_bytes * moved / share + max(step, state)
 

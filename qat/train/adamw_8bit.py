@@ -17,7 +17,7 @@ from torchao.optim import AdamW8bit
 from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_8bit import OptimState8bit
 
-NUMBERS_AT_ONCE = 2**20  # whose temporaries, some 40 bytes each, are there together
+NUMBERS_AT_ONCE = 2**17  # whose temporaries, some 60 bytes each, are there together
 IS_SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 CODES, SCALE = "_codes", "_scale"  # what an average is stored as, after its name
 

@@ -61,6 +61,26 @@ def test_the_largest_batch_under_a_limit(tmp_path, teacher):
     assert not list((tmp_path / "out").glob(".probe.*"))
 
 
+@pytest.mark.parametrize("more", [(), ("--shard",)])
+def test_processes_share_a_batch(tmp_path, teacher, more):
+    """A row is of all of them; what does not fit in one of them is told as such."""
+    words = ("--processes", "2", "--skip-checkpointing", "--steps", "1", *more)
+    done = benchmark(tmp_path / "out", teacher, *words, "--batch-sizes", "4")
+    assert done.returncode == 0, done.stderr
+    closing = json.loads(done.stdout)
+    (row,) = closing["rows"]
+    assert (row["batch"], row["status"]) == (4, "OK")
+    assert closing["device"].startswith("2 x cpu")
+    assert row["tokens_per_second"] == pytest.approx(4 * 64 / row["step_seconds"])
+    if more:
+        return
+    large = benchmark(
+        tmp_path / "l", teacher, *words, "--batch-sizes", "4", "--memory-limit", "0.5"
+    )
+    assert large.returncode == 2
+    assert "error: batch 4 does not fit: out of memory" in large.stderr
+
+
 def test_a_limit_below_the_program_itself_is_told(tmp_path, teacher):
     """No batch fits: one line, with the remedy."""
     done = benchmark(tmp_path / "out", teacher, "--batch-sizes", "1", "--memory-limit", "0.1")

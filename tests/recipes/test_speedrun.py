@@ -171,6 +171,13 @@ def test_an_unknown_size_is_told(checkout, environment):
     assert "none of medium, full" in done.stderr
 
 
+def test_a_job_that_is_none_is_told(checkout, environment):
+    """With the line that submits one."""
+    done = call(checkout, environment, "speedrun/slurm.sh", "train")
+    assert done.returncode == 2
+    assert "no SLURM job; use: sbatch --nodes 4" in done.stderr
+
+
 def test_the_notebook_runs_from_top_to_bottom(checkout, environment, monkeypatch):
     """On the demo size; its cells call the same commands."""
     nbformat = pytest.importorskip("nbformat")
