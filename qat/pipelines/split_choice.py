@@ -23,9 +23,10 @@ def needs_split(
     Rows are never chosen where they cannot be had, or would be as large as a copy.
     """
     count, total = num_processes(), place.device.total_bytes()
-    is_whole = place.dtype == torch.float16 or config.optim.averages == "8bit"
-    if count == 1 or config.shard or total is None or is_whole:
+    if count == 1 or config.shard or total is None:
         return config.shard
+    if place.dtype == torch.float16 or config.optim.averages or config.form_weights == "in-use":
+        return False
     model = empty_model(student.text_folder, device="meta")
     plan = plan_from_dict(student.header.plan, model_tensors(model))
     if not splittable(plan.quantized.values()):

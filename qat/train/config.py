@@ -281,10 +281,6 @@ class TrainConfig(PlaceConfig):
                 "--form-weights in-use without --gradient-checkpointing would keep all weights "
                 "until the backward pass; give both"
             )
-        if self.form_weights == "in-use" and self.shard:
-            raise ValueError(
-                "--form-weights in-use with --shard, which gathers weights layer by layer; use one"
-            )
         if not self.trainable:
             raise ValueError("--trainable is empty, nothing would move; name weights or scales")
         if "directions" in self.trainable and {"scales", "magnitudes"} & set(self.trainable):

@@ -208,6 +208,8 @@ def check_processes(config: TrainConfig) -> None:
         raise ValueError("--shard with --dtype fp16: loss scales are of one process; use bf16")
     if config.shard and config.optim.averages == "8bit":
         raise ValueError("--shard with --optim.averages 8bit: a scale is of several rows; use one")
+    if config.shard and config.form_weights == "in-use":
+        raise ValueError("--shard with --form-weights in-use: it gathers them in use; use one")
 
 
 def check_share(batch_size: int) -> None:

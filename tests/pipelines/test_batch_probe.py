@@ -38,8 +38,9 @@ def test_any_other_failure_ends_the_process(monkeypatch):
     monkeypatch.setattr(batch_probe, "measure", measure)
     with pytest.raises(RuntimeError, match="mat1"):
         probe(BenchmarkConfig(probe=4, **CPU))
-    monkeypatch.setattr(batch_probe, "measure", lambda *_: {"loss": 1.0})
-    assert probe(BenchmarkConfig(probe=4, **CPU)) == {"status": "OK", "loss": 1.0}
+    row = {"loss": 1.0, "step_bytes": 3, "peak_bytes": 4}
+    monkeypatch.setattr(batch_probe, "measure", lambda *_: row)
+    assert probe(BenchmarkConfig(probe=4, **CPU)) == {"status": "OK", **row}
 
 
 def test_sequences_are_as_long_as_the_cache_allows():

@@ -67,6 +67,7 @@ def test_rows_are_not_chosen_where_they_cannot_be_had(choose, monkeypatch):
     """One process, loss scales of float16, averages of 8 bits, one scale for all rows."""
     assert not choose(GIB, dtype="fp16")[0]
     assert not choose(GIB, optim=OptimConfig(averages="8bit"))[0]
+    assert not choose(GIB, form_weights="in-use", gradient_checkpointing=True)[0]
     assert not choose(GIB, plan="gguf:i2_s")[0]
     monkeypatch.delenv("RANK")
     assert not choose(GIB)[0]

@@ -66,8 +66,6 @@ def test_weights_formed_in_use_end_where_those_formed_once_do(config, tmp_path):
     assert losses["in-use"] == pytest.approx(losses["once"], rel=1e-5)
     with pytest.raises(ValueError, match="in-use without --gradient-checkpointing would keep all"):
         replace(config, form_weights="in-use")
-    with pytest.raises(ValueError, match="in-use with --shard, which gathers weights layer by"):
-        replace(recomputed, form_weights="in-use", shard=True)
 
 
 def test_texts_are_measured_next_to_the_cache(config, tmp_path):

@@ -246,6 +246,10 @@ def test_old_students_make_room_for_the_last(tmp_path):
     [
         ({"dtype": "fp16"}, "--shard with --dtype fp16: loss scales are of one process; use bf16"),
         ({"optim": OptimConfig(averages="8bit")}, "--shard with --optim.averages 8bit: a scale"),
+        (
+            {"form_weights": "in-use", "gradient_checkpointing": True},
+            "--shard with --form-weights in-use: it gathers them in use; use one",
+        ),
     ],
 )
 def test_what_rows_cannot_have_is_refused(monkeypatch, changes, said):
