@@ -1,6 +1,6 @@
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -120,7 +120,9 @@ def another(hint, default):
         return "64:0"  # also fits the curriculum
     if isinstance(default, tuple) or hint == tuple[str, ...] | None:
         return ("norms", "codebooks")
-    return next(value for value in hint.__args__ if value != default)
+    options = get_args(hint)
+    options = get_args(options[0]) or options  # of a choice that may be None
+    return next(value for value in options if value != default)
 
 
 def changed(config_type):
