@@ -143,3 +143,26 @@ def test_a_tied_embedding_is_fitted_to_serve_as_input_too(tied):
 
     (error, alone), (other, both) = (fitted(OutputGrams(embedding=g)) for g in (None, kept))
     assert both < 0.7 * alone if tied else torch.equal(error, other)
+
+
+def test_a_head_is_fitted_in_groups_where_other_weights_are_in_turns(monkeypatch):
+    """By the walk itself, tied embedding and all; every row is there, near where it was."""
+    model = tiny_llama(hidden_size=64, intermediate_size=128, vocab_size=600)
+    before = model.get_input_embeddings().weight.detach().clone()
+    task = task_of(model, "linears=gguf:q4_0, embed=gguf:q4_0")
+    assert "model.embed_tokens" in task.specs
+    runs = {"model.layers.0.mlp.up_proj": [torch.eye(128)]}
+    task = replace(task, grams=OutputGrams(runs=runs, embedding=torch.eye(64)))
+    seen = []
+    fit = FitTask.fit_in_groups
+
+    def watch(self, name, *arguments):
+        seen.append((name, len(arguments[-1].groups)))
+        return fit(self, name, *arguments)
+
+    monkeypatch.setattr(FitTask, "fit_in_groups", watch)
+    batches = list(torch.randint(600, (2, 16, 20)))
+    fit_by_decoder_layers(model, task, batches, dtype=torch.float32)
+    assert seen == [("model.embed_tokens", 2)]
+    found = model.get_input_embeddings().fake_quantized_weight()
+    assert (found - before).norm() < 0.15 * before.norm()
