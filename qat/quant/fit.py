@@ -7,6 +7,8 @@ each never raising sum h (W - W_hat)^2.
 Shape legend: O out, I in, G groups of a row, C codebook values, R rank.
 """
 
+from itertools import repeat
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,9 @@ from qat.quant.fit_blocks import fit_blocks
 from qat.quant.fit_integers import fit_integers
 from qat.quant.quantized_tensor import QuantizedTensor
 from qat.quant.spec import TensorSpec
+from qat.runtime.device import numbers_at_once
 
+CODEBOOK_SAMPLE = 2**22  # weights that the first codebook of a larger tensor is learned of
 NUM_ROUNDS = 5  # later rounds lower the error by under 0.5% together (2 and 4 bits, group 32)
 DEFAULT_GROUP_SIZE = 32  # that a low-rank fit starts from
 IMPORTANCE_FLOOR = 1e-4  # of the mean: a channel silent in calibration may speak later
@@ -131,16 +135,29 @@ def fit_groups(
         codebook = learned_codebook(weight, scale, mass, grid.bits)
     elif codebook is None:
         codebook = grid.start_codebook().to(weight.device)
-    for _ in range(num_rounds):
-        indices = grid.round(over_scale(weight, scale), codebook)
+    step = max(1, numbers_at_once(weight.device) // weight.shape[1])  # rows that fit in a cache
+    masses = repeat(mass) if mass.dim() == 1 else mass.split(step)
+
+    def rounded(part: Tensor, scale: Tensor) -> Tensor:
+        return grid.round(over_scale(part, scale), codebook)
+
+    def refit(part: Tensor, former: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+        indices = rounded(part, former)
         values = look_up(codebook, indices)
-        scale = fit_group_scale(weight, values, importance, scale, is_signed=is_signed, form=form)
+        scale = fit_group_scale(part, values, importance, former, is_signed=is_signed, form=form)
+        full = expand_groups(scale, part.shape[1])
+        count = len(codebook) if is_learned else 0
+        return scale, codebook_sums(part, indices, full, mass, count)
+
+    for _ in range(num_rounds):
+        parts = zip(weight.split(step), scale.split(step), masses, strict=False)
+        scales, sums = zip(*[refit(*part) for part in parts], strict=True)
+        scale = torch.cat(scales)
         if is_learned:
-            full = expand_groups(scale, weight.shape[1])
-            codebook = update_codebook(weight, indices, full, mass, codebook)
+            codebook = codebook_of(sum(sums), codebook)
     scale = spec.snap_part("scale", scale)
-    indices = grid.round(over_scale(weight, scale), codebook)
-    return QuantizedTensor(spec, indices, {"scale": scale, "codebook": codebook})
+    indices = [rounded(*part) for part in zip(weight.split(step), scale.split(step), strict=True)]
+    return QuantizedTensor(spec, torch.cat(indices), {"scale": scale, "codebook": codebook})
 
 
 def fit_tensor(
@@ -154,7 +171,10 @@ def fit_tensor(
 
 
 def learned_codebook(weight: Tensor, scale: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """Return the first codebook of a fit: k-means of weight / scale."""
+    """Return the first codebook of a fit: k-means of weight / scale, of rows spread over many."""
+    spread = slice(None, None, 1 + weight.numel() // CODEBOOK_SAMPLE)
+    weight, scale = weight[spread], scale[spread]
+    importance = importance if importance.dim() == 1 else importance[spread]
     full = expand_groups(scale, weight.shape[1])
     return fit_codebook(weight / full, importance * full.square(), bits)
 
@@ -192,11 +212,24 @@ def update_codebook(
         importance: (I,) or (O, I).
         previous: (C,); a value that no weight uses stays.
     """
-    weighted = scale * importance
-    flat = indices.flatten().int()
-    count = len(previous)
+    return codebook_of(codebook_sums(weight, indices, scale, importance, len(previous)), previous)
+
+
+def codebook_sums(
+    weight: Tensor, indices: Tensor, scale: Tensor, importance: Tensor, count: int
+) -> Tensor:
+    """Return what a codebook's least squares take of some rows, (2, C); nothing for C = 0."""
+    if not count:
+        return weight.new_empty(2, 0)
+    weighted, flat = scale * importance, indices.flatten().int()
     along = torch.bincount(flat, (weighted * weight).flatten(), minlength=count)
     square = torch.bincount(flat, (weighted * scale).flatten(), minlength=count)
+    return torch.stack([along, square])
+
+
+def codebook_of(sums: Tensor, previous: Tensor) -> Tensor:
+    """Return the codebook of least squares; a value that no weight uses stays."""
+    along, square = sums
     fitted = torch.where(square > 0, along / square.clamp_min(1e-30), previous)
     return snap_float16(fitted.float()).sort().values
 
