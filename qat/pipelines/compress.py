@@ -24,6 +24,7 @@ from qat.pipelines.compress_stages import (
     export_record,
     fit_id,
     fit_plan,
+    fit_sequences,
     measure_file,
     once,
     size_on_disk,
@@ -144,14 +145,15 @@ def take_stages(config: CompressConfig, source: Source, budget: int | None) -> d
     table = clock.shared_stage("costs", lambda: cost_table(source, cache))
     say_stage("plan", clock)
     if budget is None:
-        found = search_by_kl(config.kl, table, source, cache)
+        found = search_by_kl(config.kl, table, source, cache, clock)
     else:
         found = allocate(table, budget - source.size.overhead_bytes)
     plan = source.size.plan(found)
     print_table(plan, source.size.file_bytes(found))
     say_stage("fit", clock, found.cost)
-    fit = f"fit-{fit_id(found, source, cache)}"
-    fitted = clock.shared_stage(fit, lambda: fit_plan(found, source, cache))
+    count = fit_sequences(found, source, cache, clock)
+    fit = f"fit-{fit_id(found, source, cache, count)}"
+    fitted = clock.shared_stage(fit, lambda: fit_plan(found, source, cache, count))
     kl_fit = validation_kl(fitted, source, cache)
     say_stage("train", clock, kl_fit)
     student, kl = train_student(fitted, kl_fit, source, cache, clock, found)
@@ -182,7 +184,9 @@ def say_stage(name: str, clock: Clock, kl: float | None = None) -> None:
     say(f"\n== {STAGES.index(name) + 1}/{len(STAGES)} {name}: {left}{known}")
 
 
-def search_by_kl(limit: float, table: Table, source: Source, cache: TeacherCache) -> Allocation:
+def search_by_kl(
+    limit: float, table: Table, source: Source, cache: TeacherCache, clock: Clock
+) -> Allocation:
     """Return the smallest allocation found whose fit keeps the validation KL within a limit.
 
     Each fit tells how far predictions are off, which moves the next size.
@@ -191,7 +195,8 @@ def search_by_kl(limit: float, table: Table, source: Source, cache: TeacherCache
     best: Allocation | None = None
     for number in range(1, MOST_ROUNDS + 1):
         found = next((point for point in points if point.cost <= target), points[-1])
-        kl = validation_kl(fit_plan(found, source, cache), source, cache)
+        count = fit_sequences(found, source, cache, clock)
+        kl = validation_kl(fit_plan(found, source, cache, count), source, cache)
         file_bytes = source.size.file_bytes(found)
         say(f"{file_bytes:,} bytes: KL {kl:.4g}, predicted {found.cost:.4g}, limit {limit:.4g}")
         if kl <= limit and (best is None or found.num_bytes < best.num_bytes):

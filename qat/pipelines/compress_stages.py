@@ -51,21 +51,15 @@ from qat.tracking.messages import say
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
 CACHE_SHARE = 1 / 30  # of the minutes: as much text as training then reads about twice
-FIT_SHARE = 0.7  # of the minutes: when the fit should end; what is left trains and measures
-FINAL_FIT_SHARE = 0.9  # the same of a fit that no training is expected to improve
-FIT_PASSES = 3  # a fit goes over a token in what the teacher takes for so many
-# Costs, groups of tokens and the search of every weight take what the teacher takes to read so
-# many tokens (SmolLM2 on two cores): both are in proportion to the weights.
-FIXED_TOKENS, FIXED_TOKENS_SHORT, FIXED_TOKENS_FINAL = 400_000, 136_000, 520_000
+FIT_PASSES = 3.5  # a fit goes over a token in what the teacher takes for so many
 MOST_CALIBRATION_TOKENS = 262144  # of a fit
 MEMORY_STEP = 8192  # tokens that memory decides by: a little more or less makes no other fit
 CALIBRATION_SHARE = 0.4  # of the memory: what their activations may take
 MEASURING_SHARE = 1 / 3  # of the memory: what teacher and file may take in float32
+SPEED_BATCHES = 5  # that tell how fast the teacher reads: the quickest one counts
 LEAST_TOKENS = 16384  # of a cache, and of a fit, however few the minutes
 LEAST_BLOCKS = 16  # of which two are for validation
 SHORT_MINUTES = 15  # below which there is no time for turns
-SWEEPS = 1  # of a fit after its first codes: what a second takes, training makes more of
-FINAL_SWEEPS = 3  # of a fit without training: 2 to 4% less error, fits of weights take 40% longer
 FINE_KL = 0.2  # predicted: ten minutes of training gain nothing at 0.07, 3% at 0.16, 9% at 0.28
 COST_TOKENS = 4096  # of the text that costs are measured on
 LATE_SHARE = 0.2  # of the time that training is left with, kept for what comes after it
@@ -84,8 +78,27 @@ class Amount(TypedDict):
 
     num_sequences: Count
     text_sequences: Count
-    fit_sequences: Count
-    """What a fit before training reads; a final fit reads all of the text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitKind:
+    """What decides how long a fit takes."""
+
+    name: str
+    share: float
+    """Of the minutes: when the fit should end."""
+    fixed_tokens: int
+    """The searches of every weight take what the teacher takes to read so many tokens (SmolLM2 on
+    two cores): both are in proportion to the weights."""
+    sweeps: int
+    """After the first codes."""
+
+
+# Without turns, before training, and one that training is not expected to improve: more sweeps lose
+# 2 to 4% of the error, fits of weights take 40% longer.
+SHORT_FIT = FitKind(name="short", share=0.7, fixed_tokens=100_000, sweeps=1)
+FIRST_FIT = FitKind(name="first", share=0.7, fixed_tokens=210_000, sweeps=1)
+FINAL_FIT = FitKind(name="final", share=0.9, fixed_tokens=320_000, sweeps=3)
 
 
 class MeasuredCosts(TypedDict):
@@ -252,24 +265,23 @@ def teacher_cache(source: Source) -> TeacherCache:
 
     def count() -> Amount:
         if config.is_quick:
-            tokens = [LEAST_TOKENS] * 3
+            read = num_tokens = LEAST_TOKENS
         elif config.minutes:
             rate = num_processes() * forward_tokens_per_second(source)
-            tokens = amount_of_text(config.minutes, rate)
+            read = int(CACHE_SHARE * 60 * config.minutes * rate)
+            num_tokens = max(read, calibration_tokens(source, MOST_CALIBRATION_TOKENS))
         else:
-            most = 2 * CALIBRATION_TOKENS["hessian"]
-            tokens = [CALIBRATION_TOKENS["hessian"], most, most]
+            read = CALIBRATION_TOKENS["hessian"]
+            num_tokens = 2 * read
         least = max(LEAST_BLOCKS, LEAST_TOKENS // config.seq_len)
-        read, fit, num_blocks = (max(least, number // config.seq_len) for number in tokens)
+        read, num_blocks = (max(least, number // config.seq_len) for number in (read, num_tokens))
         num_blocks = config.num_sequences or num_blocks
         read = min(read, num_blocks)
-        return {"num_sequences": read, "text_sequences": num_blocks - read, "fit_sequences": fit}
+        return {"num_sequences": read, "text_sequences": num_blocks - read}
 
-    shares = [CACHE_SHARE, FIT_SHARE, FINAL_FIT_SHARE, FIT_PASSES]
-    fixed = [FIXED_TOKENS, FIXED_TOKENS_SHORT, FIXED_TOKENS_FINAL]
     asked = [config.num_sequences, config.minutes, config.is_quick]
-    key = [config.data, config.seq_len, *asked, shares, fixed]
-    amount = once(amount_file(source), key, count, Amount)
+    key = [config.data, config.seq_len, *asked, CACHE_SHARE, MOST_CALIBRATION_TOKENS]
+    amount = once(source.work / "sequences.json", key, count, Amount)
     made = build_cache(
         BuildCacheConfig(
             teacher=config.model,
@@ -287,33 +299,6 @@ def teacher_cache(source: Source) -> TeacherCache:
     return open_cache(made.cache, source.folder, source.base["weights"])
 
 
-def amount_file(source: Source) -> Path:
-    """Return the file of how much of the text a work folder's cache keeps."""
-    return source.work / "sequences.json"
-
-
-def amount_of_text(minutes: float, rate: float) -> list[int]:
-    """Return the tokens that the teacher reads for a cache, and how many a fit has time for.
-
-    Args:
-        minutes: Of the whole.
-        rate: Tokens a second that the teacher reads.
-
-    Returns:
-        Of the cache, of a fit before training, and of a final one.
-    """
-    total = 60 * minutes * rate
-    read = CACHE_SHARE * total
-    before_training, final = (FIT_SHARE, FIXED_TOKENS), (FINAL_FIT_SHARE, FIXED_TOKENS_FINAL)
-    if is_short(minutes):
-        before_training = final = (FIT_SHARE, FIXED_TOKENS_SHORT)
-    fits = [
-        max(0, int((share * total - read - fixed) / FIT_PASSES))
-        for share, fixed in (before_training, final)
-    ]
-    return [int(read), fits[0], max(fits)]
-
-
 def forward_tokens_per_second(source: Source) -> float:
     """Return how fast the teacher reads, after a warm-up."""
     model = load_dense(source.config.model, dtype=source.place.dtype)
@@ -321,7 +306,7 @@ def forward_tokens_per_second(source: Source) -> float:
     shape = (CALIBRATION_BATCH, source.config.seq_len)
     with device.hosting(model), torch.no_grad():
         batch = torch.zeros(shape, dtype=torch.int64, device=device.torch_device)
-        for _ in range(3):
+        for _ in range(SPEED_BATCHES):
             started = time.perf_counter()
             model.get_decoder()(input_ids=batch, use_cache=False)
             device.sync(wait=True)
@@ -393,9 +378,9 @@ def read_grams(source: Source) -> OutputGrams:
     return OutputGrams(runs=runs, embedding=embedding)
 
 
-def fit_plan(found: Allocation, source: Source, cache: TeacherCache) -> Path:
+def fit_plan(found: Allocation, source: Source, cache: TeacherCache, num_sequences: int) -> Path:
     """Fit the model to an allocation; return the student's folder, one for each fit."""
-    file = source.work / "plans" / f"{fit_id(found, source, cache)}.json"
+    file = source.work / "plans" / f"{fit_id(found, source, cache, num_sequences)}.json"
     from_first(lambda: write_json(file, source.size.plan(found).to_dict()))
     config = source.config
     settings = InitStudentConfig(
@@ -403,9 +388,9 @@ def fit_plan(found: Allocation, source: Source, cache: TeacherCache) -> Path:
         plan=str(file),
         cache_dir=cache.folder,
         fit=config.fit,
-        calibration_sequences=fit_sequences(found, source, cache),
+        calibration_sequences=num_sequences,
         output=source.work / "students" / file.stem,
-        sweeps=num_sweeps(found, source),
+        sweeps=fit_kind(found, source).sweeps,
         turns=not is_short(config.minutes),
         dtype=config.dtype,
         device=config.device,
@@ -414,20 +399,23 @@ def fit_plan(found: Allocation, source: Source, cache: TeacherCache) -> Path:
     return quantize(settings, lambda: read_grams(source)).checkpoint
 
 
-def fit_id(found: Allocation, source: Source, cache: TeacherCache) -> str:
+def fit_id(found: Allocation, source: Source, cache: TeacherCache, num_sequences: int) -> str:
     """Return what names the files of a fit: plan, calibrating text, dtype and method."""
     config = source.config
-    text = [cache.fingerprint, fit_sequences(found, source, cache), config.seq_len, config.dtype]
-    how = [config.fit, num_sweeps(found, source), is_short(config.minutes)]
+    text = [cache.fingerprint, num_sequences, config.seq_len, config.dtype]
+    how = [config.fit, fit_kind(found, source).sweeps, is_short(config.minutes)]
     return fingerprint([source.size.plan(found).to_dict(), text, how])[:12]
 
 
-def is_final_fit(found: Allocation, source: Source) -> bool:
-    """Return whether a fit gets the time that training would have.
+def fit_kind(found: Allocation, source: Source) -> FitKind:
+    """Return which fit there is time for.
 
-    A student near its teacher would take more steps than there is time for.
+    A student near its teacher would take more steps than there is time for: its fit gets the time
+    that training would have.
     """
-    return found.cost < FINE_KL and not is_short(source.config.minutes)
+    if is_short(source.config.minutes):
+        return SHORT_FIT
+    return FINAL_FIT if found.cost < FINE_KL else FIRST_FIT
 
 
 def is_short(minutes: float) -> bool:
@@ -435,18 +423,36 @@ def is_short(minutes: float) -> bool:
     return 0 < minutes < SHORT_MINUTES
 
 
-def num_sweeps(found: Allocation, source: Source) -> int:
-    """Return the sweeps of a fit."""
-    return FINAL_SWEEPS if is_final_fit(found, source) else SWEEPS
+def fit_sequences(found: Allocation, source: Source, cache: TeacherCache, clock: Clock) -> int:
+    """Return the sequences that calibrate a fit: what the minutes that are left have time for.
+
+    Counted once for each kind of fit, so that a killed run goes on with the same, and files of
+    several sizes share cache and fits.
+    """
+    kind, num_text = fit_kind(found, source), cache.num_text * cache.seq_len
+    if clock.limit and not source.config.is_quick:
+
+        def count() -> int:
+            rate = num_processes() * forward_tokens_per_second(source)
+            return fit_tokens(kind, clock.limit, clock.left, rate)
+
+        file = source.work / "fit_tokens" / f"{kind.name}.json"
+        key = [cache.fingerprint, clock.limit, kind.share, kind.fixed_tokens, FIT_PASSES]
+        num_text = min(num_text, max(LEAST_TOKENS, once(file, key, count, Count)))
+    return calibration_tokens(source, num_text) // cache.seq_len
 
 
-def fit_sequences(found: Allocation, source: Source, cache: TeacherCache) -> int:
-    """Return the sequences that calibrate a fit."""
-    file, count = amount_file(source), cache.num_text
-    if not is_final_fit(found, source):
-        kept = read_as(file, Kept, remedy=REMEDY).value
-        count = min(count, as_type(kept, Amount, file, remedy=REMEDY)["fit_sequences"])
-    return calibration_tokens(source, count * cache.seq_len) // cache.seq_len
+def fit_tokens(kind: FitKind, limit: float, left: float, rate: float) -> int:
+    """Return the tokens of text that a fit has time for.
+
+    Args:
+        kind: Of the fit.
+        limit: Seconds of the whole.
+        left: Those that are left.
+        rate: Tokens a second that the teacher reads.
+    """
+    seconds = left - (1 - kind.share) * limit
+    return max(0, int((seconds * rate - kind.fixed_tokens) / FIT_PASSES))
 
 
 def calibration_tokens(source: Source, in_text: int) -> int:
@@ -475,7 +481,7 @@ def train_student(
 ) -> tuple[Path, float]:
     """Train a student in the time that is left; return the better one with its validation KL."""
     formats = trained_formats(found, source)
-    least_share = FINAL_LEAST_SHARE if is_final_fit(found, source) else LEAST_SHARE
+    least_share = FINAL_LEAST_SHARE if fit_kind(found, source) is FINAL_FIT else LEAST_SHARE
     settings = train_config(student, source, cache, formats)
 
     def count() -> int:

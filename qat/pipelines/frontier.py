@@ -14,6 +14,7 @@ from qat.pipelines.compress_stages import (
     Source,
     cost_table,
     fit_plan,
+    fit_sequences,
     measure_file,
     measure_model,
     once,
@@ -116,7 +117,8 @@ def points_of_size(
     label = f"{budget / 1e6:g}MB"
     say(f"\n== {label}: predicted KL {allocation.cost:.4g}")
     clock = Clock(source.work / "clocks" / f"{label}.json", config.minutes)
-    fitted = fit_plan(allocation, source, cache)
+    count = fit_sequences(allocation, source, cache, clock)
+    fitted = fit_plan(allocation, source, cache, count)
     point = file_point("fit", label, fitted, source, cache, predicted=allocation.cost)
     clock.note()
     if not config.minutes:

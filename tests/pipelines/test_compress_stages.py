@@ -7,11 +7,15 @@ import torch
 
 from qat.pipelines import compress_stages
 from qat.pipelines.compress_stages import (
+    FINAL_FIT,
+    FIRST_FIT,
+    SHORT_FIT,
     Clock,
     Measured,
     MeasuredCosts,
-    amount_of_text,
     calibration_tokens,
+    fit_sequences,
+    fit_tokens,
     grams_file,
     measuring_dtype,
     once,
@@ -84,19 +88,35 @@ def test_grams_are_read_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [50.0, 600.0, 1e6])
-def test_text_leaves_time_to_train(rate):
-    """More minutes read more; what all takes until the fit ends is within its share of them."""
-    stages, former = compress_stages, [0, 0]
-    for minutes in (1, 5, 10, 20, 40, 80):
-        read, before, final = amount_of_text(minutes, rate)
-        fixed = stages.FIXED_TOKENS_SHORT if minutes < 15 else stages.FIXED_TOKENS
-        taken = (read + fixed + stages.FIT_PASSES * before) / rate
-        assert taken <= stages.FIT_SHARE * 60 * minutes or before == 0
-        taken = (read + stages.FIXED_TOKENS_FINAL + stages.FIT_PASSES * final) / rate
-        assert taken <= stages.FINAL_FIT_SHARE * 60 * minutes or final == before
-        assert read >= former[0]
-        assert final >= before >= former[1] or minutes == 20  # from 15 on, fits take longer
-        former = [read, before]
+@pytest.mark.parametrize("kind", [SHORT_FIT, FIRST_FIT, FINAL_FIT])
+def test_a_fit_ends_within_its_share_of_the_minutes(kind, rate):
+    """Whatever cache and costs took; with more time left it reads more."""
+    former = 0
+    for limit in (300.0, 1800.0, 7200.0):
+        for left in (0.2 * limit, 0.5 * limit, 0.9 * limit):
+            tokens = fit_tokens(kind, limit, left, rate)
+            taken = (kind.fixed_tokens + compress_stages.FIT_PASSES * tokens) / rate
+            assert tokens == 0 or limit - left + taken <= kind.share * limit + 1e-6
+        assert tokens >= former
+        former = tokens
+
+
+def test_a_fit_s_text_is_counted_once(tmp_path, monkeypatch):
+    """A run that goes on has less time left; kinds of fits do not share it, nor other minutes."""
+    source = source_of(10, work=tmp_path, minutes=30.0)
+    cache = SimpleNamespace(num_text=10**6, seq_len=64, fingerprint="text")
+    near, far = (SimpleNamespace(cost=cost) for cost in (0.1, 0.5))
+    monkeypatch.setattr(compress_stages, "forward_tokens_per_second", lambda source: 500.0)
+
+    def count(found, left, limit=1800.0):
+        clock = SimpleNamespace(limit=limit, left=left)
+        return 64 * fit_sequences(found, source, cache, clock)
+
+    first = count(near, 1300.0)
+    assert first == 64 * (fit_tokens(FINAL_FIT, 1800.0, 1300.0, 500.0) // 64)
+    assert count(near, 100.0) == first > count(near, 1100.0, 1700.0)
+    assert count(far, 1300.0) != first
+    assert count(far, 0.0) == count(far, 1300.0)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +150,7 @@ def test_files_are_measured_in_float32_where_two_models_fit(memory, is_exact):
     assert (measuring_dtype(source) == torch.float32) == is_exact
 
 
-def source_of(width, memory=24 * 10**9, fit="hessian"):
+def source_of(width, memory=24 * 10**9, fit="hessian", *, work=None, minutes=0.0):
     """Return what is asked of a source: two decoder layers of two square linears and a norm."""
     shapes = {"embed.weight": (1000, width), "norm.weight": (width,)}
     for layer in (0, 1):
@@ -139,7 +159,8 @@ def source_of(width, memory=24 * 10**9, fit="hessian"):
     device = SimpleNamespace(total_bytes=lambda: memory)
     tensors = {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
     return SimpleNamespace(
-        config=SimpleNamespace(fit=fit, seq_len=64),
+        config=SimpleNamespace(fit=fit, seq_len=64, minutes=minutes, is_quick=False),
         size=SimpleNamespace(tensors=tensors),
         place=SimpleNamespace(device=SimpleNamespace(eager=lambda: device)),
+        work=work,
     )
