@@ -1,4 +1,4 @@
-"""Random weights of a large model's shape to students: peak memory and seconds of `init-student`.
+"""Random weights of a large model's shape to students: peak memory and seconds of each command.
 
 The model is made decoder layer by decoder layer, so that it need not fit the memory either. Random
 weights cost and weigh what trained ones do; how good a student of them is says nothing.
@@ -6,6 +6,7 @@ weights cost and weigh what trained ones do; how good a student of them is says 
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parent / "data" / "instructions.jsonl"
 SPREAD = 0.02  # of random weights, as new models have it
-READ_SEQUENCES = 1  # by the teacher: a fit by moments asks for text alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LargeConfig(PlaceConfig):
     """Quantize random weights of a large model's shape in processes of their own, and weigh them.
 
+    The last student is trained: layer by layer, and scales end to end with weights formed in use.
     Model and cache stay for the next call, students do not.
     """
 
@@ -42,10 +43,14 @@ class LargeConfig(PlaceConfig):
     """Of the students."""
     seq_len: int = 64
     """Tokens of a block of the text that calibrates."""
+    sequences: int = 4
+    """Blocks that the teacher reads, and a student learns from."""
+    max_steps: int = 2
+    """Of training end to end."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        require_at_least(1, self, "layers")
+        require_at_least(1, self, "layers", "sequences", "max_steps")
         require_at_least(2, self, "seq_len")
 
 
@@ -57,11 +62,11 @@ def run_large(config: LargeConfig) -> dict[str, Any]:
     if not (model / "config.json").is_file():
         make_model(config, model)
     place = ["--device", config.device, "--dtype", config.dtype]
-    text_sequences = max(1, CALIBRATION_TOKENS["moments"] // config.seq_len - READ_SEQUENCES)
+    text_sequences = max(1, CALIBRATION_TOKENS["moments"] // config.seq_len - config.sequences)
     cache = run_qat(
         "build-cache",
         *("--teacher", model, "--data", DATA, "--format", "alpaca", "--thinking", "none"),
-        *("--seq-len", config.seq_len, "--num-sequences", READ_SEQUENCES, "--batch-size", 1),
+        *("--seq-len", config.seq_len, "--num-sequences", config.sequences, "--batch-size", 1),
         *("--heldout-ratio", 0, "--text-sequences", text_sequences, "--top-k", 8),
         *("--output-dir", config.output_dir / "caches", "--device", config.device),
         *("--dtype", "bf16"),  # half the memory; the few blocks may take their time
@@ -75,11 +80,34 @@ def run_large(config: LargeConfig) -> dict[str, Any]:
             *("--cache-dir", cache["cache"], "--output", output, *place),
         )
         students[plan] = made | {"file_bytes": (output / "student.safetensors").stat().st_size}
-        for file in output.iterdir():
-            file.unlink()
-        output.rmdir()
+        if plan == config.plans[-1]:
+            trained = train_student(config, output, cache["cache"], place)
+        shutil.rmtree(output)
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    return {"model_bytes": weights, "build_cache": cache, "students": students}
+    return {"model_bytes": weights, "build_cache": cache, "students": students, "train": trained}
+
+
+def train_student(
+    config: LargeConfig, student: Path, cache: str, place: list[str]
+) -> dict[str, Any]:
+    """Return the numbers of training a student layer by layer, and of its scales end to end."""
+    layerwise = ("--layerwise.sequences", config.sequences, "--layerwise.epochs", 1)
+    in_use = ("--trainable", "scales", "--gradient-checkpointing", "--form-weights", "in-use")
+    stages = {
+        "layer-wise": (*layerwise, "--max-steps", 0),
+        "scales, formed in use": (*in_use, "--max-steps", config.max_steps, "--batch-size", 1),
+    }
+    numbers = {}
+    for name, flags in stages.items():
+        run = config.output_dir / "run"
+        numbers[name] = run_qat(
+            "train",
+            *("--checkpoint", student, "--cache-dir", cache, "--output-dir", run),
+            *flags,
+            *place,
+        )
+        shutil.rmtree(run)
+    return numbers
 
 
 def make_model(config: LargeConfig, folder: Path) -> None:

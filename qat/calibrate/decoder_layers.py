@@ -375,6 +375,12 @@ def open_stream(model: nn.Module, batches: Sequence[Batch], last: str) -> Stream
     return Stream(hidden, arguments)
 
 
+def around_layers(model: nn.Module) -> list[nn.Module]:
+    """Return what of a model's decoder is in no decoder layer: embedding, norm, positions."""
+    decoder = model.get_decoder()
+    return [child for child in decoder.children() if child is not decoder.layers]
+
+
 @torch.no_grad()
 def layer_calls(model: nn.Module, batch: Tokens) -> tuple[Tensor, list[dict[str, Any]]]:
     """Return what the first decoder layer reads, (B, T, D), and each one's keyword arguments.

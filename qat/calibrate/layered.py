@@ -4,12 +4,12 @@ Shape legend: B batch, T tokens, D hidden size, I in.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from qat.calibrate.decoder_layers import Stream, layer_calls
+from qat.calibrate.decoder_layers import Stream, around_layers, layer_calls
 from qat.calibrate.statistics import Batch, SquareSums
 from qat.model.head import Tokens
 from qat.model.layered import LayeredModel
@@ -56,7 +56,7 @@ def walk_second_moments(
         yield name, on_cpu(sums.means(num_tokens))
     if head is not None:
         norm, sums = layered.model.get_decoder().norm, SquareSums()
-        with layered.loaded(keys_in(layered, norm)), device.hosting(norm):
+        with opened(layered, device, norm):
             for hidden in stream.hidden:
                 sums.add(head, norm(hidden))
         yield None, on_cpu(sums.means(num_tokens))
@@ -73,17 +73,22 @@ def on_cpu(moments: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: moment.cpu() for name, moment in moments.items()}
 
 
+@contextmanager
+def opened(layered: LayeredModel, device: Device, *parts: nn.Module) -> Iterator[None]:
+    """Have values of some modules on a device inside the block, and none afterwards."""
+    keys = [key for part in parts for key in keys_in(layered, part)]
+    with layered.loaded(keys), ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(device.hosting(part))
+        yield
+
+
 def begin_stream(layered: LayeredModel, batches: Sequence[Tokens], device: Device) -> Stream:
     """Return hidden states before the first decoder layer, and each layer's other arguments."""
-    model, decoder = layered.model, layered.model.get_decoder()
-    around = [child for child in decoder.children() if child is not decoder.layers]
-    keys = [key for child in around for key in keys_in(layered, child)]
     stream = Stream([], [])
-    with layered.loaded(keys), ExitStack() as stack:
-        for child in around:
-            stack.enter_context(device.hosting(child))
+    with opened(layered, device, *around_layers(layered.model)):
         for batch in batches:
-            hidden, calls = layer_calls(model, batch)
+            hidden, calls = layer_calls(layered.model, batch)
             stream.hidden.append(hidden)
             stream.arguments.append(dict(zip(layered.layers, calls, strict=True)))
     return stream

@@ -22,14 +22,15 @@ H hidden size, N processes. All bytes are of one process:
                  4 L + (W - L) + 2 (M - L) + 4 P + d D + d W held + 8 (L + S) of AdamW
                    + max(step: d M gradients + activations + logits; state: 22 (L + S), 12 of
                    them a copy of what is saved, the others while it is written). With averages in
-                   8 bits 2 in the place of 8 for AdamW, and of a state as much less as is saved.
+                   8 bits 2 in the place of 8 for AdamW, of the copy too.
                    With weights formed in use d (W + M) are of one decoder layer and of what is
                    outside of them
     pretrain     (16 + d) (W + D)       weights, gradients, AdamW in float32, and as products read
                                         them; + activations + logits; of every process
-    layer-wise   4 L + (W - L) + 4 P + d D, d W held, d (W + D) of the teacher, and of one layer
-                 24 + d bytes a weight (gradient, AdamW, and as it is written) and its activations;
-                 files of hidden states are not counted
+    layer-wise   W + 4 P + d D, what is outside decoder layers held, of the teacher one layer, and
+                 of one layer 24 + d bytes a weight (latent, gradient, AdamW, and as it is written)
+                 and its activations; or evaluate. Before steps latent weights stay as well: train.
+                 Files of hidden states are not counted
 
 Of `--shard` over N processes each has 1/N of latent weights, gradients, AdamW and state; held
 weights are float32 rows, 4 W / N, and one decoder layer's, d l, gathered.
@@ -62,7 +63,7 @@ CACHE_TOKENS = 1024  # that the teacher reads at once on a CPU
 ADAM_BYTES = 8  # two float32 numbers for each that trains
 ADAM_8BIT_BYTES = 2 * (1 + 4 / 256)  # a code each, and a scale of a block
 BLOCK_BYTES = 24  # of a number of the decoder layer that trains alone
-STATE_RATIO = 22 / 12  # a copy of it and those two, and most of that while they are written
+STATE_BYTES = 10  # of a number that trains while its state is written, but for the copy of that
 KV_BYTES = 2  # of a number in the KV cache of a runtime, float16
 
 
@@ -205,7 +206,7 @@ class Situation:
     @property
     def state_bytes(self) -> float:
         """Return the bytes that saving a state takes for each number that trains."""
-        return STATE_RATIO * (4 + self.adam_bytes) if self.keeps_states else 0.0
+        return 4 + self.adam_bytes + STATE_BYTES if self.keeps_states else 0.0
 
 
 def predict_memory(sizes: ModelSizes, there: Situation) -> dict[str, int]:
@@ -280,12 +281,12 @@ def pretraining_bytes(sizes: ModelSizes, there: Situation) -> float:
 
 
 def layerwise_bytes(sizes: ModelSizes, there: Situation) -> float:
-    """Return what the stage `--layerwise.sequences` of `qat train` holds."""
+    """Return what the stage `--layerwise.sequences` of `qat train` holds, alone (--max-steps 0)."""
     width = there.dtype.itemsize
-    student = indices_bytes(sizes) + 4 * sizes.parts + width * (sizes.dense + sizes.quantized)
-    teacher = width * (sizes.quantized + sizes.dense)
+    outer = width * max(0, sizes.quantized - sizes.linears)
     one = (BLOCK_BYTES + width) * sizes.layer + activation_bytes(sizes, there) / sizes.num_layers
-    return student + teacher + one
+    stage = student_bytes(sizes, there) + outer + width * sizes.layer + one
+    return max(stage, evaluation_bytes(sizes, there))
 
 
 def indices_bytes(sizes: ModelSizes) -> int:

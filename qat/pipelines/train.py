@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from qat.cache.read import TeacherCache
+from qat.calibrate.layered import opened
 from qat.evaluate.kl import Numbers
 from qat.evaluate.on_cache import evaluate_on_cache
 from qat.legacy.fp16_snap import snap_student
@@ -23,6 +24,7 @@ from qat.model.checkpoint import (
     student_tensors,
     write_checkpoint,
 )
+from qat.model.layered import NeedsWhole, open_layered
 from qat.model.load import BaseWeights, load_dense, load_tokenizer
 from qat.model.sharding import gather_in_use, split_parameters, split_rows
 from qat.model.surgery import has_low_rank_scales
@@ -39,7 +41,7 @@ from qat.pipelines.place import Place
 from qat.pipelines.runs import MeasuredResult, held_folder, open_run_tracker
 from qat.pipelines.split_choice import needs_split
 from qat.runtime import distributed
-from qat.runtime.device import dtype_name
+from qat.runtime.device import dtype_name, is_traced
 from qat.runtime.distributed import from_first, own_part
 from qat.runtime.launch import is_first
 from qat.storage.decode import as_type
@@ -48,6 +50,7 @@ from qat.tracking.messages import say
 from qat.tracking.record import CONFIG, SUMMARY
 from qat.tracking.sinks import Tracker
 from qat.train import run_folder
+from qat.train.blockwise import Teacher
 from qat.train.config import TrainConfig
 from qat.train.copies import RunCopies
 from qat.train.layerwise import layerwise_stage
@@ -274,18 +277,33 @@ def latent_start(config: TrainConfig, model: nn.Module, weights: BaseWeights) ->
 
 def train_layer_by_layer(run: Run, model: nn.Module, base: str, weight_of: BaseWeights) -> float:
     """Take the layer-by-layer stage of a run; return its seconds."""
-    teacher = load_dense(base, dtype=run.place.dtype)
-    run.place.device.place(teacher)
-    return layerwise_stage(
-        run.config,
-        model,
-        teacher,
-        run.cache,
-        weight_of=weight_of,
-        rates=run_folder.peak_rates(run.config.optim, run.config.layerwise.lr),
-        device=run.place.device.torch_device,
-        dtype=run.place.dtype,
-    )
+    try:
+        return layerwise_stage(
+            run.config,
+            model,
+            open_teacher(base, run.place),
+            run.cache,
+            weight_of=weight_of,
+            rates=run_folder.peak_rates(run.config.optim, run.config.layerwise.lr),
+            device=run.place.device.torch_device,
+            dtype=run.place.dtype,
+        )
+    except NeedsWhole as why:
+        raise ValueError(f"{why}; train without --layerwise.sequences") from why
+
+
+def open_teacher(base: str, place: Place) -> Teacher:
+    """Return a full-precision model, read one decoder layer at a time where its files let that."""
+    if not is_traced(place.device.torch_device):
+        try:
+            layered = open_layered(base, place.dtype)
+        except NeedsWhole as why:
+            say(f"{why}: the teacher is loaded as a whole")
+        else:
+            return Teacher(layered.model, partial(opened, layered, place.device))
+    teacher = load_dense(base, dtype=place.dtype)
+    place.device.place(teacher)
+    return Teacher(teacher)
 
 
 def write_student(

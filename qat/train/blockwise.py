@@ -2,8 +2,8 @@
 
 A block of the student reads what the quantized blocks before it make, and is pulled towards what
 the teacher's block makes of the teacher's own hidden states; so later blocks correct what earlier
-ones lost. Only one block has gradients and optimizer state at a time, and hidden states lie in
-files, so memory stays near that of two forward passes.
+ones lost. Only one block has weights in the compute dtype, gradients and optimizer state at a time,
+and hidden states lie in files: memory holds indices and scales, and of the teacher one block.
 
     loss = mean over positions of |block(x_student) - target|^2 / |target|^2
 
@@ -17,6 +17,7 @@ Source: block-wise training of all parameters before end-to-end training, Chen e
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,15 +27,26 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qat.calibrate.decoder_layers import layer_calls
+from qat.calibrate.decoder_layers import around_layers, layer_calls
 from qat.model.head import Tokens
 from qat.model.layers import FakeQuantWeight
+from qat.model.surgery import hold_weights, release_weights
 from qat.runtime.device import run_recorded
 from qat.train.step import form_weights, loss_scaler, optimizer_step, pull_gradients
 from qat.train.trainable import mode
 
 Call = dict[str, Any]
 CallOf = Callable[[Tensor], Call]  # from the numbers of some sequences
+Opened = Callable[..., AbstractContextManager[None]]  # from modules that have values inside it
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A full-precision model of a student's shape, whose blocks may have values in turn."""
+
+    model: nn.Module
+    opened: Opened = lambda *_modules: nullcontext()
+    """Gives modules of it their values inside a block, where they are not there anyway."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +200,7 @@ def start_states(
 
 def train_blockwise(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: Teacher,
     batches: Callable[[], Iterator[Tensor | Tokens]],
     num_sequences: int,
     plan: BlockPlan,
@@ -200,8 +212,9 @@ def train_blockwise(
     """Train the blocks of a student one after the other.
 
     Args:
-        student: Its weights held in the compute dtype.
-        teacher: The full-precision model, of the same shape.
+        student: Those of its weights that are in no block held in the compute dtype; of a block's,
+            none is held afterwards.
+        teacher: What it learns from.
         batches: Gives token ids (B, L) of all sequences on the device, in order; `Tokens` where
             documents are packed.
         num_sequences: N, how many there are.
@@ -216,26 +229,32 @@ def train_blockwise(
     if first.document_ids is not None:
         documents = torch.cat([batch.document_ids.cpu() for batch in batches()])
     call_of = partial(calls_of, first=first.token_ids, documents=documents)
-    reads, targets = (
-        start_states(model, batches(), plan.scratch / f"{name}.bin", plan.dtype, num_sequences)
-        for name, model in (("student", student), ("teacher", teacher))
-    )
-    pairs = list(zip(student.get_decoder().layers, teacher.get_decoder().layers, strict=True))
+    start, of = partial(start_states, dtype=plan.dtype, num_sequences=num_sequences), plan.scratch
+    reads = start(student, batches(), of / "student.bin")
+    with teacher.opened(*around_layers(teacher.model)):
+        targets = start(teacher.model, batches(), of / "teacher.bin")
+    models = (student, teacher.model)
+    pairs = list(zip(*(model.get_decoder().layers for model in models), strict=True))
     bar = tqdm(total=len(pairs), initial=start_block, desc="layer by layer", unit="block")
     for number, (block, teacher_block) in enumerate(pairs):
-        advance(teacher_block, targets, call_of(teacher, number), plan, device)
+        call = call_of(student, number)  # what goes with hidden states follows from tokens alone
+        with teacher.opened(teacher_block):
+            advance(teacher_block, targets, call, plan, device)
+        hold_weights(block, plan.dtype)
+        losses: dict[str, float] = {}
+        layers, optimizer = prepare(number, block) if number >= start_block else ([], None)
+        if optimizer is not None:
+            states = (reads.values, targets.values)
+            before, after = train_block(block, layers, optimizer, *states, call, plan, device)
+            del optimizer  # not held while the next one's is made
+            form_weights(layers, plan.dtype)
+            losses = {"block/first_loss": before, "block/last_loss": after}
+            bar.set_postfix(loss=f"{before:.4f} to {after:.4f}")
+        advance(block, reads, call, plan, device)
+        release_weights(block)
         if number >= start_block:
-            layers, optimizer = prepare(number, block)
-            if optimizer is None:
-                finish(number, {})
-            else:
-                states, call = (reads.values, targets.values), call_of(student, number)
-                before, after = train_block(block, layers, optimizer, *states, call, plan, device)
-                form_weights(layers, plan.dtype)
-                finish(number, {"block/first_loss": before, "block/last_loss": after})
-                bar.set_postfix(loss=f"{before:.4f} to {after:.4f}")
+            finish(number, losses)
             bar.update()
-        advance(block, reads, call_of(student, number), plan, device)
     bar.close()
     reads.remove()
     targets.remove()

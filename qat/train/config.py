@@ -242,7 +242,7 @@ class TrainConfig(PlaceConfig):
     magnitudes alone, or directions, which are scales without their magnitudes. auto: weights and
     scales, or scales alone where those are low rank."""
     max_steps: int = 1000
-    """Optimizer steps end to end."""
+    """Optimizer steps end to end; 0: the stage before them, --layerwise.sequences, alone."""
     batch_size: int = 8
     """Sequences of a micro-batch; processes of torchrun share them."""
     accumulation_steps: int = 1
@@ -273,7 +273,8 @@ class TrainConfig(PlaceConfig):
 
     def __post_init__(self) -> None:
         """Refuse values out of range and parts that exclude each other."""
-        require_at_least(1, self, "max_steps", "batch_size", "accumulation_steps")
+        require_at_least(0 if self.layerwise.sequences else 1, self, "max_steps")
+        require_at_least(1, self, "batch_size", "accumulation_steps")
         require_seed(self)
         require_at_most(MOST_SEQUENCES, self, "batch_size", "accumulation_steps")
         if self.form_weights == "in-use" and not self.gradient_checkpointing:

@@ -17,7 +17,7 @@ from qat.model.layers import FakeQuantWeight
 from qat.storage.decode import Sha256, read_as, reading
 from qat.storage.files import atomic_file, sha256_of_file, write_json
 from qat.train import trainable
-from qat.train.blockwise import BlockPlan, train_blockwise
+from qat.train.blockwise import BlockPlan, Teacher, train_blockwise
 from qat.train.config import TrainConfig
 from qat.train.schedule import rate_factor
 from qat.train.state import copy_same
@@ -42,7 +42,7 @@ class BlockReport:
 def layerwise_stage(
     config: TrainConfig,
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: Teacher,
     cache: TeacherCache,
     *,
     weight_of: Callable[[str], Tensor | None],
@@ -53,14 +53,15 @@ def layerwise_stage(
     """Train a student block by block, and return the seconds that it took, all processes counted.
 
     A block that an earlier process finished is read from the run's folder instead. Both models are
-    on the device; `rates` are the peaks of each part in this stage.
+    on the device; `rates` are the peaks of each part in this stage. Where no steps follow, no
+    latent weights stay.
     """
     folder, options = config.output_dir / BLOCKS, config.layerwise
-    surgery.hold_weights(student, dtype)
-    done, seconds = read_blocks(folder, student, weight_of)
+    done, seconds = read_blocks(folder, student, freeze=not config.max_steps)
     blocks = student.get_decoder().layers
     if done == len(blocks):
         return seconds
+    surgery.hold_outer_weights(student, dtype)
     chosen_ids = cache.spread_ids(options.sequences)
     moving = config.parts(is_low_rank=surgery.has_low_rank_scales(student))
     started = time.perf_counter() - seconds
@@ -86,6 +87,8 @@ def layerwise_stage(
         seconds = time.perf_counter() - started
         write_block(folder, number, blocks[number], seconds, losses)
         blocks[number].requires_grad_(False)
+        if not config.max_steps:
+            freeze_block(blocks[number])
 
     plan = block_plan(config, dtype)
     batches = partial(token_batches, cache, chosen_ids, options.batch_size, device)
@@ -139,11 +142,17 @@ def write_block(
     write_json(folder / f"{number:03d}.json", report)
 
 
+def freeze_block(block: nn.Module) -> None:
+    """Keep the indices that a block's latent weights came to in their place."""
+    for layer in surgery.quantized_layers(block).values():
+        surgery.freeze_indices(layer)
+
+
 @torch.no_grad()
-def read_blocks(
-    folder: Path, student: nn.Module, weight_of: Callable[[str], Tensor | None]
-) -> tuple[int, float]:
+def read_blocks(folder: Path, student: nn.Module, *, freeze: bool = False) -> tuple[int, float]:
     """Put back what finished blocks learned; return how many there are and their seconds.
+
+    Latent weights, or with `freeze` the indices that they come to.
 
     Raises:
         ValueError: If a block's file is not the one that was written.
@@ -167,5 +176,6 @@ def read_blocks(
                     surgery.thaw_indices(layer)
                 if part not in UNTRAINED:
                     copy_same(getattr(layer, part), value)
-        surgery.hold_weights(block, next(iter(layers.values())).held_weight.dtype)
+        if freeze:
+            freeze_block(block)
     return number + 1, seconds

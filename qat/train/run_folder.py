@@ -249,11 +249,13 @@ def make_trainer(
     sync: Callable[[], None],
 ) -> Trainer:
     """Choose what trains and return what a step works with."""
-    optim = config.optim
+    optim, parts = config.optim, config.parts(is_low_rank=has_low_rank_scales(model))
+    if not config.max_steps:
+        parts = ("norms",)  # nothing moves, and nothing takes latent weights
     chosen = trainable.choose_trainable(
         model,
         kinds=config.kinds,
-        parts=config.parts(is_low_rank=has_low_rank_scales(model)),
+        parts=parts,
         weight_of=weight_of,
         formats=config.formats,
     )

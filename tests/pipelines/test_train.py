@@ -4,6 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from qat.model.checkpoint import read_header
+from qat.model.layered import NeedsWhole
+from qat.model.surgery import quantized_layers
+from qat.pipelines import train as train_module
+from qat.pipelines.open_checkpoint import open_checkpoint
 from qat.pipelines.train import train
 from qat.tracking.record import (
     SETTINGS,
@@ -12,7 +17,9 @@ from qat.tracking.record import (
     read_rows,
     read_summary,
 )
-from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
+from qat.train import layerwise as layerwise_module
+from qat.train.config import IntervalsConfig, LayerwiseConfig, OptimConfig, TrainConfig
+from qat.train.layerwise import read_blocks
 from tests.tiny import save_student, tiny_cache, tiny_llama, tiny_student
 
 
@@ -34,6 +41,52 @@ def config(tmp_path_factory):
         optim=OptimConfig(lr=1e-3),
         intervals=IntervalsConfig(log_steps=1, eval_samples=2),
     )
+
+
+@pytest.fixture(scope="module")
+def layerwise(config):
+    """The layer-by-layer stage alone, whose teacher is read one decoder layer at a time."""
+    stage = LayerwiseConfig(sequences=8, epochs=2, lr=1e-3)
+    alone = replace(config, output_dir=config.output_dir / "alone", max_steps=0, layerwise=stage)
+    return alone, train(alone)
+
+
+def test_a_stage_alone_leaves_what_its_blocks_learned(layerwise, config):
+    """To the bit, as indices, nearer to the teacher than before."""
+    alone, result = layerwise
+    assert (result.steps, result.final_loss) == (0, None)
+    assert result.best_kl_nats_lower < measured(config)
+    expected = open_checkpoint(config.checkpoint).load()
+    assert read_blocks(alone.output_dir / "blocks", expected)[0] == 2
+    student = open_checkpoint(alone.output_dir / "final").load()
+    expected, found = (quantized_layers(one) for one in (expected, student))
+    for name, layer in found.items():
+        assert layer.latent_weight is None
+        assert torch.equal(layer.fake_quantized_weight(), expected[name].fake_quantized_weight())
+
+
+def test_a_teacher_read_by_layers_teaches_as_a_whole_one(layerwise, config, monkeypatch):
+    """Which it is where its files do not let that, and a stage that ended is not taken again."""
+    alone, result = layerwise
+
+    def refuse(_name, _dtype):
+        raise NeedsWhole("its weights are in other files")
+
+    monkeypatch.setattr(train_module, "open_layered", refuse)
+    whole = replace(alone, output_dir=config.output_dir / "whole")
+    assert train(whole).best_kl_nats_lower == result.best_kl_nats_lower
+    folders = (alone.output_dir, whole.output_dir)
+    assert len({read_header(folder / "final").sha256 for folder in folders}) == 1
+    (whole.output_dir / "summary.json").unlink()
+    monkeypatch.setattr(layerwise_module, "train_blockwise", None)
+    assert train(whole).best_kl_nats_lower == result.best_kl_nats_lower
+
+
+def measured(config):
+    """Return the held-out KL of the student that a run starts from."""
+    folder = config.output_dir / "before"
+    numbers = train(replace(config, output_dir=folder, eval_only=True)).numbers
+    return numbers["kl_nats_lower"]
 
 
 def test_a_run_is_a_function_from_its_config_to_its_result(config):

@@ -11,6 +11,7 @@ from qat.model.surgery import hold_weights, quantized_layers
 from qat.train.blockwise import (
     BlockPlan,
     HiddenStates,
+    Teacher,
     advance,
     block_loss,
     calls_of,
@@ -64,7 +65,7 @@ def train(student, teacher, block_plan, *, start_block=0, skipped=()):
 
     train_blockwise(
         student,
-        teacher,
+        Teacher(teacher),
         lambda: iter(token_ids().split(4)),
         NUM_SEQUENCES,
         block_plan,

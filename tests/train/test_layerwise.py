@@ -5,6 +5,7 @@ import torch
 
 from qat.model.surgery import hold_weights, quantized_layers, thaw_indices
 from qat.train import layerwise
+from qat.train.blockwise import Teacher
 from qat.train.config import LayerwiseConfig, OptimConfig, TrainConfig
 from qat.train.layerwise import block_rate, layerwise_stage, read_blocks, write_block
 from qat.train.trainable import rate_units
@@ -29,19 +30,20 @@ def test_finished_blocks_come_back(tmp_path):
         thaw_indices(layer)
         layer.latent_weight.data *= 1.5
     write_block(tmp_path, 0, block, 2.0, {"first": 1.0, "last": 0.5})
-    other = tiny_student()
-    hold_weights(other, torch.float32)
-    assert read_blocks(tmp_path, other, lambda _name: None) == (1, 2.0)
-    found = quantized_layers(other.get_decoder().layers[0])
+    other, frozen = tiny_student(), tiny_student()
+    assert read_blocks(tmp_path, other) == read_blocks(tmp_path, frozen, freeze=True) == (1, 2.0)
+    found, fixed = (quantized_layers(one.get_decoder().layers[0]) for one in (other, frozen))
     for name, layer in quantized_layers(block).items():
         assert torch.equal(found[name].latent_weight, layer.latent_weight)
-        assert torch.equal(found[name].held_weight, layer.fake_quantized_weight())
+        assert fixed[name].latent_weight is None
+        for one in (found[name], fixed[name]):
+            assert torch.equal(one.fake_quantized_weight(), layer.fake_quantized_weight())
     rest = quantized_layers(other.get_decoder().layers[1]).values()
     assert all(layer.latent_weight is None for layer in rest)
     stored = tmp_path / "000.safetensors"
     stored.write_bytes(stored.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match=f"{stored} has the sha256 .*; remove {tmp_path}"):
-        read_blocks(tmp_path, other, lambda _name: None)
+        read_blocks(tmp_path, other)
 
 
 @pytest.mark.parametrize("relative", [True, False])
@@ -64,7 +66,7 @@ def test_rates_of_the_stage_are_shares_where_those_of_the_run_are(tmp_path, monk
             layerwise=LayerwiseConfig(sequences=4),
         ),
         student,
-        base,
+        Teacher(base),
         SimpleNamespace(spread_ids=range),
         weight_of=lambda name: base.get_submodule(name).weight,
         rates={"weights": 0.5, "scales": 0.1, "codebooks": 0.1},
