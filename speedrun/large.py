@@ -5,12 +5,11 @@ weights cost and weigh what trained ones do; how good a student of them is says 
 """
 
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,18 +179,16 @@ def write_config(folder: Path, shape: "PreTrainedConfig") -> None:
 def run_qat(command: str, *words: object) -> dict[str, Any]:
     """Run a command in a process of its own; return its closing line, wall seconds, peak memory."""
     started = time.perf_counter()
-    done = run([sys.executable, "-m", "qat", command, *map(str, words)])
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return {"peak_rss_bytes": peak, **done, "wall_seconds": round(seconds, 1)}
-
-
-def run(words: Iterable[str]) -> dict[str, Any]:
-    """Return the closing line of a command, whose messages pass through."""
-    done = subprocess.run(list(words), stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"{' '.join(words)} ended with {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    line = [sys.executable, "-m", "qat", command, *map(str, words)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+        said = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)  # its own peak, not that of all before it
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise ValueError(f"{' '.join(line)} ended with {process.returncode}")
+    seconds = round(time.perf_counter() - started, 1)
+    peak = usage.ru_maxrss * 1024
+    return json.loads(said.splitlines()[-1]) | {"peak_rss_bytes": peak, "wall_seconds": seconds}
 
 
 if __name__ == "__main__":
