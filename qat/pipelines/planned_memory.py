@@ -24,7 +24,7 @@ H hidden size, N processes. All bytes are of one process:
                    them a copy of what is saved, the others while it is written). With averages in
                    8 bits 2 in the place of 8 for AdamW, of the copy too.
                    With weights formed in use d (W + M) are of one decoder layer and of what is
-                   outside of them
+                   outside of them, and 4 S of gradients are beside them
     pretrain     (16 + d) (W + D)       weights, gradients, AdamW in float32, and as products read
                                         them; + activations + logits; of every process
     layer-wise   W + 4 P + d D, what is outside decoder layers held, of the teacher one layer, and
@@ -257,7 +257,7 @@ def training_bytes(sizes: ModelSizes, there: Situation) -> float:
     if there.forms_in_use:
         outer = max(0, sizes.quantized - sizes.linears)
         looked_up, held = 2 * outer, width * (outer + sizes.layer)
-        gradients = held
+        gradients = held + 4 * sizes.trained_parts
     model = (indices_bytes(sizes) + looked_up) / share + 4 * sizes.parts + width * sizes.dense
     step = gradients + activation_bytes(sizes, there) + logit_bytes(sizes, there)
     if there.forms_in_use:  # an evaluation holds all where there is room

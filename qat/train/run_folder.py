@@ -259,7 +259,7 @@ def make_trainer(
         weight_of=weight_of,
         formats=config.formats,
     )
-    in_use = config.form_weights == "in-use"
+    in_use = config.form_weights == "in-use" or not config.max_steps
     if in_use:
         hold_outer_weights(model, dtype)
     else:

@@ -1,4 +1,4 @@
-"""The script that makes a model larger than memory and quantizes it, on one of next to no size."""
+"""The script that quantizes and trains a model larger than memory, on one of next to no size."""
 
 import runpy
 from pathlib import Path
@@ -18,7 +18,7 @@ SIZES = {
 }
 
 
-def test_a_random_model_is_quantized_in_a_process_of_its_own(tmp_path):
+def test_a_random_model_goes_through_a_process_of_each_command(tmp_path):
     """The folder is a model of as many layers as asked for; peak, seconds and bytes are told."""
     shape = LlamaConfig(vocab_size=300, num_hidden_layers=9, tie_word_embeddings=True, **SIZES)
     shape.save_pretrained(tmp_path / "shape")
@@ -41,4 +41,8 @@ def test_a_random_model_is_quantized_in_a_process_of_its_own(tmp_path):
     assert 4 < student["bits_per_weight"] < 5
     assert student["file_bytes"] < made["model_bytes"] < student["peak_rss_bytes"]
     assert 0 < student["seconds"] < student["wall_seconds"]
+    stage, steps = made["train"]["layer-wise"], made["train"]["scales, formed in use"]
+    assert (stage["steps"], steps["steps"], steps["tokens_seen"]) == (0, 2, 2 * 64)
+    assert all(0 < one["seconds"] < one["wall_seconds"] for one in (stage, steps))
     assert not any((tmp_path / "made" / "students").iterdir())
+    assert not (tmp_path / "made" / "run").exists()
