@@ -198,10 +198,23 @@ def open_device(kind: Kind, name: str, reason: str) -> Device:
 
 
 def drive_all_chips() -> None:
-    """Have this process drive all chips of a host as one device, where there are several (SPMD)."""
+    """Have this process drive all chips of a host as one device, where there are several (SPMD).
+
+    Raises:
+        ValueError: If they are of several hosts: nothing says which of these writes.
+    """
     import torch_xla.runtime as xla_runtime
 
-    if num_processes() == 1 and xla_runtime.global_runtime_device_count() > 1:
+    count, own = (
+        xla_runtime.global_runtime_device_count(),
+        xla_runtime.addressable_runtime_device_count(),
+    )
+    if own < count:
+        raise ValueError(
+            f"--device xla: {own} of {count} chips are this host's, and one host's are driven; "
+            "take a slice of one host, such as v6e-8"
+        )
+    if num_processes() == 1 and count > 1:
         xla_runtime.use_spmd()
 
 

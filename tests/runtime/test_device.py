@@ -131,6 +131,7 @@ def fake_xla(monkeypatch):
     xla, utils, checkpoint = (ModuleType(name) for name in ("torch_xla", "utils", "checkpoint"))
     core, xla_model, runtime = (ModuleType(name) for name in ("core", "xla_model", "runtime"))
     runtime.global_runtime_device_count = lambda: 1
+    runtime.addressable_runtime_device_count = lambda: runtime.global_runtime_device_count()
     runtime.is_spmd = lambda: False
     runtime.use_spmd = lambda: calls.append(("use_spmd",))
     xla.device = lambda index=None: torch.device("xla")
@@ -171,6 +172,15 @@ def test_one_process_drives_all_chips_unless_one_is_named(fake_xla, name, count,
     fake_xla.runtime.global_runtime_device_count = lambda: count
     Device.detect(name)
     assert fake_xla.calls == ([] if is_one else [("use_spmd",)])
+
+
+def test_chips_of_several_hosts_are_refused(fake_xla):
+    """Each host would write the run's files."""
+    fake_xla.runtime.global_runtime_device_count = lambda: 16
+    fake_xla.runtime.addressable_runtime_device_count = lambda: 4
+    with pytest.raises(ValueError, match="4 of 16 chips are this host's.*slice of one host"):
+        Device.detect("xla")
+    assert fake_xla.calls == []
 
 
 def test_a_place_that_compiles_leaves_odd_shapes_to_the_cpu(fake_xla):
