@@ -28,6 +28,7 @@ from qat.grids.scalar import (
     low_rank_scale,
     nearest_power,
     snap_float16,
+    times_scale,
 )
 from qat.runtime.device import seeded
 
@@ -259,6 +260,19 @@ def root_mean_square(weight: Tensor, importance: Tensor, num_groups: int) -> Ten
     return mean_square.sqrt()
 
 
+def group_error(
+    weight: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    *,
+    importance: Tensor,
+) -> Tensor:
+    """Return the importance-weighted squared error of each group, (O, G)."""
+    error = weight - times_scale(values, scale, offset)
+    return (error.square() * importance).view(*scale.shape, -1).sum(-1)
+
+
 def fit_group_scale(
     weight: Tensor,
     values: Tensor,
@@ -267,8 +281,8 @@ def fit_group_scale(
     *,
     is_signed: bool = False,
     form: GroupScale = PLAIN,
-) -> tuple[Tensor, Tensor]:
-    """Return the least-squares scale of each group, as its form stores it, and the error it leaves.
+) -> Tensor:
+    """Return the least-squares scale of each group, as its form stores it.
 
     A group whose best scale is not of the sign allowed keeps its former one: that never raises the
     error above what it was, and no sign flips unnoticed.
@@ -280,9 +294,6 @@ def fit_group_scale(
         former: Scale that the values were chosen with, (O, G).
         is_signed: Whether a scale may be negative.
         form: Of the scales.
-
-    Returns:
-        Scale and importance-weighted squared error, (O, G) each, the error less that of zeros.
     """
     num_groups = former.shape[1]
     weighted = (values * importance).view(weight.shape[0], num_groups, -1)
@@ -291,14 +302,13 @@ def fit_group_scale(
     along = (weighted * grouped_weight).sum(-1)
     square = (weighted * grouped_values).sum(-1)
     fitted = along / square.clamp_min(1e-30)
-    scale = nearest_stored_scale(fitted, former, is_signed=is_signed, form=form)
-    return scale, scale * (scale * square - 2 * along)
+    return nearest_stored_scale(fitted, former, is_signed=is_signed, form=form)
 
 
 def fit_offset(
     weight: Tensor, values: Tensor, importance: Tensor, previous: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the least-squares scale and offset of each group, on the float16 grid, and the error.
+) -> tuple[Tensor, Tensor]:
+    """Return the least-squares scale and offset of each group, on the float16 grid.
 
     A group whose best scale is not positive keeps its previous pair.
 
@@ -307,10 +317,6 @@ def fit_offset(
         values: Codebook value of each weight, (O, I).
         importance: (I,).
         previous: Scale and offset that the values were chosen with, (O, G) each.
-
-    Returns:
-        Scale, offset and importance-weighted squared error, (O, G) each, the error less that of the
-        mean in the place of each weight.
     """
     shape = (*previous[0].shape, -1)
     mass = importance.view(1, shape[1], -1)
@@ -318,13 +324,10 @@ def fit_offset(
     total = mass.sum(-1).clamp_min(1e-30)
     mean_w, mean_c = (w * mass).sum(-1) / total, (c * mass).sum(-1) / total
     centered = (c - mean_c.unsqueeze(-1)) * mass
-    along, square = (centered * w).sum(-1), (centered * c).sum(-1)
-    slope = along / square.clamp_min(1e-30)
+    slope = (centered * w).sum(-1) / (centered * c).sum(-1).clamp_min(1e-30)
     is_better = (slope > 0) & torch.isfinite(slope)
     scale = stored_scale(torch.where(is_better, slope, previous[0]))
-    offset = snap_float16(torch.where(is_better, mean_w - scale * mean_c, previous[1]))
-    missed = mean_w - scale * mean_c - offset
-    return scale, offset, scale * (scale * square - 2 * along) + total * missed.square()
+    return scale, snap_float16(torch.where(is_better, mean_w - scale * mean_c, previous[1]))
 
 
 def next_power(values: Tensor) -> Tensor:

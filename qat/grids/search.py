@@ -20,6 +20,7 @@ from qat.grids.scales import (
     GroupScale,
     fit_group_scale,
     fit_offset,
+    group_error,
     root_mean_square,
     stored_scale,
 )
@@ -62,11 +63,12 @@ def search_scale(
     middle = middle * GAUSSIAN_REACH[len(codebook).bit_length() - 1]
 
     def fit(values: Tensor, scales: Scales) -> Scales:
-        return fit_group_scale(weight, values, importance, *scales, is_signed=is_signed, form=form)
+        (scale,) = scales
+        return (fit_group_scale(weight, values, importance, scale, is_signed=is_signed, form=form),)
 
     def best_of(scales: Iterable[Tensor]) -> Tensor:
         candidates = ((form.stored(scale),) for scale in scales)
-        return best_scales(weight, nearest, candidates, fit)[0]
+        return best_scales(weight, importance, nearest, candidates, fit)[0]
 
     def nearest(values: Tensor) -> Tensor:
         return grid.nearest(values, codebook)
@@ -116,7 +118,7 @@ def search_affine(
             (stored_scale((high - low).clamp_min(0) / top), snap_float16(low))
             for low, high in spans
         )
-        return best_scales(weight, nearest, candidates, fit)
+        return best_scales(weight, importance, nearest, candidates, fit)
 
     def nearest(values: Tensor) -> Tensor:
         return grid.nearest(values, codebook)
@@ -143,6 +145,7 @@ def largest_weight(weight: Tensor, num_groups: int) -> Tensor:
 
 def best_scales(
     weight: Tensor,
+    importance: Tensor,
     nearest: Callable[[Tensor], Tensor],
     candidates: Iterable[Scales],
     fit: Fit,
@@ -151,15 +154,16 @@ def best_scales(
 
     Args:
         weight: (O, I).
+        importance: (I,).
         nearest: Gives the grid's nearest values.
         candidates: As stored.
-        fit: Least squares, of the values that a candidate rounds to and that candidate: scales, and
-            the error that they leave, less what is the same for all.
+        fit: Least squares, of the values that a candidate rounds to and that candidate.
     """
     best = least = None
     for candidate in candidates:
         values = nearest(over_scale(weight, *candidate))
-        *fitted, error = fit(values, candidate)
+        fitted = fit(values, candidate)
+        error = group_error(weight, values, *fitted, importance=importance)
         if best is None:
             best, least = fitted, error
             continue

@@ -144,8 +144,7 @@ def fit_groups(
     def refit(part: Tensor, former: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
         indices = rounded(part, former)
         values = look_up(codebook, indices)
-        fitted = fit_group_scale(part, values, importance, former, is_signed=is_signed, form=form)
-        scale = fitted[0]
+        scale = fit_group_scale(part, values, importance, former, is_signed=is_signed, form=form)
         full = expand_groups(scale, part.shape[1])
         count = len(codebook) if is_learned else 0
         return scale, codebook_sums(part, indices, full, mass, count)
@@ -194,7 +193,7 @@ def fit_affine(
     scale, offset = search_affine(weight, importance, grid, num_groups)
     for _ in range(num_rounds):
         values = grid.nearest(over_scale(weight, scale, offset), codebook)
-        scale, offset, _ = fit_offset(weight, values, importance, (scale, offset))
+        scale, offset = fit_offset(weight, values, importance, (scale, offset))
     scale, offset = (snap_stored(part, spec.stored_dtype) for part in (scale, offset))
     scale, offset = spec.scale.computed(scale, offset)
     indices = grid.round(over_scale(weight, scale, offset), codebook)

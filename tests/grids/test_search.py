@@ -11,9 +11,8 @@ from qat.grids.scalar import (
     fixed_codebook,
     nearest_values,
     over_scale,
-    times_scale,
 )
-from qat.grids.scales import GroupScale
+from qat.grids.scales import GroupScale, group_error
 from qat.grids.search import search_affine, search_scale
 
 EVEN = torch.ones(64)
@@ -25,10 +24,8 @@ def random(*shape, seed=0):
 
 
 def error_of(weight, importance, codebook, *scales):
-    """Return the importance-weighted squared error of each group, (O, G)."""
     values = nearest_values(over_scale(weight, *scales), codebook)
-    error = (weight - times_scale(values, *scales)).square() * importance
-    return error.view(*scales[0].shape, -1).sum(-1)
+    return group_error(weight, values, *scales, importance=importance)
 
 
 def least_of_many(weight, importance, codebook, scales):

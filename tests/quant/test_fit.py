@@ -57,7 +57,7 @@ def test_no_update_raises_the_error(bits, groups, seed):
     indices = nearest_indices(weight / expand_groups(scale, groups * 8), codebook)
     error, _ = error_of(weight, indices, scale, codebook, importance)
     for _ in range(4):
-        scale, _ = fit_group_scale(weight, codebook[indices.int()], importance, scale)
+        scale = fit_group_scale(weight, codebook[indices.int()], importance, scale)
         former, (error, slack) = error, error_of(weight, indices, scale, codebook, importance)
         assert error <= former + slack
         full = expand_groups(scale, groups * 8)
