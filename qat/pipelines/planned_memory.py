@@ -21,8 +21,8 @@ H hidden size, N processes. All bytes are of one process:
     train        M, L, S of W and P are in layers that train, move, and are parts of the first:
                  4 L + (W - L) + 2 (M - L) + 4 P + d D + d W held + 8 (L + S) of AdamW
                    + max(step: d M gradients + activations + logits; state: 22 (L + S), 12 of
-                   them a copy of what is saved, the others while it is written). With averages in
-                   8 bits 2 in the place of 8 for AdamW, of the copy too.
+                   them a copy of what is saved, the others while it is written, and F in the end).
+                   With averages in 8 bits 2 in the place of 8 for AdamW, of the copy too.
                    With weights formed in use d (W + M) are of one decoder layer and of what is
                    outside of them, and 4 S of gradients are beside them
     pretrain     (16 + d) (W + D)       weights, gradients, AdamW in float32, and as products read
@@ -262,7 +262,7 @@ def training_bytes(sizes: ModelSizes, there: Situation) -> float:
     step = gradients + activation_bytes(sizes, there) + logit_bytes(sizes, there)
     if there.forms_in_use:  # an evaluation holds all where there is room
         step = max(step, held_bytes(sizes, there) - held + logit_bytes(sizes, there))
-    state = there.state_bytes * moved / share
+    state = there.state_bytes * moved / share + sizes.file_bytes  # the last one, and the student
     return model + held + there.adam_bytes * moved / share + max(step, state)
 
 
