@@ -229,10 +229,10 @@ def train_blockwise(
     if first.document_ids is not None:
         documents = torch.cat([batch.document_ids.cpu() for batch in batches()])
     call_of = partial(calls_of, first=first.token_ids, documents=documents)
-    start, of = partial(start_states, dtype=plan.dtype, num_sequences=num_sequences), plan.scratch
-    reads = start(student, batches(), of / "student.bin")
+    start = partial(start_states, dtype=plan.dtype, num_sequences=num_sequences)
+    reads = start(student, batches(), plan.scratch / "student.bin")
     with teacher.opened(*around_layers(teacher.model)):
-        targets = start(teacher.model, batches(), of / "teacher.bin")
+        targets = start(teacher.model, batches(), plan.scratch / "teacher.bin")
     models = (student, teacher.model)
     pairs = list(zip(*(model.get_decoder().layers for model in models), strict=True))
     bar = tqdm(total=len(pairs), initial=start_block, desc="layer by layer", unit="block")
