@@ -20,7 +20,7 @@ from qat.grids.scales import TensorScale
 from qat.model.layers import FakeQuantWeight
 from qat.model.surgery import hold_weights, quantized_layers
 from qat.runtime import distributed
-from qat.runtime.device import lay_out
+from qat.runtime.device import lay_out, run_recorded
 
 HEAD = "output_head"
 WHOLE_PARTS = ("codebook", "magnitude", "scale_b")  # have no row for each of the weight's
@@ -53,6 +53,7 @@ def spread_rows(model: nn.Module) -> None:
     Hidden states are split by sequences, as batches are: otherwise the compiler may split them by
     what it multiplies them with.
     """
+    wait_for_values(model)
     for layer in quantized_layers(model).values():
         named = {"latent_weight": layer.latent_weight, "indices": layer.indices, **layer.parts}
         for name, values in named.items():
@@ -64,9 +65,15 @@ def spread_rows(model: nn.Module) -> None:
 @torch.no_grad()
 def spread_dense_rows(model: nn.Module) -> None:
     """Spread the rows of a dense model's weights over the chips of its device, as `spread_rows`."""
+    wait_for_values(model)
     for parameter in model.parameters():
         lay_out(parameter.data, split=parameter.dim() > 1)
     keep_sequences_apart(model)
+
+
+def wait_for_values(model: nn.Module) -> None:
+    """Wait for what a device still computes of a model: a value can be split once it is there."""
+    run_recorded(next(model.parameters()).device, wait=True)
 
 
 def keep_sequences_apart(model: nn.Module) -> None:

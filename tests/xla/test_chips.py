@@ -99,6 +99,26 @@ total = weight.sum().item()
 print(json.dumps([num_chips(there), losses, compiled, " ".join(specs), total]))
 """
 
+# Splits parameters that the device still computes, many times: how long it takes varies.
+RACE_RUNNER = """
+import json
+import torch
+from qat.model.sharding import spread_dense_rows
+from qat.runtime.device import Device, run_recorded
+from tests.tiny import tiny_llama
+
+device = Device.detect("xla")
+model = tiny_llama().float()
+device.place(model)
+start = [parameter.data for parameter in model.parameters()]
+for attempt in range(40):
+    for parameter, values in zip(model.parameters(), start):
+        parameter.data = values * (attempt + 1.0)
+    run_recorded(device.torch_device)
+    spread_dense_rows(model)
+print(json.dumps(attempt))
+"""
+
 
 def train_on(count, runner):
     """Return what a runner prints on so many chips."""
@@ -131,3 +151,8 @@ def test_four_chips_train_as_one_does(runner):
     assert compiled == 0
     assert f"devices=[{NUM_CHIPS},1]" in split
     assert other == pytest.approx(total, rel=1e-4)
+
+
+def test_rows_are_split_while_the_device_computes_them():
+    """Each attempt waits for the values; without, some attempt ends with an error."""
+    assert train_on(NUM_CHIPS, RACE_RUNNER) == 39
