@@ -273,7 +273,11 @@ class TrainConfig(PlaceConfig):
 
     def __post_init__(self) -> None:
         """Refuse values out of range and parts that exclude each other."""
-        require_at_least(0 if self.layerwise.sequences else 1, self, "max_steps")
+        if self.max_steps == 0 and not self.layerwise.sequences:
+            raise ValueError(
+                "--max-steps 0 must be 1 or more; with --layerwise.sequences it is that stage alone"
+            )
+        require_at_least(0, self, "max_steps")
         require_at_least(1, self, "batch_size", "accumulation_steps")
         require_seed(self)
         require_at_most(MOST_SEQUENCES, self, "batch_size", "accumulation_steps")

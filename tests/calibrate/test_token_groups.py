@@ -8,6 +8,9 @@ from qat.calibrate.token_groups import TOKENS_A_GROUP, group_tokens
 from qat.pipelines.fit_layers import FitTask, OutputGrams
 from qat.quant.drift import Correction, Moments
 from qat.quant.spec import TensorSpec
+from qat.runtime import distributed
+from qat.runtime.device import Device
+from tests.processes import forked
 
 D = 64
 HALF = TOKENS_A_GROUP
@@ -39,6 +42,26 @@ def test_tokens_that_are_likely_after_alike_states_come_together(head):
         counts = (chosen * (1 - chosen))[:, tokens].sum(1)
         own = (states.T * counts) @ states / counts.sum()
         torch.testing.assert_close(found.hessian(place, whole), (own + whole) / 2)
+
+
+@pytest.mark.recipe
+def test_processes_find_the_groups_of_one(head):
+    """Each has states of its own; a group's H is that of all."""
+    weight, states = head
+    whole = states.T @ states / len(states)
+
+    def found():
+        with distributed.joined(Device.detect("cpu")):
+            own = distributed.share(states)
+            groups = group_tokens(lambda x: x @ weight.T, Fed(own, own))
+            places = range(len(groups.groups))
+            tokens = [tokens.tolist() for tokens in groups.groups]
+            return tokens, [groups.hessian(place, whole).tolist() for place in places]
+
+    alone, hessians = found()
+    for tokens, others in forked(2, found):
+        assert tokens == alone
+        torch.testing.assert_close(torch.tensor(others), torch.tensor(hessians))
 
 
 @pytest.mark.parametrize(("num_states", "num_tokens"), [(511, 2 * HALF), (1024, 2 * HALF - 1)])

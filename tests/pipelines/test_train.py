@@ -1,4 +1,5 @@
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from qat.tracking.record import (
     read_rows,
     read_summary,
 )
+from qat.train import blockwise
 from qat.train import layerwise as layerwise_module
 from qat.train.config import IntervalsConfig, LayerwiseConfig, OptimConfig, TrainConfig
 from qat.train.layerwise import read_blocks
@@ -80,6 +82,27 @@ def test_a_teacher_read_by_layers_teaches_as_a_whole_one(layerwise, config, monk
     (whole.output_dir / "summary.json").unlink()
     monkeypatch.setattr(layerwise_module, "train_blockwise", None)
     assert train(whole).best_kl_nats_lower == result.best_kl_nats_lower
+
+
+def test_a_stage_alone_goes_on_where_it_was_stopped(layerwise, config, monkeypatch):
+    """With the blocks that were done; the same student, to the bit."""
+    alone, result = layerwise
+    train_block, counts = blockwise.train_block, count(1)
+
+    def stop_at_second(*args):
+        if next(counts) == 2:
+            raise KeyboardInterrupt
+        return train_block(*args)
+
+    monkeypatch.setattr(blockwise, "train_block", stop_at_second)
+    stopped = replace(alone, output_dir=config.output_dir / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped)
+    done = train(stopped)
+    assert done.best_kl_nats_lower == result.best_kl_nats_lower
+    assert next(counts) == 4  # one of the first call, the one that was stopped, and it again
+    folders = (alone.output_dir, stopped.output_dir)
+    assert len({read_header(folder / "final").sha256 for folder in folders}) == 1
 
 
 def measured(config):

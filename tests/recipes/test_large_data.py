@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 DATA_MB = int(os.environ.get("DATA_MB", "64"))
 SHARD_MB, DOCUMENT_TOKENS, VOCAB_SIZE = 8, 1 << 12, 1 << 15
 MAPPED_MB = 16
+MOST_SECONDS = 5  # to the first batch
 READ = """
 import json, sys, time
 from itertools import islice
@@ -88,4 +89,4 @@ def test_memory_is_bounded_and_a_second_start_is_quick(tmp_path):
     found = json.loads(done.stdout)
     sys.stderr.write(f"{DATA_MB} MB: {found}\n")
     assert found["grown_mb"] < MAPPED_MB + SHARD_MB + 24
-    assert found["again_seconds"] < found["first_seconds"] / 3
+    assert found["again_seconds"] < found["first_seconds"] < MOST_SECONDS
