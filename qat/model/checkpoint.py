@@ -193,7 +193,7 @@ def read_checkpoint(
     """Return the student in a native folder, on the CPU, in eval mode, frozen.
 
     Dense parts are in `dtype`, scales and codebooks in float32. The dense weights of quantized
-    layers are never formed: their memory is not touched.
+    layers are never formed.
     """
     folder = Path(folder)
     header = read_header(folder)
@@ -215,10 +215,17 @@ def read_checkpoint(
 def empty_student(
     folder: Path, plan_of: Callable[[dict[str, TensorInfo]], QuantPlan], dtype: torch.dtype
 ) -> nn.Module:
-    """Return a student whose tensors have sizes but no values; `plan_of` its parameters."""
-    model = empty_model(folder, dtype)
+    """Return a student whose tensors have sizes but no values; `plan_of` its parameters.
+
+    Dense weights of quantized layers are on the meta device until then: freed ones, though never
+    written to, would leave holes in which later tensors lie far apart.
+    """
+    model = model_without_values(read_model_config(folder), dtype)
     widen_attention(model)
     surgery.replace_weights(model, plan_of(surgery.model_tensors(model)), surgery.empty_layer)
+    for key, tensor in model.named_parameters():
+        if tensor.is_meta:
+            surgery.put_value(model, key, torch.empty_like(tensor, device="cpu"))
     return model
 
 
@@ -245,6 +252,25 @@ def empty_model_of(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         model.tie_weights()
     return model
+
+
+def model_without_values(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """Return a frozen model with parameters on the meta device; buffers have their values.
+
+    Those of rotary embeddings are in no file.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with (
+        reading(f"{config.name_or_path}/config.json"),
+        no_init_weights(),
+        init_empty_weights(include_buffers=False),
+    ):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:

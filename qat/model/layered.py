@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from qat.model.attention import widen_attention
-from qat.model.checkpoint import read_model_config, require_finite
+from qat.model.checkpoint import model_without_values, read_model_config, require_finite
 from qat.model.load import ShardIndex, dense_folder, require_own_files, tensors_in
-from qat.storage.decode import naming, read_as, reading
+from qat.model.surgery import put_value
+from qat.storage.decode import naming, read_as
 
 WHOLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -108,25 +108,6 @@ def open_layered(name: str | Path, dtype: torch.dtype) -> LayeredModel:
     return LayeredModel(folder=folder, model=model, dtype=dtype, readers=readers)
 
 
-def model_without_values(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
-    """Return a frozen model with parameters on the meta device; buffers have their values.
-
-    Those of rotary embeddings are in no file.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with (
-        reading(f"{config.name_or_path}/config.json"),
-        no_init_weights(),
-        init_empty_weights(include_buffers=False),
-    ):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
-
-
 def safetensors_files(folder: Path) -> list[Path]:
     """Return the files that transformers would read."""
     if (folder / WHOLE_FILE).is_file():
@@ -148,17 +129,3 @@ def require_same_names(model: nn.Module, readers: Mapping[str, object]) -> None:
         seen.add(id(target))
         if is_tied == (key in readers):
             raise NeedsWhole(f"{key} is {'tied, and there' if is_tied else 'not there'}")
-
-
-def put_value(model: nn.Module, key: str, value: Tensor) -> None:
-    """Put a tensor in the place of a parameter or a stored buffer, wherever it is tied to.
-
-    Another one, as a parameter's own tensor cannot move from the meta device.
-    """
-    previous = model.state_dict(keep_vars=True)[key]
-    is_parameter = isinstance(previous, nn.Parameter)
-    value = nn.Parameter(value, requires_grad=False) if is_parameter else value
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for part in [part for part, tensor in held.items() if tensor is previous]:
-                held[part] = value

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.grids.scalar import over_scale, times_scale
 from qat.grids.scales import TensorScale
@@ -119,6 +119,20 @@ def swap(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module under a dotted name."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
+
+
+def put_value(model: nn.Module, key: str, value: Tensor) -> None:
+    """Put a tensor in the place of a parameter or a stored buffer, wherever it is tied to.
+
+    Another one, as a parameter's own tensor cannot move from the meta device.
+    """
+    previous = model.state_dict(keep_vars=True)[key]
+    is_parameter = isinstance(previous, nn.Parameter)
+    value = nn.Parameter(value, requires_grad=False) if is_parameter else value
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for part in [part for part, tensor in held.items() if tensor is previous]:
+                held[part] = value
 
 
 def quantized_layer(module: nn.Module, quantized: QuantizedTensor) -> FakeQuantWeight:

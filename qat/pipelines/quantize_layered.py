@@ -16,8 +16,8 @@ from qat.calibrate.decoder_layers import walk_decoder_layers
 from qat.calibrate.layered import begin_stream, keys_in, walk_second_moments
 from qat.model.checkpoint import dense_targets, dense_tensors, layer_tensors, smallest_lossless
 from qat.model.head import Tokens
-from qat.model.layered import LayeredModel, NeedsWhole, put_value
-from qat.model.surgery import empty_layer, put_layer, quantized_layer
+from qat.model.layered import LayeredModel, NeedsWhole
+from qat.model.surgery import empty_layer, put_layer, put_value, quantized_layer
 from qat.pipelines.fit_layers import FitTask, fit_by_decoder_layers, head_weight
 from qat.quant.plan import QuantPlan
 from qat.runtime.device import Device
