@@ -66,7 +66,7 @@ kill: setup  ## N kills at random instants of every command that writes (N=5)
 parity: setup  ## exported files in their runtimes (installs those)
 	@$(RUN)/python -m pip install -qq -c constraints.txt -e '.[parity]'
 	@$(RUN)/qat fetch smollm2 --output-dir models/smollm2-135m
-	@$(RUN)/python -m pytest -m parity
+	@OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m parity -n 2 --dist loadfile
 
 bench: setup  ## the training step against plain fine-tuning, as JSON
 	@$(RUN)/qat fetch smollm2 --output-dir models/smollm2-135m
@@ -76,7 +76,7 @@ gpu:  ## device tests and rates on a CUDA GPU, by $(PYTHON) with torch and trans
 	@$(PYTHON) speedrun/gpu.py $(GPU_FLAGS)
 
 xla: xla-setup  ## the same commands on XLA, in a venv of its own (7 GB)
-	@PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -m xla tests/xla
+	@PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -m xla -n 2 --dist loadfile tests/xla
 
 xla-setup: $(XLA_STAMP)
 	@:
@@ -90,7 +90,7 @@ $(XLA_STAMP): constraints.txt pyproject.toml
 	@$(XLA_VENV)/bin/python -m pip install -qq -c $(XLA_VENV)/constraints.txt \
 	    torch==2.9.0 torch_xla==2.9.0
 	@$(XLA_VENV)/bin/python -m pip install -qq -c $(XLA_VENV)/constraints.txt \
-	    torch==2.9.0 -e . pytest
+	    torch==2.9.0 -e . pytest pytest-xdist
 	@touch $@
 
 # What torch brings along goes with it, without a hash.
