@@ -1,6 +1,7 @@
 """Processes that work together: forked ones, which start at once, and those of torchrun itself."""
 
 import contextlib
+import faulthandler
 import os
 import pickle
 import signal
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
 ADDRESS = "127.0.0.1"
+PORT_BYTES = 2
 SECONDS = 120  # after which forked processes end, where one waits for ever
 
 
@@ -22,8 +24,14 @@ def forked(count, work):
 
     They are copies of this one, in the environment of torchrun's; what fails in one fails here.
     """
+    gate, opener = os.pipe()
+    children = [fork_one(rank, count, gate, opener, work) for rank in range(count)]
+    # Not before: its thread looks up who connects, and no process may be copied amidst that, as
+    # the lock of glibc's resolver would be held in the copy for ever.
     store = dist.TCPStore(ADDRESS, 0, is_master=True, wait_for_workers=False)
-    children = [fork_one(rank, count, store.port, work) for rank in range(count)]
+    os.write(opener, count * store.port.to_bytes(PORT_BYTES, "big"))
+    os.close(opener)
+    os.close(gate)
     answers = []
     for _, reader in children:
         with os.fdopen(reader, "rb") as file:
@@ -32,17 +40,20 @@ def forked(count, work):
         os.waitpid(child, 0)
     values = [pickle.loads(answer) if answer else "ended without a word" for answer in answers]
     failed = [value for value in values if isinstance(value, str)]
-    assert not failed, failed[0]
+    assert not failed, "\n".join(failed)  # one that fails leaves others waiting, without a word
     return [value for (value,) in values]
 
 
-def fork_one(rank, count, port, work):
-    """Start one process; return its id and where what it gives is read."""
+def fork_one(rank, count, gate, opener, work):
+    """Start one process, which waits for a port; return its id and where what it gives is read."""
     reader, writer = os.pipe()
     if child := os.fork():
         os.close(writer)  # at once: a later process that had it would keep the pipe open
         return child, reader
     signal.alarm(SECONDS)
+    faulthandler.dump_traceback_later(SECONDS - 5, file=sys.__stderr__)  # says where one waits
+    os.close(opener)
+    port = int.from_bytes(os.read(gate, PORT_BYTES), "big")
     os.environ.update(environment_of(rank, count, port))
     torch.set_num_threads(torch.get_num_threads())  # the pool anew; threads at once would race to
     try:
