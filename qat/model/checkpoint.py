@@ -7,7 +7,7 @@ config.json, tokenizer files: the folder needs nothing else to load
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -217,8 +217,8 @@ def empty_student(
 ) -> nn.Module:
     """Return a student whose tensors have sizes but no values; `plan_of` its parameters.
 
-    Dense weights of quantized layers are on the meta device until then: freed ones, though never
-    written to, would leave holes in which later tensors lie far apart.
+    The dense weights that quantized layers replace are on the meta device: on the CPU, freed, they
+    would leave holes in the heap, and later tensors would be scattered over those.
     """
     model = model_without_values(read_model_config(folder), dtype)
     widen_attention(model)
@@ -241,17 +241,7 @@ def empty_model_of(
     config: PreTrainedConfig, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> nn.Module:
     """Return the same of a config."""
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with (
-        reading(f"{config.name_or_path}/config.json"),
-        no_init_weights(),
-        torch.device(device),
-    ):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        model.tie_weights()
-    return model
+    return build_model(config, dtype, torch.device(device))
 
 
 def model_without_values(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
@@ -260,17 +250,23 @@ def model_without_values(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Mod
     Those of rotary embeddings are in no file.
     """
     from accelerate import init_empty_weights
+
+    model = build_model(config, dtype, init_empty_weights(include_buffers=False))
+    return model.eval().requires_grad_(False)
+
+
+def build_model(
+    config: PreTrainedConfig, dtype: torch.dtype, where: AbstractContextManager[object]
+) -> nn.Module:
+    """Return a model of a config, not initialized; `where` decides where its tensors are."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with (
-        reading(f"{config.name_or_path}/config.json"),
-        no_init_weights(),
-        init_empty_weights(include_buffers=False),
-    ):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
+    with reading(f"{config.name_or_path}/config.json"):
+        with no_init_weights(), where:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model.tie_weights()  # not within: what moves parameters to meta parts tied ones
+    return model
 
 
 def read_model_config(folder: Path) -> PreTrainedConfig:
