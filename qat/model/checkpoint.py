@@ -6,7 +6,7 @@ config.json, tokenizer files: the folder needs nothing else to load
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -75,11 +75,12 @@ def write_checkpoint(
     *,
     text_source: Path,
     tensors: dict[str, Tensor] | None = None,
+    notes: Mapping[str, object] | None = None,
 ) -> CheckpointHeader:
     """Write a student as a native folder, which appears only when whole; return its header.
 
     Versions and sha256 are filled in here; the tokenizer files come from `text_source`. `tensors`
-    are what `student_tensors` gives, where it is at hand.
+    are what `student_tensors` gives, where it is at hand; `notes` are further JSON files by name.
     """
     with atomic_folder(folder) as temporary:
         save_file(student_tensors(model) if tensors is None else tensors, temporary / TENSORS_NAME)
@@ -91,6 +92,8 @@ def write_checkpoint(
             "versions": {name: version(name) for name in ("qat", "torch", "transformers")},
             "sha256": sha256_of_file(temporary / TENSORS_NAME),
         }
+        for name, value in (notes or {}).items():
+            write_json(temporary / name, value)
         write_json(temporary / HEADER_NAME, written)
     return CheckpointHeader(**written)
 

@@ -42,7 +42,7 @@ from qat.quant.spec import TensorSpec
 from qat.runtime.distributed import from_first, joined
 from qat.runtime.launch import is_first
 from qat.runtime.memory import peak_rss_bytes
-from qat.storage.files import fingerprint, write_json
+from qat.storage.files import fingerprint
 from qat.tracking.messages import say
 from qat.tracking.record import SUMMARY, kl_name
 from qat.train.run_folder import first_difference
@@ -207,8 +207,8 @@ def write_student(
             is_float16=is_float16,
         )
         return
-    write_checkpoint(model, header, output, text_source=text_source, tensors=tensors)
-    write_json(output / SUMMARY, header.metrics)  # so that `qat compare` shows it among the runs
+    notes = {SUMMARY: header.metrics}  # so that `qat compare` shows it among the runs
+    write_checkpoint(model, header, output, text_source=text_source, tensors=tensors, notes=notes)
 
 
 def recipe(command: str, config: FitConfig | ExactConfig, **identity: str | None) -> dict[str, Any]:

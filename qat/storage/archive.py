@@ -98,6 +98,7 @@ def pack_folder(
     num_bytes = sum(path.stat().st_size for path in paths if path.is_file())
     archive.parent.mkdir(parents=True, exist_ok=True)
     sweep_half_made(archive)
+    sweep_half_made(sidecar(archive))
     require_space(archive.parent, num_bytes // 4, f"packing {folder}")
     top = folder.resolve().name
     with atomic_file(archive) as temporary:

@@ -14,7 +14,14 @@ import fsspec
 from tqdm import tqdm
 
 from qat.storage.archive import MOST_CHECKSUM_BYTES, ArchiveMismatch, parse_checksum
-from qat.storage.files import flush_to_disk, read_json, require_space, sha256_of_file, write_json
+from qat.storage.files import (
+    flush_to_disk,
+    read_json,
+    require_space,
+    sha256_of_file,
+    sweep_half_made,
+    write_json,
+)
 
 TIMEOUT_SECONDS = 60  # without one byte
 TRIES = 3  # in a row, without one byte
@@ -183,6 +190,7 @@ def download(source: str, target: Path, *, sha256: str | None = None) -> str:
     if not is_same:
         target.unlink(missing_ok=True)
         part.unlink(missing_ok=True)
+        sweep_half_made(record)
         write_json(record, version)
     if not target.is_file():
         copy_rest(source, part, version)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qat.storage.decode import as_type
-from qat.storage.files import read_json, recover_interrupted_replace, write_json
+from qat.storage.files import read_json, recover_interrupted_replace, sweep_half_made, write_json
 
 Stamp = list[int]
 
@@ -76,6 +76,7 @@ def write_receipt(
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     stamps = {str(path.relative_to(folder)): stamp(path) for path in files}
     receipt = Receipt(source=source, sha256=sha256, source_stamp=source_stamp, files=stamps)
+    sweep_half_made(receipt_path(folder))
     write_json(receipt_path(folder), asdict(receipt))
 
 

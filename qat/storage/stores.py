@@ -38,6 +38,7 @@ from qat.storage.files import (
     read_json,
     recover_interrupted_replace,
     replace_folder,
+    sweep_half_made,
 )
 from qat.storage.receipt import receipt_path, write_receipt
 
@@ -261,6 +262,7 @@ def sweep_taken(target: Path) -> None:
         if left.is_dir():
             with suppress(FolderInUse), folder_lock(folder, patience_seconds=0):
                 shutil.rmtree(left, ignore_errors=True)
+    sweep_half_made(receipt_path(target))
 
 
 def require_writable(store: Store) -> None:

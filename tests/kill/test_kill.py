@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import time
 from random import Random
 
@@ -19,6 +20,7 @@ from tests.kill.writers import (
 
 pytestmark = pytest.mark.kill
 KILLS = int(os.environ.get("KILLS") or 5)
+DENSE = 7  # renames of a command that are all tried; after them, every DENSEth
 SWEPT = tuple(writer.name for writer in WRITERS if writer.name != "compress")  # its work folder
 
 
@@ -63,4 +65,30 @@ def test_a_killed_command_ends_like_one_that_was_not(writer, made, tmp_path, rec
         if writer.name in SWEPT:
             assert found == expected, told
             assert not list(half_made(out)), told
+    record_property("kills", kills)
+
+
+@pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.name)
+def test_a_command_killed_between_two_files_goes_on(writer, made, tmp_path, record_property):
+    """Before whichever rename: the next call has the same bytes, and nothing half made stays."""
+    out, said = tmp_path / "out", tmp_path / "said"
+    line = writer.line.format(made=made, out=out)
+    out.mkdir()
+    assert end_of(run(line)) == 0
+    expected, rename, kills = contents(out), 1, 0
+    expected = {name: value for name, value in expected.items() if writer.decides(name)}
+    while True:
+        shutil.rmtree(out)
+        out.mkdir()
+        if end_of(run(line, said, kill_at=rename)) != -signal.SIGKILL:
+            break
+        told = f"killed before rename {rename}"
+        assert end_of(run(line, said)) == 0, f"{told} {said.read_text()[-2000:]}"
+        found = contents(out)
+        assert {name: found.get(name) for name in expected} == expected, told
+        if writer.name in SWEPT:
+            assert found == expected, told
+            assert not list(half_made(out)), told
+        kills, rename = kills + 1, rename + (1 if rename < DENSE else DENSE)
+    assert kills
     record_property("kills", kills)
