@@ -9,6 +9,7 @@ from qat.pipelines.open_checkpoint import Checkpoint
 from qat.pipelines.place import Place
 from qat.pipelines.planned_memory import GIB, ModelSizes, Situation, predict_memory
 from qat.quant.plan import plan_from_dict
+from qat.runtime.device import is_traced
 from qat.runtime.launch import num_local_processes, num_processes
 from qat.tracking.messages import say
 from qat.train.config import TrainConfig
@@ -27,6 +28,8 @@ def needs_split(
         return config.shard
     if place.dtype == torch.float16 or config.optim.averages or config.form_weights == "in-use":
         return False
+    if is_traced(place.device.torch_device):
+        return False  # the chips of a host hold rows already
     model = empty_model(student.text_folder, device="meta")
     plan = plan_from_dict(student.header.plan, model_tensors(model))
     if not splittable(plan.quantized.values()):

@@ -156,7 +156,7 @@ def open_run(config: TrainConfig) -> Run:
     cache = open_cache(config.cache_dir, student.text_folder, teacher)
     eval_cache = open_cache(config.eval_cache_dir, student.text_folder, teacher) or cache
     check_averages(config.optim.averages, place.device.torch_device)
-    run_folder.check_processes(config)
+    run_folder.check_processes(config, place.device.torch_device)
     run_folder.check_lengths(config, cache.seq_len)
     run_folder.check_content(config, cache.manifest.identity.content)
     domains = read_domains(

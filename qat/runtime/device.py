@@ -201,7 +201,7 @@ def drive_all_chips() -> None:
     """Have this process drive all chips of a host as one device, where there are several (SPMD).
 
     Raises:
-        ValueError: If they are of several hosts: nothing says which of these writes.
+        ValueError: If they are of several hosts, each of which has a process of its own.
     """
     import torch_xla.runtime as xla_runtime
 
@@ -211,10 +211,10 @@ def drive_all_chips() -> None:
     )
     if own < count:
         raise ValueError(
-            f"--device xla: {own} of {count} chips are this host's, and one host's are driven; "
-            "take a slice of one host, such as v6e-8"
+            f"--device xla: {own} of {count} chips are this host's, and a process drives one "
+            "host's; start it on all hosts by speedrun/pod.sh"
         )
-    if num_processes() == 1 and count > 1:
+    if count > 1:
         xla_runtime.use_spmd()
 
 

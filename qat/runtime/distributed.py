@@ -25,11 +25,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from qat.runtime.device import Device, copies_from_pinned
+from qat.runtime.device import Device, copies_from_pinned, is_traced, run_recorded
 from qat.runtime.launch import is_first, num_processes, rank
 
-# What tensors travel by, for each kind of device; objects travel by the host's memory.
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+# What tensors travel by, for each kind of device; objects travel by the host's memory, and so does
+# what is on XLA, whose processes are of hosts that each drive their own chips.
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xla": "gloo"}
 # A process waits so long for another one, which may write a student or a state meanwhile.
 PATIENCE = timedelta(minutes=30)
 STORE_SECONDS = 10
@@ -94,7 +95,7 @@ def is_lost_connection(error: BaseException) -> bool:
 def total(value: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes, in its place."""
     if dist.is_initialized():
-        dist.all_reduce(value)
+        add_up([value])
     return value
 
 
@@ -118,9 +119,21 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
     after the last micro-batch, and few of them where scales alone train.
     """
     if dist.is_initialized():
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-            work.wait()
+        add_up([p.grad for p in parameters if p.grad is not None])
+
+
+def add_up(tensors: list[Tensor]) -> None:
+    """Sum tensors over all processes, in their places; by the host where a device is traced."""
+    far = [tensor for tensor in tensors if is_traced(tensor.device)]
+    if far:  # at once: a look at one value alone would run what leads to it
+        run_recorded(far[0].device, wait=True)
+    here = [tensor.cpu() if is_traced(tensor.device) else tensor for tensor in tensors]
+    for work in [dist.all_reduce(tensor, async_op=True) for tensor in here]:
+        work.wait()
+    for tensor, summed in zip(tensors, here, strict=True):
+        if summed is not tensor:
+            # Moved as a vector: XLA makes a constant of a scalar that is 0 or 1.
+            tensor.copy_(summed.flatten().to(tensor.device).view(tensor.shape))
 
 
 def from_first(make: Callable[[], Value]) -> Value:

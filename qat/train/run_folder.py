@@ -19,7 +19,7 @@ from qat.model.sharding import spread_rows
 from qat.model.surgery import has_low_rank_scales, hold_outer_weights, hold_weights
 from qat.quant.spec import TensorSpec
 from qat.runtime import distributed
-from qat.runtime.device import num_chips
+from qat.runtime.device import is_traced, num_chips
 from qat.runtime.launch import num_processes
 from qat.tracking.record import SETTINGS, config_as_json, flat_settings, read_config, read_summary
 from qat.train import trainable
@@ -194,7 +194,7 @@ def check_lengths(config: TrainConfig, seq_len: int) -> None:
         )
 
 
-def check_processes(config: TrainConfig) -> None:
+def check_processes(config: TrainConfig, device: torch.device) -> None:
     """Refuse more processes than a micro-batch has sequences, and what one process must do."""
     check_share(config.batch_size)
     if num_processes() == 1:
@@ -203,6 +203,11 @@ def check_processes(config: TrainConfig) -> None:
         raise ValueError(
             f"--layerwise.sequences {config.layerwise.sequences}: one process trains layer by "
             "layer; train so first without torchrun, then its final student with it"
+        )
+    if config.shard and is_traced(device):
+        raise ValueError(
+            "--shard with --device xla: the chips of a host hold rows of every weight without it; "
+            "leave it out"
         )
     if config.shard and config.dtype == "fp16":
         raise ValueError("--shard with --dtype fp16: loss scales are of one process; use bf16")

@@ -178,6 +178,14 @@ def test_a_job_that_is_none_is_told(checkout, environment):
     assert "no SLURM job; use: sbatch --nodes 4" in done.stderr
 
 
+def test_hosts_without_chips_are_told(checkout, environment):
+    """This Python has no torch_xla, which asks the slice; with what installs it."""
+    done = call(checkout, environment, "speedrun/pod.sh", "train")
+    assert done.returncode == 2
+    assert "which host of a TPU slice this is" in done.stderr
+    assert "pip install -e '.[tpu-xla]'" in done.stderr
+
+
 def test_the_notebook_runs_from_top_to_bottom(checkout, environment, monkeypatch):
     """On the demo size; its cells call the same commands."""
     nbformat = pytest.importorskip("nbformat")

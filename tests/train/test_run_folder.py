@@ -254,8 +254,18 @@ def test_old_students_make_room_for_the_last(tmp_path):
 )
 def test_what_rows_cannot_have_is_refused(monkeypatch, changes, said):
     """One process takes it, and so do several with copies."""
-    check_processes(config(shard=True, **changes))
+    cpu = torch.device("cpu")
+    check_processes(config(shard=True, **changes), cpu)
     monkeypatch.setattr(run_folder, "num_processes", lambda: 2)
-    check_processes(config(**changes))
+    check_processes(config(**changes), cpu)
     with pytest.raises(ValueError, match=said):
-        check_processes(config(shard=True, **changes))
+        check_processes(config(shard=True, **changes), cpu)
+
+
+def test_chips_hold_rows_without_being_told(monkeypatch):
+    """Processes on XLA are of several hosts, each of which splits rows over its own chips."""
+    monkeypatch.setattr(run_folder, "num_processes", lambda: 2)
+    xla = torch.device("xla")
+    check_processes(config(), xla)
+    with pytest.raises(ValueError, match="--shard with --device xla: the chips of a host hold"):
+        check_processes(config(shard=True), xla)
