@@ -98,7 +98,7 @@ class FitKind:
 # 2 to 4% of the error, fits of weights take 40% longer.
 SHORT_FIT = FitKind(name="short", share=0.7, fixed_tokens=100_000, sweeps=1)
 FIRST_FIT = FitKind(name="first", share=0.7, fixed_tokens=210_000, sweeps=1)
-FINAL_FIT = FitKind(name="final", share=0.93, fixed_tokens=320_000, sweeps=3)
+FINAL_FIT = FitKind(name="final", share=0.92, fixed_tokens=320_000, sweeps=3)
 
 
 class MeasuredCosts(TypedDict):
