@@ -174,11 +174,11 @@ def test_one_process_drives_all_chips_unless_one_is_named(fake_xla, name, count,
     assert fake_xla.calls == ([] if is_one else [("use_spmd",)])
 
 
-def test_chips_of_several_hosts_are_refused(fake_xla):
-    """Each host would write the run's files."""
+def test_one_process_for_the_chips_of_several_hosts_is_refused(fake_xla):
+    """A process drives the chips of its host; with what starts one on each."""
     fake_xla.runtime.global_runtime_device_count = lambda: 16
     fake_xla.runtime.addressable_runtime_device_count = lambda: 4
-    with pytest.raises(ValueError, match="4 of 16 chips are this host's.*slice of one host"):
+    with pytest.raises(ValueError, match="4 of 16 chips are this host's.*speedrun/pod.sh"):
         Device.detect("xla")
     assert fake_xla.calls == []
 
