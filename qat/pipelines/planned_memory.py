@@ -24,7 +24,8 @@ H hidden size, N processes. All bytes are of one process:
                    them a copy of what is saved, the others while it is written, and F in the end).
                    With averages in 8 bits 2 in the place of 8 for AdamW, of the copy too.
                    With weights formed in use d (W + M) are of one decoder layer and of what is
-                   outside of them, and 4 S of gradients are beside them
+                   outside of them, and 4 S of gradients are beside them; or, where they fit, all
+                   W held by an evaluation while the best student, F, is written
     pretrain     (16 + d) (W + D)       weights, gradients, AdamW in float32, and as products read
                                         them; + activations + logits; of every process
     layer-wise   W + 4 P + d D, what is outside decoder layers held, of the teacher one layer, and
@@ -260,8 +261,9 @@ def training_bytes(sizes: ModelSizes, there: Situation) -> float:
         gradients = held + 4 * sizes.trained_parts
     model = (indices_bytes(sizes) + looked_up) / share + 4 * sizes.parts + width * sizes.dense
     step = gradients + activation_bytes(sizes, there) + logit_bytes(sizes, there)
-    if there.forms_in_use:  # an evaluation holds all where there is room
-        step = max(step, held_bytes(sizes, there) - held + logit_bytes(sizes, there))
+    if there.forms_in_use:  # an evaluation holds all where there is room, as the best is written
+        all_held = held_bytes(sizes, there) - held
+        step = max(step, all_held + logit_bytes(sizes, there) + sizes.file_bytes)
     state = there.state_bytes * moved / share + sizes.file_bytes  # the last one, and the student
     return model + held + there.adam_bytes * moved / share + max(step, state)
 
