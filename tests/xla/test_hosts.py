@@ -49,7 +49,7 @@ def run_together(commands, folder):
         codes = [process.wait(timeout=600) for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            process.terminate()  # so that torchrun ends what it started
     return list(
         zip(
             codes,
