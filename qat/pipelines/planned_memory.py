@@ -28,16 +28,16 @@ H hidden size, N processes. All bytes are of one process:
                    W held by an evaluation while the best student, F, is written
     pretrain     (16 + d) (W + D)       weights, gradients, AdamW in float32, and as products read
                                         them; + activations + logits; of every process
-    layer-wise   W + 4 P + d D, what is outside decoder layers held, of the teacher one layer, and
-                 of one layer 24 + d bytes a weight (latent, gradient, AdamW, and as it is written)
-                 and its activations; or evaluate. Before steps latent weights stay as well: train.
+    layer-wise   W + 4 P + d D, what is outside decoder layers held, and of one layer 16 + 2 d bytes
+                 a weight (latent, gradient, AdamW; held, and that one's gradient) and its
+                 activations; or evaluate. Before steps latent weights stay as well: train.
                  Files of hidden states are not counted
 
 Of `--shard` over N processes each has 1/N of latent weights, gradients, AdamW and state; held
 weights are float32 rows, 4 W / N, and one decoder layer's, d l, gathered.
 
 Libraries take 50 MB of scratch in all of them, a fit's 30 more. On a CPU the process itself comes
-on top: Python, torch and transformers, 435 MB, 85 more for a fit. The 5, 12, 20, 22 and 24, scratch
+on top: Python, torch and transformers, 435 MB, 85 more for a fit. The 5, 12, 20 and 22, scratch
 and process were measured on Llamas of 5 to 75 M weights (x86, torch 2.13, float32); other kinds of
 feed-forward parts and attention keep other activations. On a GPU nothing was measured.
 """
@@ -63,7 +63,7 @@ CHUNK_TOKENS = 256
 CACHE_TOKENS = 1024  # that the teacher reads at once on a CPU
 ADAM_BYTES = 8  # two float32 numbers for each that trains
 ADAM_8BIT_BYTES = 2 * (1 + 4 / 256)  # a code each, and a scale of a block
-BLOCK_BYTES = 24  # of a number of the decoder layer that trains alone
+BLOCK_BYTES = 16  # of a number of the decoder layer that trains alone: latent, gradient, AdamW
 STATE_BYTES = 10  # of a number that trains while its state is written, but for the copy of that
 KV_BYTES = 2  # of a number in the KV cache of a runtime, float16
 
@@ -286,8 +286,9 @@ def layerwise_bytes(sizes: ModelSizes, there: Situation) -> float:
     """Return what the stage `--layerwise.sequences` of `qat train` holds, alone (--max-steps 0)."""
     width = there.dtype.itemsize
     outer = width * max(0, sizes.quantized - sizes.linears)
-    one = (BLOCK_BYTES + width) * sizes.layer + activation_bytes(sizes, there) / sizes.num_layers
-    stage = student_bytes(sizes, there) + outer + width * sizes.layer + one
+    one = (BLOCK_BYTES + 2 * width) * sizes.layer
+    one += activation_bytes(sizes, there) / sizes.num_layers
+    stage = student_bytes(sizes, there) + outer + one
     return max(stage, evaluation_bytes(sizes, there))
 
 

@@ -14,6 +14,7 @@ from qat.cache.read import TeacherCache
 from qat.model import surgery
 from qat.model.head import Tokens
 from qat.model.layers import FakeQuantWeight
+from qat.runtime.memory import return_freed
 from qat.storage.decode import Sha256, read_as, reading
 from qat.storage.files import atomic_file, sha256_of_file, write_json
 from qat.train import trainable
@@ -62,6 +63,7 @@ def layerwise_stage(
     if done == len(blocks):
         return seconds
     surgery.hold_outer_weights(student, dtype)
+    return_freed()
     chosen_ids = cache.spread_ids(options.sequences)
     moving = config.parts(is_low_rank=surgery.has_low_rank_scales(student))
     started = time.perf_counter() - seconds
@@ -89,6 +91,7 @@ def layerwise_stage(
         blocks[number].requires_grad_(False)
         if not config.max_steps:
             freeze_block(blocks[number])
+        return_freed()  # latent weights and indices come and go at other sizes
 
     plan = block_plan(config, dtype)
     batches = partial(token_batches, cache, chosen_ids, options.batch_size, device)

@@ -21,6 +21,22 @@ block = bytearray(b"x") * 64_000_000
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
+HELD_AFTER = """
+import resource
+from pathlib import Path
+from qat.runtime.memory import return_freed, tune_allocation
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+tune_allocation()
+block = bytearray(b"x") * 64_000_000
+above = bytearray(b"x") * 1_000_000  # stays: what is below is a hole
+full = held()
+del block
+kept = held()
+return_freed()
+print(full - kept, full - held())
+"""
+
 # Torch looks at its first allocation: a fork each after one import.
 FIRST_TENSORS = """
 import os, resource
@@ -56,6 +72,14 @@ def test_freed_memory_is_there_at_once():
         for tunes in (False, True)
     ]
     assert faults[1] < 100 < faults[0]
+
+
+@GLIBC
+def test_freed_memory_is_given_back_when_asked():
+    """A hole of the heap too; what was not asked for stays."""
+    said = subprocess.check_output([sys.executable, "-c", HELD_AFTER], text=True)
+    kept, returned = map(int, said.split())
+    assert kept < 1_000_000 < 60_000_000 < returned
 
 
 @GLIBC
