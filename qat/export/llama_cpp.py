@@ -127,16 +127,33 @@ class LlamaCpp:
 
     def __call__(self, token_ids: list[int]) -> np.ndarray:
         """Return the logits of T token ids, (T, V) float32."""
-        count = len(token_ids)
+        self.forget()
+        self.decode(token_ids, [1] * len(token_ids))
+        return np.stack([self.logits(place) for place in range(len(token_ids))])
+
+    def read_on(self, token_ids: list[int]) -> np.ndarray:
+        """Return the logits after T token ids, (V,) float32, which go on from what was read."""
+        self.decode(token_ids, [0] * (len(token_ids) - 1) + [1])
+        return self.logits(len(token_ids) - 1)
+
+    def forget(self) -> None:
+        """Begin anew."""
         self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+
+    def decode(self, token_ids: list[int], wants_logits: list[int]) -> None:
+        """Read T token ids after those that were read; logits are kept where wanted, (T,)."""
+        count = len(token_ids)
         tokens = (ctypes.c_int32 * count)(*token_ids)
-        outputs = (ctypes.c_int8 * count)(*[1] * count)
+        outputs = (ctypes.c_int8 * count)(*wants_logits)
         if self.library.llama_decode(
             self.context, Batch(num_tokens=count, tokens=tokens, outputs=outputs)
         ):
             raise ValueError(f"llama.cpp refuses a row of {count} tokens")
-        rows = (self.library.llama_get_logits_ith(self.context, i) for i in range(count))
-        return np.stack([np.ctypeslib.as_array(row, (self.num_tokens,)).copy() for row in rows])
+
+    def logits(self, place: int) -> np.ndarray:
+        """Return the logits of a token of the last row that was read, (V,)."""
+        row = self.library.llama_get_logits_ith(self.context, place)
+        return np.ctypeslib.as_array(row, (self.num_tokens,)).copy()
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Return the token ids of a text.

@@ -108,14 +108,20 @@ def answer_with_runtime(
 ) -> list[int]:
     """Return a runtime's greedy answer, without the token that ends it.
 
-    It reads everything again for each token: right for short answers.
+    A runtime that can read on reads each token once; others read everything again for each token:
+    right for short answers.
     """
-    read = list(token_ids)
+    reads_on = hasattr(runtime, "read_on")
+    if reads_on:
+        runtime.forget()
+    read, unread = list(token_ids), list(token_ids)
     for _ in range(num_new_tokens):
-        token = int(runtime(read)[-1].argmax())
+        logits = runtime.read_on(unread) if reads_on else runtime(read)[-1]
+        token = int(logits.argmax())
         if token in ends:
             break
         read.append(token)
+        unread = [token]
     return read[len(token_ids) :]
 
 

@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,6 +109,19 @@ def test_the_runtime_splits_text_as_the_tokenizer_does(tmp_path, text_source):
     assert runtime.tokenize(text, add_special=False, parse_special=True) == ours
 
 
+def test_the_runtime_reads_on(tmp_path, text_source):
+    """Token by token it gives the logits of the whole row, and a new row begins anew."""
+    need("xllamacpp", "xllamacpp")
+    student = unusual_student("llama", "gguf:q4_0")
+    export_to_gguf(student, tmp_path / "a.gguf", text_source=text_source)
+    runtime, ids = LlamaCpp(tmp_path / "a.gguf"), [5, 9, 2, 7, 7, 1]
+    whole = runtime(ids)
+    for _ in range(2):
+        runtime.forget()
+        found = [runtime.read_on(ids[:3]), *(runtime.read_on([token]) for token in ids[3:])]
+        assert np.allclose(np.stack(found), whole[2:], atol=1e-3)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize(
     "plan", ["deploy", "mlx-2bit-g64+mlx-4bit-g32", "mlx-4bit-g32", "mlx:4bit-g64", "mlx:3bit-g32"]
@@ -116,7 +130,6 @@ def test_mlx_gives_the_weights_and_the_answers(tmp_path, text_source, family, pl
     """`mx.dequantize` equals training to the bit; logits differ by the order of sums."""
     need("mlx_lm", "mlx-lm with mlx-cpu")
     import mlx.core as mx
-    import numpy as np
 
     student = unusual_student(family, plan)
     export_to_mlx(student, tmp_path / "a", text_source=text_source)
