@@ -10,6 +10,8 @@ DEMO_FLAGS ?=
 MILESTONE_FLAGS ?=
 GPU_FLAGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Containers forbid bytecode: each of the tests' processes would then compile all of the package.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo milestone test check style recipe fuzz kill parity bench gpu xla xla-setup \
@@ -54,7 +56,7 @@ style: setup  ## mend what lint and format can mend
 	@$(RUN)/ruff check --fix .
 	@$(RUN)/ruff format .
 
-recipe: setup  ## real commands on tiny models
+recipe: setup  ## real commands on tiny models, and the slower tests
 	@OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m recipe -n 2 --dist loadfile
 
 fuzz: setup  ## N damaged files of every kind that is read (N=2000)

@@ -79,6 +79,7 @@ def test_native_folders_give_the_same_logits(name, tmp_path):
     assert torch.equal(logits(name, again)[0], logits(name, student)[0])
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", SECOND)
 def test_written_in_their_form_they_stay(name, tmp_path):
     """A student read and written is read again as the same."""
@@ -140,6 +141,7 @@ def test_q4_to_q2_in_the_seeds_words(output, tmp_path, capsys):
         assert read_json(tmp_path / "config.json")["config_preset"] == "q2a4"
 
 
+@pytest.mark.recipe
 def test_latent_weights_are_fitted_to(tmp_path, capsys):
     """Another latent weight gives another student, though the base model is the same."""
     name = "v2_q4a4_qwen3"
@@ -160,6 +162,7 @@ def test_latent_weights_are_fitted_to(tmp_path, capsys):
     assert (weight - latent).square().sum() < 0.3 * latent.square().sum()
 
 
+@pytest.mark.recipe
 def test_the_first_form_becomes_the_second(tmp_path, capsys):
     """1,056 floored weights, and what they cost; every other weight stays to 1e-6."""
     found = closing(
@@ -181,6 +184,7 @@ def test_the_first_form_becomes_the_second(tmp_path, capsys):
         assert error[above].abs().max() <= 1e-6
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", SECOND)
 def test_snapping_costs_little(name, tmp_path, capsys):
     """Less than a thousandth of a nat, told as kl_nats_lower_cost; half the bits for scales."""
@@ -197,6 +201,7 @@ def test_snapping_costs_little(name, tmp_path, capsys):
     assert again["kl_nats_lower"] == pytest.approx(found["kl_nats_lower"], abs=1e-7)
 
 
+@pytest.mark.recipe
 def test_other_doors_open_them(tmp_path, capsys):
     """Export takes the .pt file with its base model named."""
     name = SECOND[0]

@@ -25,6 +25,7 @@ class Memory:
         return self.asked[largest] is not None and self.asked[largest + STEP] is None
 
 
+@pytest.mark.recipe
 @given(
     fixed=st.floats(0, 0.9),
     room=st.floats(STEP, 500),
@@ -43,6 +44,7 @@ def test_for_any_affine_memory_the_answer_is_measured_within_the_budget(fixed, r
     assert len(memory.asked) <= BUDGET
 
 
+@pytest.mark.recipe
 @given(
     fixed=st.floats(0, 0.9),
     room=st.floats(1, 5000),

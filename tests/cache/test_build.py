@@ -139,6 +139,7 @@ def test_final_softcap_reaches_the_reader(tmp_path, blocks):
     torch.testing.assert_close(batch.signal.log_probs, live.log_probs, atol=0.05, rtol=0)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("content", TOP_K)
 def test_two_builds_are_equal_to_the_byte(tmp_path, blocks, content):
     """A cache follows from its identity; the batch size changes nothing in float32 here."""
@@ -147,6 +148,7 @@ def test_two_builds_are_equal_to_the_byte(tmp_path, blocks, content):
     assert_same_folders(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("content", "num_calls"),
     [("top-k", 0), ("top-k", 5), ("top-k", 9), ("hidden", 0), ("hidden", 14), ("sampled", 9)],
@@ -167,6 +169,7 @@ def test_a_cut_build_continues_to_the_same_bytes(tmp_path, blocks, content, num_
     assert before.items() <= after.items()
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("content", TOP_K)
 def test_a_cut_build_continues_with_another_batch_size(tmp_path, blocks, content):
     """The scale of hidden states came from the first batch; kept shards had that of another."""
@@ -182,6 +185,7 @@ def test_a_cut_build_continues_with_another_batch_size(tmp_path, blocks, content
         torch.testing.assert_close(*signals, atol=2e-2, rtol=0)
 
 
+@pytest.mark.recipe
 def test_shards_whose_scale_is_lost_are_made_again(tmp_path, blocks):
     """A head that cannot be read leaves shards that nobody can decode."""
     build(tmp_path / "a", blocks, content="hidden")
@@ -215,6 +219,7 @@ def test_a_heads_bias_reaches_the_reader(tmp_path, blocks):
     torch.testing.assert_close(batch.signal.log_probs, live.log_probs, atol=0.05, rtol=0)
 
 
+@pytest.mark.recipe
 def test_a_damaged_shard_of_a_cut_build_is_made_again(tmp_path, blocks):
     """What cannot be read, or holds other tokens, is not taken over."""
     build(tmp_path / "a", blocks)
@@ -268,6 +273,7 @@ def test_two_builders_do_not_share_a_folder(tmp_path, blocks):
     assert (tmp_path / "c" / "manifest.json").exists()
 
 
+@pytest.mark.recipe
 def test_negatives_do_not_change_the_signal(tmp_path, blocks):
     """They are uniform over the vocabulary, equal for equal seeds."""
     build(tmp_path / "a", blocks)
@@ -281,6 +287,7 @@ def test_negatives_do_not_change_the_signal(tmp_path, blocks):
     assert counts.min() > 0.7 * counts.mean()
 
 
+@pytest.mark.recipe
 def test_a_sampled_position_takes_at_most_100_bytes_of_a_large_vocabulary(tmp_path):
     """Where ids take 4 bytes."""
     vocab_size = 150_000

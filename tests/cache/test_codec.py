@@ -101,6 +101,7 @@ def test_a_perfect_student_scores_zero():
     assert divergence.mean() < 1e-5
 
 
+@pytest.mark.recipe
 def test_sampled_draws_have_no_bias():
     """Over many seeds the estimate's mean is the exact divergence, within four errors."""
     teacher, student = random_logits(spread=1.5), random_logits(spread=1.5)
@@ -123,6 +124,7 @@ def test_sampled_weights_sum_to_one():
     assert signal.weights.shape == signal.token_ids.shape == (B, T, 10)
 
 
+@pytest.mark.recipe
 @given(vocab_size=st.sampled_from([5, 64, 96, 640]), num_draws=st.integers(1, 9))
 @settings(deadline=None, max_examples=40)
 def test_draws_are_as_frequent_as_they_are_likely(vocab_size, num_draws):

@@ -68,6 +68,7 @@ def blocks_in(token_ids):
     return {tuple(block) for block in token_ids.tolist()}
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("count", [1, 9, 30, 10_000])
 def test_text_is_what_is_trained_on_and_what_the_teacher_did_not_read(tmp_path, count):
     """None of it is held out; what the teacher reads is the share of it that was asked for."""
@@ -86,6 +87,7 @@ def test_text_is_what_is_trained_on_and_what_the_teacher_did_not_read(tmp_path, 
     assert torch.equal(every, plain.batch(plain.sequence_ids("train")).input_ids)
 
 
+@pytest.mark.recipe
 def test_the_teacher_may_have_read_all_there_is(tmp_path):
     """Further text that was asked for and is not there is a file of no sequences."""
     cache = TeacherCache.open(tiny_cache(tmp_path, num_sequences=10_000, text_sequences=5))
@@ -241,6 +243,7 @@ def test_what_does_not_belong_is_refused_with_both_values(folder):
         cache.require_teacher("0" * 16)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("content", ["top-k", "sampled", "hidden"])
 def test_a_batch_says_the_same_wherever_it_is(tmp_path, content):
     """Moved before it is unpacked: on the meta device even no number is computed."""

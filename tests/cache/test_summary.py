@@ -50,6 +50,7 @@ def test_the_top_tokens_are_the_teachers(folders):
     torch.testing.assert_close(probabilities, truth.values, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.recipe
 def test_the_picture_is_drawn(folders, tmp_path):
     """A PNG file."""
     plot_cache(TeacherCache.open(folders["sampled"]), tmp_path / "a.png", num_sequences=20)

@@ -31,6 +31,7 @@ def scale_of(model):
     return float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_drawn_labels_give_the_expected_moments(family):
     """Second moments of drawn gradients approach those over all labels."""

@@ -21,6 +21,7 @@ def batches():
     return [Tokens(ids[0], documents), Tokens(ids[1])]
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
 def test_a_walk_gives_the_moments_of_a_whole_pass(family, tmp_path):
     """To the bit, of the head's inputs as well, with documents packed and not."""

@@ -114,6 +114,7 @@ def packed():
     return Tokens(token_ids, torch.tensor(documents)), alone
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_packed_documents_calibrate_as_if_alone(family):
     """Moments and Hessians are those of each document in a pass of its own."""

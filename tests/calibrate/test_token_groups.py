@@ -29,6 +29,7 @@ def head():
     return weight, torch.cat(states)
 
 
+@pytest.mark.recipe
 def test_tokens_that_are_likely_after_alike_states_come_together(head):
     """All tokens, each once; a group's H is half that of the states after which they are likely."""
     weight, states = head

@@ -32,6 +32,7 @@ def test_one_student_goes_into_every_format(tmp_path, student, capsys, to):
     assert "## How to load it" in (output / "README.md").read_text()
 
 
+@pytest.mark.recipe
 def test_a_single_gguf_file_and_its_dense_reference(tmp_path, student, capsys):
     """Both in one folder; each has a card of its name, the report is the last one's."""
     for name, flags in (("packed", ["--head", "q8_0"]), ("dense", ["--dtype", "fp16"])):

@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from qat.cache.manifest import BUILDING_FILE
 from qat.cli.commands import main
 from qat.pipelines.open_cache import open_teacher_cache
@@ -7,6 +9,7 @@ from qat.storage.archive import extract_archive
 from tests.tiny import tiny_cache
 
 
+@pytest.mark.recipe
 def test_a_packed_cache_is_the_cache(tmp_path, capsys):
     """Out and back, it opens; one that is not whole is not packed."""
     folder = tiny_cache(tmp_path)

@@ -17,6 +17,7 @@ from qat.pipelines.parity import read_prompts
 from tests.tiny import save_student, save_tiny, tiny_llama, tiny_student
 
 
+@pytest.mark.recipe
 def test_an_export_against_its_student(tmp_path, capsys):
     """One line a prompt, and numbers that are zero where the arithmetic is the same."""
     text_source = save_tiny(tmp_path / "base", tiny_llama())

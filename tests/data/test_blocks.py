@@ -32,6 +32,7 @@ def documents_of(lengths: list[int]) -> list[Document]:
     ]
 
 
+@pytest.mark.recipe
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), seq_len=st.integers(3, 7))
 @settings(deadline=None)
 def test_packing_loses_only_the_last_partial_block(lengths, seq_len):
@@ -50,6 +51,7 @@ def test_packing_loses_only_the_last_partial_block(lengths, seq_len):
     assert blocks.loss_mask.flatten().tolist() == counts[: len(kept)]
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("bos", [None, BOS])
 @given(lengths=st.lists(st.integers(2, 9), min_size=1, max_size=12), seq_len=st.integers(3, 9))
 @settings(deadline=None)
@@ -73,6 +75,7 @@ def test_no_document_crosses_a_block_where_they_stay_whole(bos, lengths, seq_len
         assert not counts[len(kept) + 1 :].any()
 
 
+@pytest.mark.recipe
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), seq_len=st.integers(3, 7))
 @settings(deadline=None)
 def test_each_block_starts_with_bos_and_none_is_a_label(lengths, seq_len):
@@ -102,6 +105,7 @@ def test_blocks_in_which_nothing_counts_are_dropped():
     assert pack_blocks([item], 4, SEPARATOR).token_ids.tolist() == [[4, 5, 6, 7]]
 
 
+@pytest.mark.recipe
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
     seq_len=st.integers(3, 8),

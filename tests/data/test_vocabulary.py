@@ -64,6 +64,7 @@ def test_a_tokenizer_cuts_text_as_sentencepiece_does(model, text):
         assert found == expected
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=50, deadline=None)
 @given(text=ANY)
@@ -75,6 +76,7 @@ def test_any_text_goes_through_and_comes_back(kind, text):
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_text_gives_the_same_tokenizer_and_files_take_it(tmp_path, kind):
     """Special tokens are one token each, BOS is SentencePiece's, GGUF's keys can be made."""
@@ -93,6 +95,7 @@ def test_the_same_text_gives_the_same_tokenizer_and_files_take_it(tmp_path, kind
     assert len(found.tokens) == VOCAB_SIZE
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_size_that_the_text_does_not_give_is_refused(kind):
     """With the size, and what the library found."""

@@ -74,6 +74,7 @@ def test_all_tokens_as_candidates_are_the_dense_loss(kind, loss):
     assert torch.allclose(found.grad, expected.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("kind", ["top-k", "sampled"])
 def test_the_partition_has_no_bias(kind):
     """Over many draws its mean is the sum over the vocabulary, within four standard errors."""
@@ -87,6 +88,7 @@ def test_the_partition_has_no_bias(kind):
     assert ((found.mean(0) - exact).abs() < 4 * error).all()
 
 
+@pytest.mark.recipe
 def test_more_negatives_are_nearer():
     """The spread of the estimate falls with R, to nothing at R = V."""
     logits, signal = student_logits(), signal_of("top-k")
@@ -111,6 +113,7 @@ def test_draws_follow_from_seed_and_number():
     assert len(draw_negatives(0, 0, 10, 64)) == 10
 
 
+@pytest.mark.recipe
 def test_every_token_is_as_likely_to_be_drawn():
     """R / V each, within four standard errors: the weights of the estimate rest on it."""
     counts = torch.zeros(20)

@@ -31,6 +31,7 @@ def greedy_by_hand(model, token_ids, num_tokens):
     return new
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("family", TINY_MODELS)
 @pytest.mark.parametrize("template", ["chat", "none"])
 def test_a_batch_answers_as_single_prompts_do(family, template):
@@ -156,6 +157,7 @@ def test_a_part_file_of_other_settings_is_refused(tmp_path):
         answer_file(data, out, shout, settings={"checkpoint": "b"})
 
 
+@pytest.mark.recipe
 def test_two_processes_do_not_answer_into_one_file(tmp_path):
     """The second is told; the first goes on."""
     data, out = write_jsonl(tmp_path / "data.jsonl", rows_with_gap()), tmp_path / "out.jsonl"

@@ -70,6 +70,7 @@ def test_a_live_teacher_gives_the_exact_distance(caches, content):
     assert measure(teacher, cache, teacher=teacher)["kl_nats"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("family", ["phi", "gemma2", "granite", "cohere"])
 def test_hidden_states_give_every_familys_logits(tmp_path, family):
     """A head's bias, factor and soft cap are kept in the cache."""
@@ -80,6 +81,7 @@ def test_hidden_states_give_every_familys_logits(tmp_path, family):
     assert measure(teacher, cache)["kl_nats"] == pytest.approx(0, abs=5e-3)
 
 
+@pytest.mark.recipe
 def test_hidden_states_become_logits_a_chunk_at_a_time(tmp_path, monkeypatch):
     """At a large vocabulary no tensor is larger than a chunk's logits, or than the head."""
     vocab_size, chunk_bytes = 8192, kl.CHUNK_BYTES // 32  # of 262,144 in whole chunks

@@ -83,6 +83,7 @@ def test_a_packed_student_comes_back_as_it_computes(tmp_path, text_source):
     assert contents.fallbacks == {}
 
 
+@pytest.mark.recipe
 def test_types_of_other_programs_are_read_as_transformers_reads_them(tmp_path):
     """The reference is transformers' own reader, with its names and its order of rows."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
@@ -159,6 +160,7 @@ def test_names_of_files_hold_types(stem, expected):
     assert type_in_name(stem) == expected
 
 
+@pytest.mark.recipe
 def test_what_is_of_another_model_is_refused_in_one_line(tmp_path):
     """Missing, additional and misshapen tensors, NaN, other heads: never a model that half fits."""
     model, base, path = dense_file(tmp_path)

@@ -134,6 +134,7 @@ def test_tensors_lie_side_by_side(small_file, offset):
         read_header(damaged)
 
 
+@pytest.mark.recipe
 @given(place=st.integers(0, 700), value=st.binary(min_size=1, max_size=9), cut=st.booleans())
 @settings(max_examples=120, deadline=None)
 def test_a_damaged_file_is_read_or_refused(small_file, place, value, cut):

@@ -80,6 +80,7 @@ def test_merging_by_scores_is_merging_by_ranks(text):
     assert merged_pieces(escaped, ids, scores) == expected
 
 
+@pytest.mark.recipe
 @settings(max_examples=60, deadline=None)
 @given(TEXTS)
 def test_the_best_sum_of_scores_is_the_tokenizers(text):

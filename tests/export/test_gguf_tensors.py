@@ -40,6 +40,7 @@ print((kibibytes("VmHWM") - before) * 1024, output.stat().st_size)
 """
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_no_tensor_larger_than_a_chunk_is_made(tmp_path, monkeypatch, dtype):
     """Embedding and linears of the student are 64 and 8 times a chunk."""

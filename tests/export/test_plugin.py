@@ -24,6 +24,7 @@ EMBEDDED = (
 )
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("family", "plan"),
     [*(("llama", plan) for plan in ANY_PLANS), ("qwen3", "q2a4"), ("gemma", "deploy"), *EMBEDDED],

@@ -49,6 +49,7 @@ def moved_student(plan=PLAN):
     return student
 
 
+@pytest.mark.recipe
 def test_gguf_files_hold_what_was_trained(tmp_path, text_source):
     """Also from latent weights, and of q_proj, whose rows the runtime orders otherwise."""
     student = moved_student()
@@ -77,6 +78,7 @@ def test_the_planned_size_is_that_of_the_file(tmp_path, text_source):
     assert planned == (tmp_path / "a.gguf").stat().st_size
 
 
+@pytest.mark.recipe
 def test_the_plugin_computes_what_was_trained(tmp_path, text_source):
     """Weights as the plugin's layers form them, to the bit, and the same logits."""
     from transformers import AutoModelForCausalLM

@@ -70,6 +70,7 @@ def weight_by_definition(data, name):
     return weights
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", TYPES)
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 999))

@@ -40,6 +40,7 @@ def test_scales_of_the_format_are_found_again():
     assert all(torch.equal(found[name], parts[name]) for name in parts)
 
 
+@pytest.mark.recipe
 def test_nearest_scales_are_nearly_the_best():
     """Against every float16 super-scale of a range: within a fifth of the least error."""
     wanted = torch.rand(4, 16) + 0.3

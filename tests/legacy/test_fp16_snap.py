@@ -42,6 +42,7 @@ def run(source, output, *flags):
     return main("snap-fp16", ["--checkpoint", str(source), "--output", str(output), *flags])
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("maker", [make_v1, make_v2])
 def test_a_native_folder_holds_float16_numbers_only(tmp_path, maker, capsys):
     """Every tensor of the file, at half the bits for scales; weights move by float16 rounding."""
@@ -59,6 +60,7 @@ def test_a_native_folder_holds_float16_numbers_only(tmp_path, maker, capsys):
     assert closing["numbers_changed"] > 0
 
 
+@pytest.mark.recipe
 def test_their_form_holds_float16_numbers_only(tmp_path, made, capsys):
     """Latent weights too; scales are baked, so nothing is normalized away from the grid."""
     assert run(made.file, tmp_path / "out" / "snapped.pt") == 0
@@ -75,6 +77,7 @@ def test_their_form_holds_float16_numbers_only(tmp_path, made, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("plan", ["q2a4", "q2a4_r4"])
 def test_what_lies_on_the_grid_stays(tmp_path, plan, capsys):
     """Our own students are float16 from the start: not a bit changes, in a native folder."""
@@ -107,6 +110,7 @@ def test_twice_is_once(made):
     assert all(torch.equal(once[name], weight) for name, weight in weights_of(student).items())
 
 
+@pytest.mark.recipe
 def test_overflow_is_refused(tmp_path, made, capsys):
     """A number beyond float16 is named, and nothing is written."""
     name = next(iter(made.expected))

@@ -82,6 +82,7 @@ def test_without_codes_the_latent_weight_is_rounded(tmp_path):
     assert close(student, made.expected)
 
 
+@pytest.mark.recipe
 def test_half_precision_checkpoints(tmp_path):
     """Files whose floats are float16 mean those numbers, normalized in float32."""
     made = make_v2(tmp_path)
@@ -99,6 +100,7 @@ def test_half_precision_checkpoints(tmp_path):
     assert torch.equal(logits(one), logits(other))
 
 
+@pytest.mark.recipe
 def test_the_config_decides_how_scales_are_read(tmp_path):
     """Forced positive factors and an activation of magnitudes come before normalizing."""
     made = make_v2(tmp_path, force_positive_scales=True, magnitude_activation="softplus")

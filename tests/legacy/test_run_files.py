@@ -51,6 +51,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.recipe
 def test_names_are_those_of_the_seeds(folder):
     """The preset's name where sizes are a preset's; an earlier end's files are replaced."""
 

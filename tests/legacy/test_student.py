@@ -48,6 +48,7 @@ def test_biases_stay_with_their_layers(tmp_path):
     assert torch.equal(student.get_submodule(QUERY).bias, made.state[f"{QUERY}.bias"])
 
 
+@pytest.mark.recipe
 def test_dense_parts_come_from_the_base_where_there_are_none(tmp_path):
     """A file of quantized layers alone is completed; one that lacks some parts is refused."""
     made = make_v2(tmp_path)
@@ -68,6 +69,7 @@ def test_a_tied_head_must_be_the_embedding(tmp_path):
         load_model(made.write(tmp_path / "run"))
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("plan", "tied"),
     [
@@ -132,6 +134,7 @@ def test_a_preset_is_named_where_it_fits(tmp_path):
     assert "config_preset" not in read_json(tmp_path / "config.json")
 
 
+@pytest.mark.recipe
 def test_latent_weights_travel_along(tmp_path):
     """What was fitted to is written, and given back by name; elsewhere the base model's weight."""
     made = make_v2(tmp_path)
@@ -160,6 +163,7 @@ def test_notes_belong_to_their_file(tmp_path):
     assert content_fingerprint(tmp_path / "a.pt") != content_fingerprint(tmp_path / "b.pt")
 
 
+@pytest.mark.recipe
 def test_native_folders_hold_such_students(tmp_path):
     """Float32 scales, floors and all: the folder gives the same logits to the bit."""
     for maker in (make_v1, make_v2):

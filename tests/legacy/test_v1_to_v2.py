@@ -32,6 +32,7 @@ def run(made, output, *flags):
     )
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", ["v2.pt", "native"])
 def test_weights_above_the_floor_stay(tmp_path, made, capsys, name):
     """To 1e-6 wherever the product is positive, in either form of output."""
@@ -76,6 +77,7 @@ def test_the_written_form_is_the_second(tmp_path, made, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.recipe
 def test_run_again_it_finds_its_work(tmp_path, made, capsys):
     """The same command on the same file does nothing and says the same."""
     assert run(made, tmp_path / "v2.pt") == 0

@@ -81,6 +81,7 @@ def test_a_student_comes_back_to_the_bit(base, tmp_path, family, tied):
     assert not found.training
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("plan", ["q3a5_g16", "q4_r4", "q2a4_int_g32", "q2_g0"])
 def test_every_kind_of_scale_and_width_comes_back(base, tmp_path, plan):
     """Odd bits, low rank, fixed codebooks, whole rows: every weight to the bit, biases too."""

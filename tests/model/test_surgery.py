@@ -119,6 +119,7 @@ kinds = st.sampled_from(
 )
 
 
+@pytest.mark.recipe
 @settings(max_examples=30, deadline=None)
 @given(
     bits=st.integers(2, 4),

@@ -51,12 +51,14 @@ def test_importing_the_package_is_quick_and_loads_no_torch():
     assert median(float(answer[0]) for answer in answers) < MOST_MILLISECONDS / 1000
 
 
+@pytest.mark.recipe
 def test_a_config_loads_no_torch():
     """Settings can be checked on any machine."""
     code = "import sys, qat; qat.TrainConfig, qat.BuildCacheConfig; print('torch' in sys.modules)"
     assert run_python(code).strip() == "False"
 
 
+@pytest.mark.recipe
 def test_a_function_stays_one_where_a_folder_has_its_name():
     """Importing `qat.train.config` set `qat.train` to the folder, which cannot be called."""
     folders = [name for name in FUNCTIONS if (ROOT / "qat" / name).is_dir()]

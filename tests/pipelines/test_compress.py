@@ -52,6 +52,7 @@ def made(folder):
     return compress(config_of(folder))
 
 
+@pytest.mark.recipe
 def test_a_work_folder_is_of_one_call_at_a_time(folder, tmp_path):
     """The second is told who holds it, before any stage."""
     config = replace(config_of(folder), work=tmp_path / "work")
@@ -156,6 +157,7 @@ def test_other_targets_keep_to_their_size(folder, target):
     assert sum(path.stat().st_size for path in files) == result.file_bytes <= parse_size(size)
 
 
+@pytest.mark.recipe
 def test_stages_of_another_file_count_for_each_once(tmp_path):
     """What a shared stage took the first file is taken off the time of the second, also resumed."""
     first = Clock(tmp_path / "a.json", 1.0)

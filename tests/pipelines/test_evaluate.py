@@ -63,6 +63,7 @@ def require_agreement(found, judge):
     assert found.perplexity == pytest.approx(judge["ppl"], abs=1e-3)
 
 
+@pytest.mark.recipe
 @NEEDS_JUDGE
 def test_the_numbers_are_those_of_an_independent_judge(folders):
     """KL, its tail, agreement and perplexity from whole logits, by a program of its own."""
@@ -78,6 +79,7 @@ def test_the_numbers_are_those_of_an_independent_judge(folders):
     require_agreement(found, judged(paths["teacher"], folders / "text.txt", paths["student"]))
 
 
+@pytest.mark.recipe
 @NEEDS_JUDGE
 def test_the_same_holds_for_a_gguf_file(tmp_path):
     """Read by us, and by transformers for the judge; its bits are the file's."""

@@ -33,6 +33,7 @@ def packed(cache, tmp_path, work):
     return served
 
 
+@pytest.mark.recipe
 def test_the_users_own_archive_stays(cache, packed, work):
     """`qat fetch` copied an archive to the path where `qat pack` writes, and then removed it."""
     shutil.copytree(cache, work / "caches" / "tiny")

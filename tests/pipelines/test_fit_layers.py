@@ -76,6 +76,7 @@ def test_a_weight_that_cannot_be_held_names_its_layer(make):
     assert not any(isinstance(module, FakeQuantLinear) for module in model.modules())
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("plan", ["gguf:q4_0", "gguf:q4_1", "linears=gguf:q2_0"])
 def test_weights_of_one_format_are_fitted_as_one(plan):
     """As rows of one weight each comes out as it does alone, also where only one is corrected."""
@@ -99,6 +100,7 @@ def test_weights_of_one_format_are_fitted_as_one(plan):
     assert task.of_one_format([first, second]) == [[first, second]]
 
 
+@pytest.mark.recipe
 def test_weights_whose_outputs_are_related_are_fitted_in_turns():
     """Each weight by its own G, run by run, in one loop over their inputs."""
     model = tiny_llama(hidden_size=64, intermediate_size=128)
@@ -145,6 +147,7 @@ def test_a_tied_embedding_is_fitted_to_serve_as_input_too(tied):
     assert both < 0.7 * alone if tied else torch.equal(error, other)
 
 
+@pytest.mark.recipe
 def test_a_head_is_fitted_in_groups_where_other_weights_are_in_turns(monkeypatch):
     """By the walk itself, tied embedding and all; every row is there, near where it was."""
     model = tiny_llama(hidden_size=64, intermediate_size=128, vocab_size=600)

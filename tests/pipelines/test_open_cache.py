@@ -41,6 +41,7 @@ def test_the_cache_of_another_model_is_refused(places, tmp_path):
         open_cache(cache, wide)
 
 
+@pytest.mark.recipe
 def test_a_cache_is_built_at_an_address_and_read_there(tmp_path, monkeypatch):
     """What reads it needs no folder; a lost one is built on from what was copied."""
     monkeypatch.chdir(tmp_path)

@@ -16,6 +16,7 @@ from tests.seeds import close, make_v2
 from tests.tiny import save_tiny, tiny_qwen3
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("suffix", [".tgz", ".tar.lz4"])
 def test_found_in_an_archive(tmp_path, suffix):
     """An archive is unpacked next to itself, once, also with a folder nested in its like."""

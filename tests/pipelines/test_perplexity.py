@@ -105,6 +105,7 @@ def test_a_source_may_name_its_column(folder):
     assert int(found[0].counts.sum()) == len(tiny_tokenizer()(text).input_ids) - 1
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(
     ("name", "asked"),
     [

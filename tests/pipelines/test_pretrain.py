@@ -46,6 +46,7 @@ def losses(folder):
     return [row["train/loss"] for row in read_rows(folder) if "train/loss" in row]
 
 
+@pytest.mark.recipe
 def test_a_run_leaves_a_model_that_anyone_can_load(config):
     """Its perplexity is the recorded best, its tokenizer that of the shards; it is found again."""
     result = pretrain(config)
@@ -69,6 +70,7 @@ def test_a_run_leaves_a_model_that_anyone_can_load(config):
     assert pretrain(config) == result
 
 
+@pytest.mark.recipe
 def test_a_killed_run_has_the_same_losses(config, monkeypatch):
     """Stopped after its first state, it goes on to the bit, across stages of the curriculum."""
     pretrain(config)

@@ -30,6 +30,7 @@ def moments_of(model):
     return collect_second_moments(model, dense_weights(model, plan_of(model)), batches())
 
 
+@pytest.mark.recipe
 def test_calibration_makes_better_students():
     """In KL from a model with loud channels, on the text that calibrated."""
     teacher = tiny_llama()

@@ -33,6 +33,7 @@ def files_of(folder):
     }
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("fit", [{"fit": "moments"}, {"fit": "hessian", "turns": False}])
 @pytest.mark.parametrize(("family", "tied", "plan"), CASES)
 def test_a_student_is_that_of_the_whole_model(family, tied, plan, fit, tmp_path, monkeypatch):
@@ -61,6 +62,7 @@ def refuse(*_args):
     raise NeedsWhole("it is asked for as a whole")
 
 
+@pytest.mark.recipe
 def test_a_model_that_is_large_for_the_memory_is_fitted_without_turns(
     tmp_path, monkeypatch, caplog
 ):
@@ -78,6 +80,7 @@ def test_a_model_that_is_large_for_the_memory_is_fitted_without_turns(
     assert files_of(made[0].checkpoint) == files_of(made[1].checkpoint)
 
 
+@pytest.mark.recipe
 def test_a_student_in_the_form_of_the_seeds_has_its_values(tmp_path):
     """It keeps latent weights as well, so it is written from a whole student."""
     save_tiny(tmp_path / "m", tiny_llama())

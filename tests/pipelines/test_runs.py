@@ -31,6 +31,7 @@ def leave(config, name, values):
     (config.output_dir / name).write_text(json.dumps(values))
 
 
+@pytest.mark.recipe
 def test_a_folder_is_of_one_run_at_a_time(config):
     """Another is refused, and so is one of other numbers afterwards; places may differ."""
     with held(config) as summary:

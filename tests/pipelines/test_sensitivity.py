@@ -19,6 +19,7 @@ PLACE = InitStudentConfig(model="none", output=Path("none"), dtype="fp32", devic
 FORMATS = [TensorSpec.from_name(name) for name in ("gguf:q4_0", "gguf:q8_0", "f16")]
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(("family", "tied"), FAMILY_TIED)
 def test_every_tensor_has_a_cost_and_the_model_stays(family, tied):
     """Costs fall with bits for linears, embedding and head; nothing in the model changes."""
@@ -42,6 +43,7 @@ def model_and_text(num_sequences):
     return model, token_ids, [Tokens(part) for part in token_ids.split(16)]
 
 
+@pytest.mark.recipe
 def test_costs_are_of_the_size_of_the_kl_that_they_predict():
     """The KL after a fit of one linear, in turns, is within a small factor of its cost."""
     model, token_ids, batches = model_and_text(96)
@@ -61,6 +63,7 @@ def test_costs_are_of_the_size_of_the_kl_that_they_predict():
     assert 0.4 < predicted / kl < 2.5
 
 
+@pytest.mark.recipe
 def test_what_fits_make_up_for_costs_less():
     """Outputs that the rest of the model adds up are fitted in turns, and costs know it."""
     model, _, batches = model_and_text(96)

@@ -1,5 +1,7 @@
 """A rehearsal of training: seconds, and nothing left behind."""
 
+import pytest
+
 from qat.model.load import model_identity
 from qat.pipelines.step_time import rehearse_training
 from qat.storage.files import sha256_of_file
@@ -7,6 +9,7 @@ from qat.train.config import TrainConfig
 from tests.tiny import save_student, tiny_cache, tiny_student
 
 
+@pytest.mark.recipe
 def test_a_rehearsal_tells_seconds_and_leaves_nothing(tmp_path):
     """The student's folder is as before, and no run is there."""
     cache = tiny_cache(tmp_path)

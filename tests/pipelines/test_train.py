@@ -67,6 +67,7 @@ def test_a_stage_alone_leaves_what_its_blocks_learned(layerwise, config):
         assert torch.equal(layer.fake_quantized_weight(), expected[name].fake_quantized_weight())
 
 
+@pytest.mark.recipe
 def test_a_teacher_read_by_layers_teaches_as_a_whole_one(layerwise, config, monkeypatch):
     """Which it is where its files do not let that, and a stage that ended is not taken again."""
     alone, result = layerwise
@@ -84,6 +85,7 @@ def test_a_teacher_read_by_layers_teaches_as_a_whole_one(layerwise, config, monk
     assert train(whole).best_kl_nats_lower == result.best_kl_nats_lower
 
 
+@pytest.mark.recipe
 def test_a_stage_alone_goes_on_where_it_was_stopped(layerwise, config, monkeypatch):
     """With the blocks that were done; the same student, to the bit."""
     alone, result = layerwise
@@ -112,6 +114,7 @@ def measured(config):
     return numbers["kl_nats_lower"]
 
 
+@pytest.mark.recipe
 def test_a_run_is_a_function_from_its_config_to_its_result(config):
     """The summary on disk is the result, the record gives the config; the caller's generator stays.
 
@@ -128,6 +131,7 @@ def test_a_run_is_a_function_from_its_config_to_its_result(config):
     assert train(config) == result
 
 
+@pytest.mark.recipe
 def test_weights_formed_in_use_end_where_those_formed_once_do(config, tmp_path):
     """The same losses, of the same run by its identity."""
     recomputed = replace(config, gradient_checkpointing=True)
@@ -144,6 +148,7 @@ def test_weights_formed_in_use_end_where_those_formed_once_do(config, tmp_path):
         replace(config, form_weights="in-use")
 
 
+@pytest.mark.recipe
 def test_texts_are_measured_next_to_the_cache(config, tmp_path):
     """At every evaluation, kept with the student; a look without training finds them again."""
     (tmp_path / "birds.txt").write_text("two small birds near the old boat. " * 3)

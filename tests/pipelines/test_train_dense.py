@@ -40,6 +40,7 @@ def config(tmp_path_factory):
     )
 
 
+@pytest.mark.recipe
 def test_named_texts_have_keys_of_their_own_in_every_sink(config):
     """The record and TensorBoard's events hold the same numbers of each at the same steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -55,6 +56,7 @@ def test_named_texts_have_keys_of_their_own_in_every_sink(config):
         assert list(rows) == [0, 2]
 
 
+@pytest.mark.recipe
 def test_a_look_takes_no_step(config, tmp_path):
     """--eval-only gives the best model's recorded numbers, and those of texts named only now."""
     pretrain(config)
@@ -74,6 +76,7 @@ def test_a_look_takes_no_step(config, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.recipe
 def test_a_factorized_embedding_is_saved_as_one_matrix(config, tmp_path):
     """Fewer weights train than the folder holds; it and its GGUF file compute what was measured."""
     shape = tiny_llama(tied=False).config

@@ -48,6 +48,7 @@ def config(tmp_path_factory):
     )
 
 
+@pytest.mark.recipe
 def test_the_assistant_is_learned_and_the_model_teaches(config):
     """Held-out loss on its tokens falls; the folder is a model, of which a cache is built."""
     result = tune(config)

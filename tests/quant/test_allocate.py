@@ -32,6 +32,7 @@ def best_by_search(table, budget):
     return min(fitting, default=None)
 
 
+@pytest.mark.recipe
 @given(TABLES, st.integers(1, 240))
 def test_fits_and_is_no_worse_than_the_frontier(table, budget):
     """An allocation keeps to its bytes, and beats every point of the frontier that does."""
@@ -45,6 +46,7 @@ def test_fits_and_is_no_worse_than_the_frontier(table, budget):
     assert found.cost <= min(point.cost for point in fitting) + 1e-12
 
 
+@pytest.mark.recipe
 @given(TABLES)
 def test_frontier_points_are_optimal(table):
     """No allocation of a frontier point's bytes or fewer costs less."""

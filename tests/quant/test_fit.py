@@ -102,6 +102,7 @@ def test_a_fit_can_be_stored_and_says_what_it_is(name):
     assert torch.equal(quantized.dequantize(), expected)
 
 
+@pytest.mark.recipe
 @settings(max_examples=8, deadline=None)
 @given(bits=st.integers(2, 5), size=st.sampled_from([8, 16, 32]), seed=st.integers(0, 999))
 def test_offsets_are_no_worse_than_none_on_shifted_weights(bits, size, seed):

@@ -52,6 +52,7 @@ def test_weights_on_the_grid_are_found_again(spec):
     assert error < 0.15 * ERRORS[spec.grid.kind]
 
 
+@pytest.mark.recipe
 def test_blocks_beat_scalars_of_as_many_bits():
     """Even and uneven importances; 2.56 bits against 2.5."""
     weight = torch.randn(32, 512) * 0.02

@@ -114,6 +114,7 @@ def test_steps_against_the_hessian_never_raise_the_error(name, correlated):
         assert torch.equal(values, values.round().clamp(0, 2**bits - 1))
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", others_later(K_FORMATS))
 def test_the_hessian_halves_the_error(name, correlated):
     """Nearly: below 0.6 of tr(E H E^T) of the fit by second moments."""

@@ -233,6 +233,7 @@ def test_a_weight_on_the_grid_comes_back_exactly():
     assert torch.equal(fitted.dequantize(), weight)
 
 
+@pytest.mark.recipe
 def test_a_model_fitted_by_decoder_layers_is_a_student():
     """Every linear is replaced; nothing is left held."""
     model = TINY_MODELS["llama"]()

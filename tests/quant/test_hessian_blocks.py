@@ -70,6 +70,7 @@ def test_factor_of_blocks_is_that_of_the_inverse(case):
     assert torch.allclose(factor.T @ factor @ hessian, torch.eye(512).double(), atol=1e-3)
 
 
+@pytest.mark.recipe
 @each_spec
 def test_descent_and_scales_never_raise_the_error(case, spec):
     """Each step, on what the steps before it left."""
@@ -85,6 +86,7 @@ def test_descent_and_scales_never_raise_the_error(case, spec):
             error = lower
 
 
+@pytest.mark.recipe
 @each_spec
 def test_the_fit_beats_that_by_second_moments(case, spec):
     """A third of tr(E H E^T) at least."""
@@ -94,6 +96,7 @@ def test_the_fit_beats_that_by_second_moments(case, spec):
     assert hessian_error(weight, full, hessian) < 0.67 * hessian_error(weight, plain, hessian)
 
 
+@pytest.mark.recipe
 def test_rows_in_chunks_are_rows_together(case, monkeypatch):
     """A vocabulary of any size fits memory, with the same result."""
     weight, hessian = case

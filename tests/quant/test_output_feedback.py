@@ -38,6 +38,7 @@ def fit_against(hessian, spec=Q2):
     return lambda rows, wanted: fit_with_hessian(rows, spec, hessian, target=wanted)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", ["gguf:q2_0", "gguf:q4_0", "gguf:q4_1"])
 @pytest.mark.parametrize("shape", [(96, 64), (32, 64)])
 def test_related_outputs_make_up_for_each_other(name, shape):
@@ -73,6 +74,7 @@ def test_each_row_aims_at_what_earlier_errors_leave(monkeypatch):
         assert torch.allclose(asked[row][0].double(), expected, atol=1e-4)
 
 
+@pytest.mark.recipe
 @given(sizes=st.lists(st.integers(1, 24), min_size=1, max_size=4), seed=st.integers(0, 9))
 @settings(deadline=None, max_examples=8)
 def test_unrelated_outputs_are_fitted_as_they_would_be_alone(sizes, seed):

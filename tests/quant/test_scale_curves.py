@@ -50,6 +50,7 @@ def test_curves_pass_through_samples_and_near_what_lies_between(case):
     assert (found[..., 3:].diff() < 0).all()
 
 
+@pytest.mark.recipe
 def test_parts_are_nearly_the_best_of_all(case):
     """Against every integer under many super-scales: 3% more error at most."""
     weight, importance = case

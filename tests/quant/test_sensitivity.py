@@ -39,6 +39,7 @@ def test_cost_of_few_rows_is_the_sum_itself(name):
     assert costs[spec.name] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.recipe
 def test_gains_of_one_format_hold_for_others_of_its_kind():
     """Costs of all formats together are near those of each alone."""
     weight, mass, hessian = example(256)
@@ -78,6 +79,7 @@ def test_a_row_that_holds_most_of_the_cost_is_in_the_sample():
         assert found[spec.name] == pytest.approx(whole, rel=0.2), spec.name
 
 
+@pytest.mark.recipe
 def test_a_row_that_is_hard_to_hold_stands_for_itself_alone():
     """Of vector grids fewer rows are drawn: the largest counts by its share there as well."""
     weight, mass, hessian = example(256, 256)
@@ -94,6 +96,7 @@ def test_a_row_that_is_hard_to_hold_stands_for_itself_alone():
     assert found == pytest.approx(float(errors.sum()) / 2, rel=0.2)
 
 
+@pytest.mark.recipe
 @given(
     energies=st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=200),
     count=st.integers(1, 64),
@@ -112,6 +115,7 @@ def test_rows_are_drawn_in_proportion_to_their_cost(energies, count):
             assert (times - shares).abs().max() < 1.01
 
 
+@pytest.mark.recipe
 def test_weights_of_one_input_are_fitted_together():
     """Weights that share inputs cost what each costs alone."""
     weight, mass, hessian = example(96)

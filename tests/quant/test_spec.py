@@ -51,6 +51,7 @@ def specs(draw) -> TensorSpec:
     )
 
 
+@pytest.mark.recipe
 @settings(max_examples=200, deadline=None)
 @given(spec=specs())
 def test_a_name_says_all_of_a_format(spec):
@@ -113,6 +114,7 @@ def test_formats_that_gguf_lacks_have_no_type(spec):
     assert gguf_type_of(spec) is None
 
 
+@pytest.mark.recipe
 @settings(max_examples=30, deadline=None)
 @given(
     bits=st.integers(2, 8),

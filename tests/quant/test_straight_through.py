@@ -75,6 +75,7 @@ cases = st.tuples(
 )
 
 
+@pytest.mark.recipe
 @settings(max_examples=60, deadline=None)
 @given(case=cases)
 def test_explicit_gradients_are_those_of_dense_autograd(case):
@@ -87,6 +88,7 @@ def test_explicit_gradients_are_those_of_dense_autograd(case):
         assert_close(left, right)
 
 
+@pytest.mark.recipe
 @settings(max_examples=60, deadline=None)
 @given(case=cases)
 def test_gradients_with_offsets_are_those_of_dense_autograd(case):

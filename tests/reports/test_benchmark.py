@@ -92,6 +92,7 @@ def test_the_table_is_the_seeds():
     assert {len(cells) for cells in table.rows} == {7}
 
 
+@pytest.mark.recipe
 def test_the_entry_is_ready_for_the_log(tmp_path, capsys):
     """The log finds it by its heading; plot and findings are in it."""
     from qat.reports.log import EMPTY_LOG, ENTRY, add_entry

@@ -16,6 +16,7 @@ def make_run(folder, losses, **config):
     return folder
 
 
+@pytest.mark.recipe
 def test_the_comparison_names_what_differs_and_the_best(tmp_path):
     """Two runs: differing settings only, final and best numbers of each, three files."""
     first = make_run(tmp_path / "a", [4.0, 2.0], lr=1e-4, seed=1, quant={"bits": 2})
@@ -32,6 +33,7 @@ def test_the_comparison_names_what_differs_and_the_best(tmp_path):
     assert "| quant.bits | 2 | 4 |" in made.markdown.read_text()
 
 
+@pytest.mark.recipe
 def test_the_page_needs_no_other_file_and_escapes_names(tmp_path):
     """The HTML holds the plot itself, asks nothing of the network, and no name is markup."""
     made = compare_runs([make_run(tmp_path / "<b>|x", [1.0])], tmp_path / "out")
@@ -42,6 +44,7 @@ def test_the_page_needs_no_other_file_and_escapes_names(tmp_path):
     assert "<b>\\|x" in text
 
 
+@pytest.mark.recipe
 def test_a_folder_that_is_no_run_is_left_out(tmp_path):
     """`qat compare runs/demo/*` meets other folders and files; they are named, not fatal."""
     run = make_run(tmp_path / "run", [1.0])
@@ -60,6 +63,7 @@ def test_a_run_with_a_summary_alone_has_numbers_and_no_plot(tmp_path):
     assert made.numbers.rows == [["q4", 0.2, 4.5]]
 
 
+@pytest.mark.recipe
 def test_equal_folder_names_are_told_apart(tmp_path):
     """Two runs called `mlp` in two places keep their whole paths."""
     runs = [make_run(tmp_path / place / "mlp", [1.0]) for place in ("x", "y")]

@@ -52,6 +52,7 @@ def test_numbers_that_no_axis_has_are_refused(num_bytes, kl):
 values = st.integers(0, 6).map(float)  # few, so that ties are common
 
 
+@pytest.mark.recipe
 @given(st.lists(st.tuples(values, values), min_size=3, max_size=12))
 def test_rank_correlation_is_scipys(pairs):
     """Ties share the mean of their ranks; where all are equal there is none."""

@@ -35,6 +35,7 @@ def series_of(pairs, name="s", predicted=()):
     return Series(name, [Mark(x, y, [f"{x}", f"KL: {y}"]) for x, y in pairs], list(predicted))
 
 
+@pytest.mark.recipe
 @given(points, points)
 def test_every_point_lies_inside_the_axes(pairs, predicted):
     """Of one file too, and of files of equal sizes."""

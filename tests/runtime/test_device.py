@@ -79,6 +79,7 @@ def test_dtype_words():
         device.dtype_from_name("float")
 
 
+@pytest.mark.recipe
 def test_memory_of_the_cpu_is_the_process_and_the_machine():
     """Peak grows with what is held; it stays under the total."""
     device = Device.detect("cpu")

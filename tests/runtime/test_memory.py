@@ -64,6 +64,7 @@ def test_the_peak_counts_what_was_held():
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be tuned")
 
 
+@pytest.mark.recipe
 @GLIBC
 def test_freed_memory_is_there_at_once():
     """A block as large as one just freed touches no page that the system must clear first."""

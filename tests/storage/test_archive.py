@@ -186,6 +186,7 @@ def test_an_archive_is_extracted_once(folder, tmp_path):
     assert extract_once(packed).stat().st_ino == inode
 
 
+@pytest.mark.recipe
 def test_processes_that_open_one_archive_wait_for_each_other(folder, tmp_path):
     """Such as those of torchrun: the first extracts, the others find what it made."""
     packed = tmp_path / "x.tgz"

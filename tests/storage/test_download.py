@@ -53,6 +53,7 @@ def half(folder, target):
     return cut_off
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_download_continues_where_it_was_cut(folder, target, half, ranges):
     """From a server that sends parts and from one that sends all of it again."""
@@ -66,6 +67,7 @@ def test_a_download_continues_where_it_was_cut(folder, target, half, ranges):
     assert list(target.parent.iterdir()) == []
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("told_by", ["etag", "size", "checksum", "nothing"])
 def test_a_half_file_is_not_continued_into_another_version(folder, target, half, told_by):
     """The new version is downloaded from its start; no mix of both gets the name."""
@@ -94,6 +96,7 @@ def test_a_whole_download_is_not_repeated(folder, target):
     assert record_path(target).is_file()
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_connection_is_taken_up_where_it_broke(folder, target, ranges):
     """A server that sends 3000 bytes and hangs up is asked again, in the same call."""
@@ -102,6 +105,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(folder, target, ranges):
     assert target.read_bytes() == DATA
 
 
+@pytest.mark.recipe
 def test_a_server_that_gives_nothing_more_ends_it(folder, target):
     """After some tries without a byte, one line tells what to do."""
     with (
@@ -201,6 +205,7 @@ def test_a_file_that_changes_while_it_is_copied_is_not_mixed(
     assert target.read_bytes() == b"x" * 9000
 
 
+@pytest.mark.recipe
 def test_a_part_that_begins_elsewhere_is_refused(folder, target, half):
     """A server that sends another range than was asked for."""
     with file_server(folder) as server:

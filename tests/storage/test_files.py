@@ -236,6 +236,7 @@ DAMAGED_OWNERS = (
 )
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("content", DAMAGED_OWNERS)
 def test_a_damaged_lock_holds_as_well(tmp_path, holder, content):
     """What its file says is only told where it is a line."""
@@ -248,6 +249,7 @@ def test_a_damaged_lock_holds_as_well(tmp_path, holder, content):
         pass
 
 
+@pytest.mark.recipe
 def test_a_lock_tells_who_holds_it_and_ends_with_its_process(tmp_path, holder):
     """The message names process, host and time; a killed process holds nothing."""
     with (
@@ -263,6 +265,7 @@ def test_a_lock_tells_who_holds_it_and_ends_with_its_process(tmp_path, holder):
         pass
 
 
+@pytest.mark.recipe
 def test_a_lock_file_that_is_replaced_lets_nobody_else_in(tmp_path, monkeypatch):
     """A builder that had opened a lock file, removed by the one before, shared the folder."""
     import fcntl

@@ -206,6 +206,7 @@ def test_a_bucket_that_may_not_be_listed_gives_what_it_has(content, base, tmp_pa
             locate(places, FOLDER, "none")
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_copy_that_was_cut_continues(content, base, tmp_path, ranges):
     """The next call asks for the rest only, and what was there before stays until then."""
@@ -228,6 +229,7 @@ def test_a_copy_that_was_cut_continues(content, base, tmp_path, ranges):
     assert hidden(target.parent) == {".thing.fetched.json"}
 
 
+@pytest.mark.recipe
 def test_a_thing_is_taken_by_one_process_at_a_time(content, base, tmp_path, make_store):
     """Two that append to one copy would spoil it."""
     pack_folder(content, base / FOLDER / "thing.tgz")

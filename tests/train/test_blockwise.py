@@ -84,6 +84,7 @@ def distance(student, teacher):
     return evaluate_batches(student, [(ids, signal)], description="test")["kl_nats"]
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("family", TINY_MODELS)
 def test_blocks_come_nearer_to_the_teachers(tmp_path, family):
     """Each block's loss falls, in order, and so does the distance of the whole; no file is left."""
@@ -124,6 +125,7 @@ def test_targets_of_packed_documents_are_as_if_alone(tmp_path, family):
     assert not torch.allclose(expected, hidden_states(teacher, ids), atol=1e-3)
 
 
+@pytest.mark.recipe
 def test_a_stage_can_begin_at_any_block(tmp_path):
     """What an earlier process finished is passed through: the rest is the same to the bit."""
     teacher, student = TINY_MODELS["llama"](), tiny_student()

@@ -137,6 +137,7 @@ def test_checkpoints_hold_what_trains(tmp_path):
         assert held == layer.spec.size_bytes(shape) + 2 * layer.spec.grid.num_values
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", others_later(["q2_k", "q3_k"]))
 def test_steps_lower_the_loss(name):
     """Weights and scales together, by half in 12 steps."""

@@ -55,6 +55,7 @@ def take_step(trainer):
         trainer.ema.update()
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(("plan", "decay"), [("q2a4", 0.9), ("q4_r4", 0.0)])
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, plan, decay):
     """Two steps, a state, two more: the same bits in another process that read the state."""
@@ -89,6 +90,7 @@ def test_there_is_no_state_before_one_is_written(tmp_path):
     assert has_state(tmp_path)
 
 
+@pytest.mark.recipe
 def test_a_state_cut_short_by_a_kill_is_none(tmp_path):
     """The one before is read, and the next save removes what is there of it."""
     trainer = make_run()
@@ -102,6 +104,7 @@ def test_a_state_cut_short_by_a_kill_is_none(tmp_path):
     assert [path.name for path in (tmp_path / STATE).iterdir()] == ["step_0000009"]
 
 
+@pytest.mark.recipe
 def test_a_state_is_of_the_moment_of_its_save(tmp_path):
     """Training goes on while it is written."""
     trainer = make_run()
@@ -118,6 +121,7 @@ def test_a_state_is_of_the_moment_of_its_save(tmp_path):
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.recipe
 def test_the_last_states_stay_and_those_of_round_steps(tmp_path):
     """Others make room."""
     trainer = make_run()
@@ -159,6 +163,7 @@ def test_a_changed_byte_is_seen(tmp_path):
         read_state(tmp_path, trainer)
 
 
+@pytest.mark.recipe
 def test_a_full_disk_leaves_the_former_state(tmp_path):
     """torch reports a failed write as RuntimeError, which ended in a traceback."""
     trainer = make_run()
@@ -199,6 +204,7 @@ def test_the_loss_scale_of_float16_comes_back(tmp_path):
     assert other.scaler.get_scale() == 64.0
 
 
+@pytest.mark.recipe
 def test_a_state_that_fits_no_run_is_named(tmp_path):
     """With its folder, whose removal starts the run over: its student has other scales."""
     run = make_run("q4_r4")

@@ -205,6 +205,7 @@ def test_only_what_was_chosen_moves(parts, kinds, moving):
         ) or (len(kinds) == 2)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("plan", ["q2a4", "q4_r4", "q2a4_int_g32"])
 def test_training_lowers_the_loss(plan):
     """Twenty steps on one batch: the student comes nearer to its teacher."""
@@ -248,6 +249,7 @@ def test_clipping_bounds_what_the_optimizer_gets():
     assert seen[1] == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("part", ["row", "column"])
 def test_a_dead_row_trains(part):
     """Pruned weights make low-rank scales of zero; the run used to end in NaN at its first step."""
@@ -340,6 +342,7 @@ def test_a_step_holds_one_unpacked_teacher_at_a_time():
     assert most == [1] * 4
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("num_batches", [1, 16])
 def test_micro_batches_add_up_in_float32(num_batches):
     """A bfloat16 leaf lost most of what the later of many micro-batches add."""
@@ -394,6 +397,7 @@ def test_float16_gradients_do_not_vanish():
     assert abs(unscaled.item() - expected.item()) > 0.02 * expected.item()
 
 
+@pytest.mark.recipe
 def test_a_float16_step_that_overflows_is_left_out():
     """The scale halves until gradients fit; the loss is told as it is, the run does not end."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
@@ -416,6 +420,7 @@ def test_a_gradient_that_no_scale_mends_is_told():
     assert not torch.isfinite(trainer.step([batch()], 1.0)[1])
 
 
+@pytest.mark.recipe
 def test_dropout_works_in_steps_and_nowhere_else():
     """Modules are in training mode during the forward pass only, also if it fails."""
     student = tiny_student(attention_dropout=0.5).eval()
@@ -571,6 +576,7 @@ IN_USE = [
 ]
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize(("plan", "parts"), IN_USE)
 def test_weights_formed_in_use_train_as_those_formed_once(plan, parts):
     """Two steps of two micro-batches; between them no decoder layer holds a weight."""
@@ -592,6 +598,7 @@ def test_weights_formed_in_use_train_as_those_formed_once(plan, parts):
         torch.testing.assert_close(values, found[False][1][name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.recipe
 def test_gradients_of_weights_formed_in_use_are_gone_layer_by_layer(monkeypatch):
     """When a layer's scales get theirs, no other layer has a formed weight or its gradient."""
     student = tiny_student(plan="q4a4", num_hidden_layers=4)

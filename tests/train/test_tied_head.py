@@ -76,6 +76,7 @@ def test_gradients_of_both_uses_add_up(family, tied):
         assert torch.allclose(found, gradient, atol=1e-6, rtol=1e-4), key
 
 
+@pytest.mark.recipe
 def test_training_the_embedding_alone_lowers_the_loss():
     """With one latent weight for both uses."""
     model = student("llama", "q4a4, embed=int2-g64", tied=True)

@@ -116,6 +116,7 @@ def test_thaw_and_freeze_keep_the_weights(spec, knows_weight):
     assert torch.equal(layer.fake_quantized_weight(), before)
 
 
+@pytest.mark.recipe
 def test_checkpoints_hold_what_trains_and_no_more(tmp_path):
     """The same weights, and the bytes of the type for 256 of them."""
     student = tiny_student("llama", PLAN, **SIZES)
@@ -177,6 +178,7 @@ def test_scales_that_training_lost_come_back():
     assert torch.isfinite(layer.fake_quantized_weight()).all()
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("kind", others_later(["iq2_s", "iq2_xxs"]))
 @pytest.mark.parametrize("rates", [{"weights": 1e-3, "scales": 1e-5}, {"scales": 1e-4}])
 def test_steps_lower_the_loss(kind, rates):
