@@ -56,10 +56,12 @@ MOST_CALIBRATION_TOKENS = 262144  # of a fit
 MEMORY_STEP = 8192  # tokens that memory decides by: a little more or less makes no other fit
 CALIBRATION_SHARE = 0.4  # of the memory: what their activations may take
 MEASURING_SHARE = 1 / 3  # of the memory: what teacher and file may take in float32
-SPEED_BATCHES = 5  # that tell how fast the teacher reads: the quickest one counts
-LEAST_TOKENS = 16384  # of a cache, and of a fit, however few the minutes
+SPEED_BATCHES = 3  # that tell how fast the teacher reads: the quickest one counts
+LEAST_TOKENS = 16384  # of a cache, and of a fit, with few minutes
+TIGHT_TOKENS = 8192  # with next to none
 LEAST_BLOCKS = 16  # of which two are for validation
 SHORT_MINUTES = 15  # below which there is no time for turns
+TIGHT_MINUTES = 5  # below which there is next to none for a fit
 FINE_KL = 0.2  # predicted: ten minutes of training gain nothing at 0.07, 3% at 0.16, 9% at 0.28
 COST_TOKENS = 4096  # of the text that costs are measured on
 LATE_SHARE = 0.2  # of the time that training is left with, kept for what comes after it
@@ -92,10 +94,15 @@ class FitKind:
     two cores): both are in proportion to the weights."""
     sweeps: int
     """After the first codes."""
+    least_tokens: int = LEAST_TOKENS
+    """That calibrate it, however little time is left."""
 
 
 # Without turns, before training, and one that training is not expected to improve: more sweeps lose
 # 2 to 4% of the error, fits of weights take 40% longer.
+TIGHT_FIT = FitKind(
+    name="tight", share=0.7, fixed_tokens=60_000, sweeps=0, least_tokens=TIGHT_TOKENS
+)
 SHORT_FIT = FitKind(name="short", share=0.7, fixed_tokens=100_000, sweeps=1)
 FIRST_FIT = FitKind(name="first", share=0.7, fixed_tokens=210_000, sweeps=1)
 FINAL_FIT = FitKind(name="final", share=0.92, fixed_tokens=320_000, sweeps=3)
@@ -273,7 +280,8 @@ def teacher_cache(source: Source) -> TeacherCache:
         else:
             read = CALIBRATION_TOKENS["hessian"]
             num_tokens = 2 * read
-        least = max(LEAST_BLOCKS, LEAST_TOKENS // config.seq_len)
+        least_tokens = TIGHT_TOKENS if is_tight(config.minutes) else LEAST_TOKENS
+        least = max(LEAST_BLOCKS, least_tokens // config.seq_len)
         read, num_blocks = (max(least, number // config.seq_len) for number in (read, num_tokens))
         num_blocks = config.num_sequences or num_blocks
         read = min(read, num_blocks)
@@ -414,13 +422,18 @@ def fit_kind(found: Allocation, source: Source) -> FitKind:
     that training would have.
     """
     if is_short(source.config.minutes):
-        return SHORT_FIT
+        return TIGHT_FIT if is_tight(source.config.minutes) else SHORT_FIT
     return FINAL_FIT if found.cost < FINE_KL else FIRST_FIT
 
 
 def is_short(minutes: float) -> bool:
     """Return whether there is no time for a fit in turns."""
     return 0 < minutes < SHORT_MINUTES
+
+
+def is_tight(minutes: float) -> bool:
+    """Return whether there is next to no time for a fit."""
+    return 0 < minutes < TIGHT_MINUTES
 
 
 def fit_sequences(found: Allocation, source: Source, cache: TeacherCache, clock: Clock) -> int:
@@ -433,12 +446,14 @@ def fit_sequences(found: Allocation, source: Source, cache: TeacherCache, clock:
     if clock.limit and not source.config.is_quick:
 
         def count() -> int:
+            if clock.left <= (1 - kind.share) * clock.limit:
+                return 0
             rate = num_processes() * forward_tokens_per_second(source)
             return fit_tokens(kind, clock.limit, clock.left, rate)
 
         file = source.work / "fit_tokens" / f"{kind.name}.json"
         key = [cache.fingerprint, clock.limit, kind.share, kind.fixed_tokens, FIT_PASSES]
-        num_text = min(num_text, max(LEAST_TOKENS, once(file, key, count, Count)))
+        num_text = min(num_text, max(kind.least_tokens, once(file, key, count, Count)))
     return calibration_tokens(source, num_text) // cache.seq_len
 
 

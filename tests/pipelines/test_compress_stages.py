@@ -10,6 +10,7 @@ from qat.pipelines.compress_stages import (
     FINAL_FIT,
     FIRST_FIT,
     SHORT_FIT,
+    TIGHT_FIT,
     Clock,
     Measured,
     MeasuredCosts,
@@ -88,7 +89,7 @@ def test_grams_are_read_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [50.0, 600.0, 1e6])
-@pytest.mark.parametrize("kind", [SHORT_FIT, FIRST_FIT, FINAL_FIT])
+@pytest.mark.parametrize("kind", [TIGHT_FIT, SHORT_FIT, FIRST_FIT, FINAL_FIT])
 def test_a_fit_ends_within_its_share_of_the_minutes(kind, rate):
     """Whatever cache and costs took; with more time left it reads more."""
     former = 0
