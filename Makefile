@@ -10,7 +10,7 @@ DEMO_FLAGS ?=
 MILESTONE_FLAGS ?=
 GPU_FLAGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Containers forbid bytecode: each of the tests' processes would then compile all of the package.
+# Some containers forbid bytecode: each of the tests' processes would compile all of the package.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from qat.cli.command import run_command
 from qat.runtime.config import require_at_least
-from qat.storage.files import write_json
+from qat.storage.files import sha256_of_file, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +101,8 @@ class PeersConfig:
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         require_at_least(1, self, "seq_len", "samples", "iters", "batch_size", "eval_sequences")
+        if self.minutes <= 0:
+            raise ValueError(f"--minutes {self.minutes} must be above 0; try 15")
 
 
 def compare_peers(config: PeersConfig) -> list[dict[str, Any]]:
@@ -189,9 +191,9 @@ def make_student(python: Path, name: PeerName, row: RowName, config: PeersConfig
 
 def job_of(name: PeerName, row: RowName, config: PeersConfig) -> dict[str, Any]:
     """Return what a program is to do, but for where it goes."""
-    told = ("samples", "iters", "batch_size", "minutes", "lr", "seed")
+    told = ("seq_len", "samples", "iters", "batch_size", "minutes", "lr", "seed")
     job = {"peer": name, "model": str(Path(config.model).absolute())}
-    job |= {"blocks": str(blocks_file(config).absolute())}
+    job |= {"blocks": str(blocks_file(config).absolute()), "text": sha256_of_file(config.data)}
     job |= {field: getattr(config, field) for field in told}
     for part, (code_bits, least) in zip(("mlp", "attention"), ROWS[row], strict=True):
         job[part] = [code_bits, PEERS[name].widest_group(code_bits, least)]

@@ -98,8 +98,8 @@ class FitKind:
     """That calibrate it, however little time is left."""
 
 
-# Without turns, before training, and one that training is not expected to improve: more sweeps lose
-# 2 to 4% of the error, fits of weights take 40% longer.
+# With next to no time, without turns, before training, and one that training is not expected to
+# improve: more sweeps lose 2 to 4% of the error, fits of weights take 40% longer.
 TIGHT_FIT = FitKind(
     name="tight", share=0.7, fixed_tokens=60_000, sweeps=0, least_tokens=TIGHT_TOKENS
 )
