@@ -51,7 +51,7 @@ from qat.tracking.messages import say
 from qat.train.config import IntervalsConfig, OptimConfig, TrainConfig
 
 CACHE_SHARE = 1 / 30  # of the minutes: as much text as training then reads about twice
-FIT_PASSES = 3.5  # a fit goes over a token in what the teacher takes for so many
+FIT_PASSES = 4.3  # a fit goes over a token in what the teacher takes for so many
 MOST_CALIBRATION_TOKENS = 262144  # of a fit
 MEMORY_STEP = 8192  # tokens that memory decides by: a little more or less makes no other fit
 CALIBRATION_SHARE = 0.4  # of the memory: what their activations may take
