@@ -56,7 +56,8 @@ MOST_CALIBRATION_TOKENS = 262144  # of a fit
 MEMORY_STEP = 8192  # tokens that memory decides by: a little more or less makes no other fit
 CALIBRATION_SHARE = 0.4  # of the memory: what their activations may take
 MEASURING_SHARE = 1 / 3  # of the memory: what teacher and file may take in float32
-SPEED_BATCHES = 3  # that tell how fast the teacher reads: the quickest one counts
+SPEED_BATCHES = 3  # at least, that tell how fast the teacher reads: the quickest one counts
+SPEED_SHARE = 1 / 300  # of the minutes: so long they are read, as three told 524 for 650 a second
 LEAST_TOKENS = 16384  # of a cache, and of a fit, with few minutes
 TIGHT_TOKENS = 8192  # with next to none
 LEAST_BLOCKS = 16  # of which two are for validation
@@ -311,10 +312,11 @@ def forward_tokens_per_second(source: Source) -> float:
     """Return how fast the teacher reads, after a warm-up."""
     model = load_dense(source.config.model, dtype=source.place.dtype)
     device, seconds = source.place.device, []
+    least = SPEED_SHARE * 60 * source.config.minutes
     shape = (CALIBRATION_BATCH, source.config.seq_len)
     with device.hosting(model), torch.no_grad():
         batch = torch.zeros(shape, dtype=torch.int64, device=device.torch_device)
-        for _ in range(SPEED_BATCHES):
+        while len(seconds) < SPEED_BATCHES or sum(seconds) < least:
             started = time.perf_counter()
             model.get_decoder()(input_ids=batch, use_cache=False)
             device.sync(wait=True)
