@@ -23,7 +23,6 @@ from qat.runtime import distributed
 from qat.runtime.device import lay_out, run_recorded
 
 WEIGHTED = (nn.Linear, nn.Embedding, FakeQuantLinear, FakeQuantEmbedding)
-START_SHARE = 0.9  # of the way from the cell's value, where latent weights start
 
 
 def model_tensors(model: nn.Module) -> dict[str, TensorInfo]:
@@ -252,10 +251,9 @@ def hold_values(layer: FakeQuantWeight) -> None:
 def thaw_indices(layer: FakeQuantWeight, weight: torch.Tensor | None = None) -> None:
     """Give a layer a latent weight whose nearest grid values are its frozen indices.
 
-    A weight whose nearest value is its index's starts `START_SHARE` of the way from that value to
-    its place, pulled to the grid's range where gradients reach it. One that error feedback moved to
-    another cell starts at that cell's value: at a border the noise of the first steps would take
-    them across, and what codes make up for in each other would be undone.
+    A weight whose nearest value is its index's keeps its place, pulled to the grid's range where
+    gradients reach it. One that error feedback moved to another cell starts at that cell's value:
+    at its border it would fall back at the first step and undo the feedback.
 
     Args:
         layer: A layer with frozen indices.
@@ -272,7 +270,7 @@ def thaw_indices(layer: FakeQuantWeight, weight: torch.Tensor | None = None) -> 
         )
         moved = grid.round(over_scale(latent, *scales), codebook) != layer.indices
         moved = moved.repeat_interleave(grid.block_size, dim=1)
-        latent = torch.where(moved, at_values, at_values.lerp(latent, START_SHARE))
+        latent = torch.where(moved, at_values, latent)
     layer.latent_weight = nn.Parameter(latent)
     layer.indices = layer.indices.new_empty(0)  # they follow from the latent weight
     layer.held_values = None

@@ -6,7 +6,6 @@ from torch import nn
 
 from qat.model.layers import FakeQuantLinear
 from qat.model.surgery import (
-    START_SHARE,
     current_indices,
     dense_weights,
     freeze_indices,
@@ -150,14 +149,10 @@ def test_thawing_and_freezing_change_no_bit(bits, kind, seed, source):
 
 
 def test_a_thawed_layer_remembers_its_weight():
-    """Most latent values are near the full-precision ones, and noise takes none to another cell."""
+    """Weights near a border stay near it: most latent values are the full-precision ones."""
     layer, weight, _ = make_layer(4, {"group_size": 8}, seed=1)
-    values = layer.fake_quantized_weight().detach()
     thaw_indices(layer, weight)
-    is_near = (layer.latent_weight - values.lerp(weight, START_SHARE)).abs() < 1e-6
-    assert is_near.float().mean() > 0.9
-    layer.latent_weight.data += 0.09 * (weight - values)
-    assert torch.equal(layer.fake_quantized_weight()[is_near], values[is_near])
+    assert ((layer.latent_weight - weight).abs() < 1e-6).float().mean() > 0.9
 
 
 def test_latent_weights_that_moved_are_frozen_where_they_are():
